@@ -1,0 +1,53 @@
+# Every target sets up what it needs in .venv, with only Python 3.10 or newer and make on the machine.
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	&& echo $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test style format bench-quick clean
+
+help:
+	@echo "make demo         a broker and two workers count words while one worker is killed (ROOT=DIR: of your files)"
+	@echo "make test         style, types and all tests"
+	@echo "make style        ruff, ruff format and mypy --strict only"
+	@echo "make format       lay the code out, and repair what ruff can repair"
+	@echo "make bench-quick  speed against ProcessPoolExecutor, in one run"
+	@echo "make clean        remove .venv, builds and caches"
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py $(if $(ROOT),--root '$(ROOT)')
+
+test: style
+	$(BIN)/python -m pytest
+
+style: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-quick: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.quick
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is younger than what it was made from, or the environment is made anew: also after an interrupted run.
+$(VENV)/.installed: pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'Python 3.10 or newer is needed: make PYTHON=/path/to/python3' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
