@@ -1,0 +1,381 @@
+"""A worker's side of its leases: which runner runs what, and what is told to the broker.
+
+Rules
+    1. Each task of a lease is reported once: done, returned, or crashed.
+    2. A runner holds at most two chunks: the one that it runs and one behind it.
+    3. Nothing waits behind one task for more than `STUCK_SECONDS`: what has not started goes back.
+    4. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies before it
+       finished anything, in spite of having work, charges its first task: or nothing would ever end.
+
+Picture
+    Run ─▶ Chunk ─Execute─▶ runner ─RunnerDone─▶ Done
+                    └─Recall─▶ RunnerRecalled ─▶ Returned
+
+The agent decides; ``runtime.host`` does what its runner commands say and answers with runner events.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable
+from typing import Literal, NamedTuple, TypeAlias
+
+from achilles.core import protocol as p
+
+STUCK_SECONDS = 0.05
+START_SECONDS = 0.2  # a runner that has shown nothing yet is perhaps still starting
+CHUNKS_MAX = 2
+
+To: TypeAlias = Literal["broker", "host"]
+
+
+class Send(NamedTuple):
+    """A message to the broker, or a command to the host of the runners."""
+
+    to: To
+    message: p.FromWorker | p.RunnerCommand
+
+
+class Chunk:
+    """A lease as the worker sees it: ``open`` holds the indexes of its tasks that were not reported yet.
+
+    ``seq`` names it at its runner; 0 while it has none.
+    """
+
+    __slots__ = ("open", "run", "seq")
+
+    def __init__(self, run: p.Run) -> None:
+        self.run = run
+        self.seq = 0
+        self.open: set[int] = set(range(len(run.ids)))
+
+
+class Runner:
+    """A child process, its chunks in order, and when it last got on."""
+
+    __slots__ = (
+        "chunks",
+        "given",
+        "is_retiring",
+        "loaded",
+        "number",
+        "progress_at",
+        "results",
+        "seq",
+    )
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.chunks: deque[Chunk] = deque()
+        self.loaded: set[tuple[int, int]] = set()
+        self.seq = 0
+        self.given = 0
+        self.results = 0
+        self.progress_at = 0.0
+        self.is_retiring = False
+
+    @property
+    def stuck_at(self) -> float | None:
+        """When what waits behind its running task has waited long enough; None if nothing does."""
+        chunks = self.chunks
+        if len(chunks) > 1 or (chunks and len(chunks[0].open) > 1):
+            return self.progress_at + (STUCK_SECONDS if self.results else START_SECONDS)
+        return None
+
+
+class Agent:
+    """Runs leases on up to ``slots`` runners, each for at most ``tasks_max`` tasks (0: no limit)."""
+
+    def __init__(self, slots: int, *, tasks_max: int = 0) -> None:
+        self._slots = slots
+        self._tasks_max = tasks_max
+        self._runners: dict[int, Runner] = {}
+        self._chunks: dict[int, Chunk] = {}
+        self._queue: deque[Chunk] = deque()  # chunks that no runner has yet
+        self._blobs: dict[tuple[int, int], p.Payload] = {}
+        self._next_runner = 1
+        self._is_draining = False
+        self._said_goodbye = False
+
+    # --- The core's contract ----------------------------------------------------------------------
+
+    def receive(self, message: p.ToWorker | p.RunnerEvent, now: float) -> list[Send]:
+        """Take in a message of the broker or an event of the runners' host."""
+        match message:
+            case p.Run():
+                return self._run(message, now)
+            case p.Blob(client=client, blob=blob, payload=payload):
+                self._blobs[client, blob] = payload
+                return []
+            case p.Forget(client=client, blobs=blobs):
+                return self._forget(client, blobs)
+            case p.Revoke(lease=lease):
+                return self._revoke(lease)
+            case p.Drain():
+                return self.drain()
+            case p.Goodbye():
+                return self.reset()
+            case p.RunnerDone():
+                return self._done(message, now)
+            case p.RunnerRecalled(runner=number, unstarted=unstarted):
+                return self._recalled(self._runners.get(number), unstarted, now)
+            case p.RunnerDied():
+                return self._died(message, now)
+
+    def tick(self, now: float) -> list[Send]:
+        """Call back what waits behind a task that runs long."""
+        sends = []
+        for runner in self._runners.values():
+            stuck_at = runner.stuck_at
+            if stuck_at is not None and now >= stuck_at:
+                runner.progress_at = now
+                sends.append(Send("host", p.Recall(runner.number)))
+        return sends
+
+    def next_deadline(self) -> float | None:
+        """When `tick` wants to be called."""
+        stuck_ats = (runner.stuck_at for runner in self._runners.values())
+        return min((at for at in stuck_ats if at is not None), default=None)
+
+    def drain(self) -> list[Send]:
+        """Take no more work, give back what has not started, say goodbye when the rest is done."""
+        if self._is_draining:
+            return []
+        self._is_draining = True
+        sends = [Send("broker", p.Drain())]
+        while self._queue:
+            chunk = self._queue.popleft()
+            sends += self._give_back(chunk, chunk.open)
+        sends += [Send("host", p.Recall(runner.number)) for runner in self._runners.values()]
+        return [*sends, *self._goodbye_if_empty()]
+
+    def reset(self) -> list[Send]:
+        """The session is over: end all work; nothing of it is reported any more. A drain ends with it."""
+        sends = [Send("host", p.Kill(number)) for number in self._runners]
+        self._runners.clear()
+        self._chunks.clear()
+        self._queue.clear()
+        self._blobs.clear()
+        self._said_goodbye = self._is_draining  # nobody is left to say it to
+        return sends
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether a drain has come to its end."""
+        return self._said_goodbye
+
+    @property
+    def running(self) -> int:
+        """How many runners have work."""
+        return sum(bool(runner.chunks) for runner in self._runners.values())
+
+    def __repr__(self) -> str:
+        return f"<Agent {len(self._runners)}/{self._slots} runners | {len(self._chunks)} leases>"
+
+    # --- From the broker --------------------------------------------------------------------------
+
+    def _run(self, run: p.Run, now: float) -> list[Send]:
+        chunk = Chunk(run)
+        if not run.ids:
+            return []
+        self._chunks[run.lease] = chunk
+        if self._is_draining:
+            return self._give_back(chunk, chunk.open)
+        self._queue.append(chunk)
+        return self._assign(now)
+
+    def _forget(self, client: int, blobs: list[int]) -> list[Send]:
+        gone = [key for key in self._blobs if key[0] == client and (not blobs or key[1] in blobs)]
+        for key in gone:
+            del self._blobs[key]
+        sends = []
+        for runner in self._runners.values():
+            if runner.loaded.intersection(gone):
+                runner.loaded.difference_update(gone)
+                sends.append(Send("host", p.Unload(runner.number, client, blobs)))
+        return sends
+
+    def _revoke(self, lease: int) -> list[Send]:
+        """Give back what of the lease has not started.
+
+        A runner's unstarted tasks can only be taken back together, so others may come back along with those
+        that were asked for; the broker gives them out again.
+        """
+        chunk = self._chunks.get(lease)
+        if chunk is None:
+            return []
+        if chunk in self._queue:
+            self._queue.remove(chunk)
+            return self._give_back(chunk, chunk.open)
+        return [
+            Send("host", p.Recall(runner.number))
+            for runner in self._runners.values()
+            if chunk in runner.chunks
+        ]
+
+    def _give_back(self, chunk: Chunk, indexes: Collection[int]) -> list[Send]:
+        back = sorted(indexes)
+        self._close(chunk, back)
+        return [Send("broker", p.Returned(chunk.run.lease, back))]
+
+    def _close(self, chunk: Chunk, indexes: Iterable[int]) -> None:
+        """Note that these tasks of the chunk were reported."""
+        chunk.open.difference_update(indexes)
+        if not chunk.open:
+            del self._chunks[chunk.run.lease]
+
+    # --- Runners ----------------------------------------------------------------------------------
+
+    def _assign(self, now: float) -> list[Send]:
+        """Give queued chunks to runners: idle ones first, then new ones, then one behind a running one."""
+        sends: list[Send] = []
+        while self._queue:
+            chunk = self._queue[0]
+            runner = self._choose(len(chunk.run.ids), sends)
+            if runner is None:
+                break
+            self._queue.popleft()
+            sends += self._execute(runner, chunk, now)
+        return sends
+
+    def _choose(self, tasks: int, sends: list[Send]) -> Runner | None:
+        candidates = [runner for runner in self._runners.values() if not runner.is_retiring]
+        idle = next((runner for runner in candidates if not runner.chunks), None)
+        if idle is not None and self._fits(idle, tasks, sends):
+            return idle
+        if len(self._runners) < self._slots:
+            runner = self._runners[self._next_runner] = Runner(self._next_runner)
+            self._next_runner += 1
+            sends.append(Send("host", p.Spawn(runner.number)))
+            return runner
+        for runner in candidates:
+            if 0 < len(runner.chunks) < CHUNKS_MAX and self._fits(runner, tasks, sends):
+                return runner
+        return None
+
+    def _fits(self, runner: Runner, tasks: int, sends: list[Send]) -> bool:
+        """Whether the runner may take so many more tasks; if not, it takes none any more."""
+        if not self._tasks_max or not runner.given or runner.given + tasks <= self._tasks_max:
+            return True
+        self._retire(runner, sends)
+        return False
+
+    def _retire(self, runner: Runner, sends: list[Send]) -> None:
+        runner.is_retiring = True
+        sends.append(Send("host", p.Retire(runner.number)))
+
+    def _execute(self, runner: Runner, chunk: Chunk, now: float) -> list[Send]:
+        run = chunk.run
+        chunk.seq = runner.seq = runner.seq % 255 + 1
+        if not runner.chunks:
+            runner.progress_at = now
+        runner.chunks.append(chunk)
+        runner.given += len(run.ids)
+        sends = []
+        for blob in (run.fn, run.init):
+            key = (run.client, blob)
+            if blob and key not in runner.loaded and key in self._blobs:
+                runner.loaded.add(key)
+                sends.append(Send("host", p.Load(runner.number, *key, self._blobs[key])))
+        command = p.Execute(runner.number, runner.seq, run.client, run.fn, run.init, run.payloads)
+        sends.append(Send("host", command))
+        if self._tasks_max and runner.given >= self._tasks_max:
+            self._retire(runner, sends)
+        return sends
+
+    def _done(self, message: p.RunnerDone, now: float) -> list[Send]:
+        runner = self._runners.get(message.runner)
+        if runner is None:
+            return []
+        runner.progress_at = now
+        runner.results += len(message.results)
+        sends: list[Send] = []
+        for chunk in list(runner.chunks):
+            seq, open_tasks = chunk.seq, chunk.open
+            rows = [row for row in message.results if row[0] == seq and row[1] in open_tasks]
+            if rows:
+                indexes = [row[1] for row in rows]
+                statuses = bytes([row[2] for row in rows])
+                seconds = sum([row[3] for row in rows])
+                payloads = [row[4] for row in rows]
+                done = p.Done(chunk.run.lease, indexes, statuses, payloads, seconds)
+                sends.append(Send("broker", done))
+                self._close(chunk, indexes)
+        self._drop_finished(runner)
+        return [*sends, *self._assign(now), *self._goodbye_if_empty()]
+
+    def _drop_finished(self, runner: Runner) -> None:
+        runner.chunks = deque(chunk for chunk in runner.chunks if chunk.open)
+
+    def _recalled(
+        self, runner: Runner | None, unstarted: list[tuple[int, int]], now: float
+    ) -> list[Send]:
+        """Give back what a runner has not started, and will not."""
+        if runner is None:
+            return []
+        sends = self._take_back(runner, unstarted)
+        self._drop_finished(runner)
+        return [*sends, *self._assign(now), *self._goodbye_if_empty()]
+
+    def _take_back(self, runner: Runner, unstarted: list[tuple[int, int]]) -> list[Send]:
+        counts = dict(unstarted)
+        sends: list[Send] = []
+        for chunk in runner.chunks:
+            size = len(chunk.run.ids)
+            last = range(size - counts.get(chunk.seq, 0), size)
+            back = chunk.open.intersection(last)
+            if back:
+                runner.given -= len(back)
+                sends += self._give_back(chunk, back)
+        return sends
+
+    def _died(self, message: p.RunnerDied, now: float) -> list[Send]:
+        runner = self._runners.pop(message.runner, None)
+        if runner is None:
+            return []
+        unstarted = message.unstarted
+        held = sum(len(chunk.open) for chunk in runner.chunks)
+        is_stillborn = bool(message.reason) and not runner.results
+        if is_stillborn and sum(count for _, count in unstarted) == held:
+            unstarted = _without_first(unstarted)
+        sends = self._take_back(runner, unstarted)
+        reason = message.reason or "exited before it was done"
+        for chunk in runner.chunks:
+            started = sorted(chunk.open)
+            if started:
+                crashed = p.Crashed(chunk.run.lease, started[0], reason)
+                self._close(chunk, started[:1])
+                sends.append(Send("broker", crashed))
+            if chunk.open:
+                sends += self._give_back(chunk, chunk.open)
+        return [*sends, *self._assign(now), *self._goodbye_if_empty()]
+
+    def _goodbye_if_empty(self) -> list[Send]:
+        if not self._is_draining or self._chunks or self._said_goodbye:
+            return []
+        self._said_goodbye = True
+        return [Send("broker", p.Goodbye("drained"))]
+
+    # --- Invariants -------------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Assert the rules of this module; tests call it after every step."""
+        assert len(self._runners) <= self._slots, "more runners than slots"
+        for runner in self._runners.values():
+            assert len(runner.chunks) <= CHUNKS_MAX, "a runner holds too many chunks"
+            for chunk in runner.chunks:
+                assert chunk.open, "a finished chunk is kept"
+        placed = [c for r in self._runners.values() for c in r.chunks] + list(self._queue)
+        assert len(placed) == len(self._chunks), "a lease is nowhere, or in two places"
+        assert all(self._chunks.get(chunk.run.lease) is chunk for chunk in placed)
+        if self._queue:
+            free = [r for r in self._runners.values() if not r.chunks and not r.is_retiring]
+            assert not free, "a runner idles while a chunk waits"
+
+
+def _without_first(unstarted: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same counts, but for the very first task."""
+    if not unstarted:
+        return unstarted
+    (seq, count), *rest = unstarted
+    return [(seq, count - 1), *rest]

@@ -1,0 +1,110 @@
+"""The session of a client or a worker, from its own side.
+
+Picture
+    calling ──Welcome──▶ joined ──Gone──▶ calling …
+       └──Refused──▶ refused                         (a hello is repeated until it is answered)
+
+A session outlives connections: `connected` only hurries what the next heartbeat would do. It ends when the broker
+says that it does not know it (`Gone`): a new broker, or one that had given us up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from achilles.core import protocol as p
+from achilles.core.link import Link, Packet
+
+HELLO_INTERVAL = 0.5
+
+CALLING, JOINED, REFUSED = "calling", "joined", "refused"
+
+
+class Step(NamedTuple):
+    """What to send, and the messages that the core above is to see, `Welcome` and `Gone` among them."""
+
+    packets: list[Packet]
+    messages: list[p.Wire]
+
+
+class Dialer:
+    """One peer's session with its broker."""
+
+    def __init__(self, hello: p.ClientHello | p.WorkerHello) -> None:
+        self._hello = hello
+        self._link = Link(p.NO_TOKEN)
+        self._heartbeat_interval = 1.0
+        self._next_at: float | None = None
+        self.state = CALLING
+        self.heard_at: float | None = None  # the broker's last sign of life
+        self.reason = ""  # why it refused us
+
+    def start(self, now: float) -> list[Packet]:
+        """Begin to call."""
+        self.state = CALLING
+        self._link = Link(p.NO_TOKEN)
+        self._next_at = now + HELLO_INTERVAL
+        return [self._link.wrap(self._hello)]
+
+    def connected(self, now: float) -> list[Packet]:
+        """A connection was made: what was sent before may be lost."""
+        if self.state == CALLING:
+            return self.start(now)
+        return [self._link.wrap(p.Heartbeat())] if self.state == JOINED else []
+
+    def send(self, messages: Iterable[p.Wire]) -> list[Packet]:
+        """Messages of the core above; only while joined."""
+        if self.state != JOINED:
+            return []
+        return [self._link.wrap(message) for message in messages]
+
+    def receive(self, packet: Packet, now: float) -> Step:
+        """Take in what the broker sent.
+
+        Raises:
+            ProtocolError: it does not fit the session.
+        """
+        message = packet.message
+        if isinstance(message, p.Welcome):
+            return self._welcome(message, now)
+        if isinstance(message, p.Refused):
+            if self.state == CALLING:
+                self.state, self.reason, self._next_at = REFUSED, message.reason, None
+            return Step([], [message])
+        is_ours = self.state == JOINED and packet.header.token == self._link.token
+        if isinstance(message, p.Gone):
+            return Step(self.start(now), [message]) if is_ours else Step([], [])
+        if not is_ours:
+            return Step([], [])
+        self.heard_at = now
+        is_new, answers = self._link.receive(packet, now)
+        if not is_new or isinstance(message, p.Heartbeat):
+            return Step(answers, [])
+        return Step(answers, [message])
+
+    def tick(self, now: float) -> list[Packet]:
+        """Repeat the hello, or send a heartbeat."""
+        if self._next_at is None or now < self._next_at:
+            return []
+        if self.state == CALLING:
+            return self.start(now)
+        self._next_at = now + self._heartbeat_interval
+        return [self._link.wrap(p.Heartbeat())]
+
+    def next_deadline(self) -> float | None:
+        """When `tick` wants to be called."""
+        return self._next_at
+
+    def _welcome(self, message: p.Welcome, now: float) -> Step:
+        self.heard_at = now
+        if self.state == JOINED:
+            return Step([], [])  # the answer to a repeated hello
+        self.state = JOINED
+        self._link = Link(message.token)
+        self._heartbeat_interval = message.heartbeat_interval
+        self._next_at = now + message.heartbeat_interval
+        return Step([], [message])
+
+    def __repr__(self) -> str:
+        return f"<Dialer {self.state} | {self._link.unacknowledged} unacknowledged>"

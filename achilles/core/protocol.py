@@ -1,0 +1,577 @@
+"""Every message, its rules, and the codec; nothing else in achilles defines a message.
+
+Rules
+    1. A message is both an event and an effect: cores take messages in and give messages out.
+    2. Payloads are opaque. No core looks inside one, and the broker could not if it wanted to.
+    3. ``decode`` raises `ProtocolError` for anything a peer could send that is not a message, and nothing else.
+    4. Counts and sizes that a peer controls are bounded here, before a core sees them.
+
+On the wire a message is ``[header + body, part, part, ...]``: a fixed header (see `Header`), the message in
+msgpack, and behind it the parts of payloads that are too large to be copied into the body. A payload of
+the body that travels in parts is the number of its parts there.
+
+    client  ──ClientHello Submit Blob Forget Cancel──▶  broker  ──Run Blob Forget Revoke──▶  worker
+            ◀──Welcome Running Results Failed Cluster──         ◀──WorkerHello Done Returned Crashed──
+
+A worker and its runners speak in messages too (`Spawn` … `RunnerDied`). They never cross a wire as such:
+``runtime.host`` turns them into what a child process reads and writes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from math import inf
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import msgspec
+
+from achilles.errors import ProtocolError
+
+VERSION = 1
+
+# Fragments keep a frame below the sockets' MAXMSGSIZE of 16 MiB, so that a heartbeat never waits
+# behind a whole large payload; below INLINE_MAX a copy is cheaper than a frame of its own.
+INLINE_MAX = 64 * 1024
+PART_MAX = 8 * 1024 * 1024
+PARTS_MAX = 4096
+TASKS_MAX = 10_000
+TEXT_MAX = 4096
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+
+class Parts(tuple["Buffer", ...]):
+    """A payload in several buffers; its value is their concatenation."""
+
+    __slots__ = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memoryview(part).nbytes for part in self)
+
+    def join(self) -> bytes:
+        return b"".join(self)
+
+
+if TYPE_CHECKING:
+    Payload: TypeAlias = bytes | memoryview | Parts
+else:
+    Payload = Any  # checked by _gather: msgspec decodes bytes, or the number of parts
+
+
+def size_of(payload: Payload) -> int:
+    """The payload's size in bytes."""
+    return len(payload) if type(payload) is bytes else payload.nbytes  # type: ignore[union-attr]
+
+
+# --- Outcomes -------------------------------------------------------------------------------------
+
+VALUE = 0  # payload: the pickled value
+ERROR = 1  # payload: the pickled (exception, traceback text)
+INIT_FAILED = 2  # the initializer raised; payload as for ERROR
+
+STATUSES = frozenset({VALUE, ERROR, INIT_FAILED})
+
+CRASHED = "crashed"  # Failed.kind: the task ended its runner too often
+LOST = "lost"  # Failed.kind: the task started on too many workers that vanished
+
+
+class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Base of all messages."""
+
+
+# --- Sessions: either peer and the broker ---------------------------------------------------------
+
+
+class ClientHello(Message, tag="hello-client"):
+    """A client, or an administrator's command, wants a session."""
+
+    incarnation: bytes
+    role: str  # "client" or "admin"
+    version: str
+    python: str
+    name: str
+    slots_max: int = 0  # at most so many of its tasks at once; 0: no limit
+
+
+class WorkerHello(Message, tag="hello-worker"):
+    """A worker wants a session; it has dropped all work of an earlier one when it says so."""
+
+    incarnation: bytes
+    version: str
+    python: str
+    name: str
+    slots: int
+    pid: int
+    tags: list[str] = []
+
+
+class Welcome(Message, tag="welcome"):
+    """The broker's answer to a hello: the session's token is in the header from here on."""
+
+    token: bytes
+    epoch: bytes
+    name: str
+    credit: int  # tasks that a client may have unresolved at the broker
+    heartbeat_interval: float
+    lost_after: float
+
+
+class Refused(Message, tag="refused"):
+    """The broker does not take this peer; ``reason`` is for people."""
+
+    reason: str
+
+
+class Gone(Message, tag="gone"):
+    """The broker knows no session of that token (it ended, or the broker is a new one)."""
+
+
+class Heartbeat(Message, tag="beat"):
+    """Says nothing but that its sender lives, and by its header what was sent and received."""
+
+
+class Resync(Message, tag="resync"):
+    """Messages were lost on the way; the header's ``ack`` says from where to send again."""
+
+
+class Goodbye(Message, tag="bye"):
+    """The sender ends the session on purpose."""
+
+    reason: str = ""
+
+
+# --- Client and broker ----------------------------------------------------------------------------
+
+
+class Submit(Message, tag="submit"):
+    """Tasks of one function, in order. ``fn`` 0: each payload brings its function along."""
+
+    fn: int
+    init: int
+    ids: list[int]
+    payloads: list[Payload]
+    chunk_max: int = 0  # at most so many in a chunk; 0: the broker decides
+
+
+class Blob(Message, tag="blob"):
+    """Something that many tasks share, a function or an initializer, under the client's number for it.
+
+    ``client`` is the broker's number for the client; it is 0 on the way from the client itself.
+    """
+
+    client: int
+    blob: int
+    payload: Payload
+
+
+class Forget(Message, tag="forget"):
+    """These blobs are needed no more (an empty list: none of this client's)."""
+
+    client: int
+    blobs: list[int]
+
+
+class Cancel(Message, tag="cancel"):
+    """The client wants no result of these tasks."""
+
+    ids: list[int]
+
+
+class Running(Message, tag="running"):
+    """These tasks were dispatched."""
+
+    ids: list[int]
+
+
+class Results(Message, tag="results"):
+    """Tasks that are done, with one status byte each."""
+
+    ids: list[int]
+    statuses: bytes
+    payloads: list[Payload]
+
+
+class Failed(Message, tag="failed"):
+    """A task that the broker gives up on; ``story`` says what happened to it, one line an attempt."""
+
+    id: int
+    kind: str
+    story: list[str]
+
+
+class Cluster(Message, tag="cluster"):
+    """How many workers and slots there are; sent when that changes."""
+
+    workers: int
+    slots: int
+
+
+class StatusRequest(Message, tag="status?"):
+    """Asks for a `Status`."""
+
+
+class WorkerStatus(Message, tag="worker-status"):
+    """One worker as the broker sees it; ``state`` is ready, suspect or draining."""
+
+    name: str
+    state: str
+    slots: int
+    running: int
+    done: int
+    silent_for: float
+    pid: int
+
+
+class ClientStatus(Message, tag="client-status"):
+    """One client as the broker sees it."""
+
+    name: str
+    queued: int
+    running: int
+    done: int
+
+
+class Status(Message, tag="status"):
+    """The broker's state in numbers of tasks since it started."""
+
+    workers: list[WorkerStatus]
+    clients: list[ClientStatus]
+    queued: int
+    running: int
+    done: int
+    failed: int
+    reassigned: int
+    late: int
+    uptime: float
+
+
+class Shutdown(Message, tag="shutdown"):
+    """An administrator ends the cluster: the workers and the broker."""
+
+
+class ShuttingDown(Message, tag="shutting-down"):
+    """The broker's answer to `Shutdown`."""
+
+
+# --- Broker and worker ----------------------------------------------------------------------------
+
+
+class Run(Message, tag="run"):
+    """A chunk under a lease: tasks of one client and one function, to be run in order."""
+
+    lease: int
+    client: int
+    fn: int
+    init: int
+    ids: list[int]
+    payloads: list[Payload]
+
+
+class Revoke(Message, tag="revoke"):
+    """Give back those of the lease's tasks that have not started, listed by their index."""
+
+    lease: int
+    indexes: list[int]
+
+
+class Done(Message, tag="done"):
+    """Results of some of a lease's tasks; ``seconds`` is the time that they took together."""
+
+    lease: int
+    indexes: list[int]
+    statuses: bytes
+    payloads: list[Payload]
+    seconds: float
+
+
+class Returned(Message, tag="returned"):
+    """Tasks of a lease that did not start and will not."""
+
+    lease: int
+    indexes: list[int]
+
+
+class Crashed(Message, tag="crashed"):
+    """The runner of this task of the lease died while it ran."""
+
+    lease: int
+    index: int
+    reason: str
+
+
+class Drain(Message, tag="drain"):
+    """Broker to worker: take no more work, finish what runs, leave. Worker to broker: that is what I do."""
+
+
+# --- Worker and runners (never on a wire) ---------------------------------------------------------
+
+
+class Spawn(Message, tag="spawn"):
+    """Start the runner of that number."""
+
+    runner: int
+
+
+class Load(Message, tag="load"):
+    """Give a runner a blob."""
+
+    runner: int
+    client: int
+    blob: int
+    payload: Payload
+
+
+class Unload(Message, tag="unload"):
+    """A runner may drop these blobs (an empty list: all of the client's)."""
+
+    runner: int
+    client: int
+    blobs: list[int]
+
+
+class Execute(Message, tag="execute"):
+    """Give a runner a chunk to run behind what it has; ``seq`` is 1..255 and names it there."""
+
+    runner: int
+    seq: int
+    client: int
+    fn: int
+    init: int
+    payloads: list[Payload]
+
+
+class Recall(Message, tag="recall"):
+    """Take back everything that a runner has not started; answered by `RunnerRecalled`."""
+
+    runner: int
+
+
+class Kill(Message, tag="kill"):
+    """End a runner at once; answered by `RunnerDied`."""
+
+    runner: int
+
+
+class Retire(Message, tag="retire"):
+    """A runner may exit when it has run what it has."""
+
+    runner: int
+
+
+class RunnerDone(Message, tag="runner-done"):
+    """Results, each ``(seq, index, status, seconds, payload)``."""
+
+    runner: int
+    results: list[Any]
+
+
+class RunnerRecalled(Message, tag="runner-recalled"):
+    """How many tasks of which chunk were taken back, each ``(seq, count)``: the last ones of that chunk."""
+
+    runner: int
+    unstarted: list[tuple[int, int]]
+
+
+class RunnerDied(Message, tag="runner-died"):
+    """A runner ended; every result it wrote came before. ``reason`` is empty where it was asked to."""
+
+    runner: int
+    reason: str
+    unstarted: list[tuple[int, int]]
+
+
+RunnerCommand: TypeAlias = Spawn | Load | Unload | Execute | Recall | Kill | Retire
+RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied
+
+# What may cross the wire, by who sends it. The broker refuses the rest by role (default deny).
+FromClient: TypeAlias = Submit | Blob | Forget | Cancel | StatusRequest | Goodbye
+FromAdmin: TypeAlias = StatusRequest | Shutdown | Goodbye
+FromWorker: TypeAlias = Done | Returned | Crashed | Drain | Goodbye
+ToClient: TypeAlias = Running | Results | Failed | Cluster | Status | ShuttingDown | Goodbye
+ToWorker: TypeAlias = Run | Revoke | Blob | Forget | Drain | Goodbye
+Session: TypeAlias = ClientHello | WorkerHello | Welcome | Refused | Gone | Heartbeat | Resync
+Wire: TypeAlias = FromClient | FromAdmin | FromWorker | ToClient | ToWorker | Session
+
+
+# --- The codec ------------------------------------------------------------------------------------
+
+
+class Header(NamedTuple):
+    """Stands before each message: whose session it is and how far both sides are in it."""
+
+    token: bytes  # 16 bytes; zero before the session exists
+    seq: int  # this message's number in its direction; of an unnumbered one, the last number sent
+    ack: int  # the last number received without a gap
+
+
+_HEADER = struct.Struct("<2sBx16sQQ")
+_MAGIC = b"ac"
+NO_TOKEN = bytes(16)
+
+_WITH_PAYLOADS = frozenset({Submit, Results, Run, Done})
+_encode_body = msgspec.msgpack.Encoder().encode
+_decode_body = msgspec.msgpack.Decoder(Wire).decode
+
+
+def encode(header: Header, message: Wire) -> list[Buffer]:
+    """The message's frames; large payloads are not copied."""
+    head = _HEADER.pack(_MAGIC, VERSION, *header)
+    payloads = _payloads_of(message)
+    if payloads is None or not _has_large(payloads):
+        return [head + _encode_body(message)]
+    parts: list[Buffer] = []
+    inline = [_scatter(payload, parts) for payload in payloads]
+    return [head + _encode_body(_with_payloads(message, inline)), *parts]
+
+
+def decode(frames: Sequence[Buffer]) -> tuple[Header, Wire]:
+    """The header and message of ``frames``.
+
+    Raises:
+        ProtocolError: the frames are not a message of ours.
+    """
+    first = memoryview(frames[0]) if frames else memoryview(b"")
+    if len(first) < _HEADER.size:
+        raise ProtocolError(f"a message of {len(first)} bytes is shorter than its header")
+    magic, version, token, seq, ack = _HEADER.unpack_from(first)
+    if magic != _MAGIC:
+        raise ProtocolError("not an achilles message")
+    if version != VERSION:
+        raise ProtocolError(f"protocol version {version}; this side speaks {VERSION}")
+    try:
+        message = _decode_body(first[_HEADER.size :])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a valid message: {str(error)[:200]}") from None
+    _check(message, frames)
+    return Header(token, seq, ack), message
+
+
+def _payloads_of(message: Wire) -> list[Payload] | None:
+    if type(message) in _WITH_PAYLOADS:
+        return message.payloads  # type: ignore[union-attr]
+    return [message.payload] if isinstance(message, Blob) else None
+
+
+def _with_payloads(message: Wire, payloads: list[Any]) -> Wire:
+    if isinstance(message, Blob):
+        return msgspec.structs.replace(message, payload=payloads[0])
+    return msgspec.structs.replace(message, payloads=payloads)
+
+
+def _has_large(payloads: list[Payload]) -> bool:
+    return any(type(payload) is not bytes or len(payload) > INLINE_MAX for payload in payloads)
+
+
+def _scatter(payload: Payload, parts: list[Buffer]) -> bytes | int:
+    """Append the payload's parts, or return it as it is when it is small."""
+    buffers: Iterable[Buffer] = payload if isinstance(payload, Parts) else (payload,)
+    if size_of(payload) <= INLINE_MAX:
+        return b"".join(buffers)
+    before = len(parts)
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        parts.extend(view[at : at + PART_MAX] for at in range(0, len(view), PART_MAX))
+    return len(parts) - before
+
+
+def _gather(payloads: list[Any], frames: Sequence[Buffer], at: int) -> int:
+    """Replace numbers of parts by the parts; the index of the next unused frame."""
+    for index, payload in enumerate(payloads):
+        if type(payload) is bytes:
+            continue
+        if type(payload) is not int or not 0 < payload <= PARTS_MAX:
+            raise ProtocolError(f"payload {index} is neither bytes nor a number of parts")
+        if at + payload > len(frames):
+            raise ProtocolError(f"payload {index} lacks parts")
+        payloads[index] = Parts(frames[at : at + payload])
+        at += payload
+    return at
+
+
+def _check(message: Wire, frames: Sequence[Buffer]) -> None:
+    """Bound what the types leave open.
+
+    Raises:
+        ProtocolError: counts that disagree, or that are out of range.
+    """
+    used = 1
+    payloads = _payloads_of(message)
+    if payloads is not None:
+        used = _gather(payloads, frames, 1)
+        if isinstance(message, Blob):
+            message.payload = payloads[0]
+    if used != len(frames):
+        raise ProtocolError(f"{len(frames)} frames where {used} were announced")
+    match message:
+        case Submit(ids=ids) | Run(ids=ids):
+            _check_columns(len(ids), len(message.payloads))
+            _check_range(ids)
+        case Results(ids=ids) | Done(indexes=ids):
+            _check_columns(len(ids), len(message.payloads), len(message.statuses))
+            _check_range(ids)
+            if not STATUSES.issuperset(message.statuses):
+                raise ProtocolError("an unknown status")
+            if isinstance(message, Done) and not 0 <= message.seconds < inf:
+                raise ProtocolError(f"tasks that took {message.seconds} s")
+        case Cancel(ids=ids) | Running(ids=ids) | Revoke(indexes=ids) | Returned(indexes=ids):
+            _check_range(ids)
+        case ClientHello() | WorkerHello():
+            _check_hello(message)
+        case Crashed(index=index, reason=text):
+            _check_range([index])
+            _check_text("reason", text)
+        case Goodbye(reason=text) | Refused(reason=text):
+            _check_text("reason", text)
+        case Welcome():
+            if len(message.token) != 16 or len(message.epoch) != 16:
+                raise ProtocolError("a token or epoch that is not 16 bytes long")
+        case (
+            Blob()
+            | Forget()
+            | Failed()
+            | Cluster()
+            | StatusRequest()
+            | Status()
+            | Shutdown()
+            | ShuttingDown()
+            | Drain()
+            | Gone()
+            | Heartbeat()
+            | Resync()
+        ):
+            pass  # their types leave nothing open
+
+
+def _check_columns(*lengths: int) -> None:
+    if len(set(lengths)) != 1:
+        raise ProtocolError(f"columns of different lengths: {', '.join(map(str, lengths))}")
+    if lengths[0] > TASKS_MAX:
+        raise ProtocolError(f"{lengths[0]} tasks in one message; the limit is {TASKS_MAX}")
+
+
+def _check_range(numbers: list[int]) -> None:
+    if numbers and min(numbers) < 0:
+        raise ProtocolError("a negative number")
+
+
+def _check_text(field: str, text: str) -> None:
+    if len(text) > TEXT_MAX:
+        raise ProtocolError(f"{field} of {len(text)} characters; the limit is {TEXT_MAX}")
+
+
+def _check_hello(hello: ClientHello | WorkerHello) -> None:
+    if len(hello.incarnation) != 16:
+        raise ProtocolError("an incarnation that is not 16 bytes long")
+    for field in ("name", "version", "python"):
+        text = getattr(hello, field)
+        if len(text) > 200 or not text.isprintable():
+            raise ProtocolError(f"{field} is over-long or has control characters")
+    if isinstance(hello, WorkerHello):
+        if not 1 <= hello.slots <= 4096:
+            raise ProtocolError(f"{hello.slots} slots; from 1 to 4096 are possible")
+        if len(hello.tags) > 64 or any(len(t) > 64 or not t.isprintable() for t in hello.tags):
+            raise ProtocolError("too many, over-long or unprintable tags")
+    elif hello.role not in ("client", "admin") or hello.slots_max < 0:
+        raise ProtocolError("an unknown role, or a negative number of slots")

@@ -1,0 +1,324 @@
+"""The broker's sessions: who is who, who may say what, who is still there. Around the `Scheduler`.
+
+Rules
+    1. A session is known by its token, never by the route that its messages come on: routes change with each connection.
+    2. A role may send what `ALLOWED` lists for it, and nothing else.
+    3. A peer that breaks the protocol loses its session, and nobody else notices.
+    4. A hello that is repeated gets the same answer; one of a peer that had got further starts a new session.
+    5. Every session that ends, ends in the scheduler too, exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple, TypeAlias
+
+from achilles.core import protocol as p
+from achilles.core.link import Link, Packet
+from achilles.core.liveness import STALL_SECONDS, Silence, Timings
+from achilles.core.scheduler import Scheduler
+from achilles.errors import ProtocolError
+
+Route: TypeAlias = Hashable
+
+CLIENT, WORKER, ADMIN = "client", "worker", "admin"
+
+_ALWAYS = (p.Heartbeat, p.Resync, p.Goodbye)
+ALLOWED: dict[str, tuple[type, ...]] = {
+    CLIENT: (*_ALWAYS, p.Submit, p.Blob, p.Forget, p.Cancel, p.StatusRequest),
+    ADMIN: (*_ALWAYS, p.StatusRequest, p.Shutdown),
+    WORKER: (*_ALWAYS, p.Done, p.Returned, p.Crashed, p.Drain),
+}
+
+
+_FOR_SCHEDULER = (
+    p.Submit,
+    p.Blob,
+    p.Forget,
+    p.Cancel,
+    p.StatusRequest,
+    p.Done,
+    p.Returned,
+    p.Crashed,
+    p.Drain,
+)
+
+
+class Send(NamedTuple):
+    """A packet on its way to a route."""
+
+    route: Route
+    packet: Packet
+
+
+class Session:
+    """A peer that said hello; ``number`` is its name in the scheduler."""
+
+    __slots__ = ("hello", "link", "number", "role", "route")
+
+    def __init__(
+        self, number: int, role: str, route: Route, link: Link, hello: p.ClientHello | p.WorkerHello
+    ) -> None:
+        self.number = number
+        self.role = role
+        self.route = route
+        self.link = link
+        self.hello = hello
+
+
+class Sessions:
+    """All sessions of one broker process."""
+
+    def __init__(
+        self, scheduler: Scheduler, *, epoch: bytes, timings: Timings, credit: int, now: float
+    ) -> None:
+        self.scheduler = scheduler
+        self._epoch = epoch
+        self._timings = timings
+        self._credit = credit
+        self._by_token: dict[bytes, Session] = {}
+        self._by_number: dict[Hashable, Session] = {}
+        self._by_route: dict[Route, Session] = {}
+        self._by_incarnation: dict[bytes, Session] = {}
+        self._next_number = 1
+        self._seen_at = now
+        self._suspects: Silence[bytes] = Silence(timings.suspect_after)
+        self._lost = {
+            WORKER: Silence[bytes](timings.lost_after),
+            CLIENT: Silence[bytes](timings.client_lost_after),
+            ADMIN: Silence[bytes](timings.client_lost_after),
+        }
+        self._closed = {
+            WORKER: Silence[bytes](timings.grace),
+            CLIENT: Silence[bytes](timings.client_grace),
+            ADMIN: Silence[bytes](timings.grace),
+        }
+        self.refused = 0
+        self.is_shutting_down = False
+
+    # --- From the sockets -------------------------------------------------------------------------
+
+    def receive(
+        self, route: Route, roles: frozenset[str], packet: Packet, now: float, fresh_token: bytes
+    ) -> list[Send]:
+        """Take in a packet from a route whose transport vouches for ``roles``.
+
+        ``fresh_token``: 16 random bytes, for a session that this may begin.
+        """
+        self._notice_stall(now)
+        message = packet.message
+        if isinstance(message, p.ClientHello | p.WorkerHello):
+            return self._hello(route, roles, message, now, fresh_token)
+        session = self._by_token.get(packet.header.token)
+        if session is None or session.role not in roles:
+            if isinstance(message, p.Gone | p.Refused | p.Welcome):
+                return []
+            return [Send(route, Packet(p.Header(packet.header.token, 0, 0), p.Gone()))]
+        self._rebind(session, route)
+        sends = self._heard(session, now)
+        try:
+            return [*sends, *self._in_session(session, packet, now)]
+        except ProtocolError as error:
+            return [*sends, *self._cut(session, str(error), now)]
+
+    def malformed(self, route: Route, reason: str, now: float) -> list[Send]:
+        """Something that is no message came from the route."""
+        session = self._by_route.get(route)
+        if session is None:
+            self.refused += 1
+            return []
+        return self._cut(session, reason, now)
+
+    def closed(self, route: Route, now: float) -> None:
+        """The route's connection has ended; its session has a little time to come back."""
+        session = self._by_route.pop(route, None)
+        if session is not None:
+            self._closed[session.role].heard(session.link.token, now)
+
+    def tick(self, now: float) -> list[Send]:
+        """Suspect and give up those who are silent."""
+        self._notice_stall(now)
+        for token in self._suspects.expired(now):
+            if session := self._by_token.get(token):
+                self.scheduler.suspect(session.number)
+        sends = self._from_scheduler(self.scheduler.tick(now))
+        for watches, reason in (
+            (self._closed, "its connection closed"),
+            (self._lost, "it fell silent"),
+        ):
+            for watch in watches.values():
+                for token in watch.expired(now):
+                    if session := self._by_token.get(token):
+                        sends += self._end(session, now, reason)
+        return sends
+
+    def next_deadline(self) -> float | None:
+        """When `tick` wants to be called."""
+        watches = (self._suspects, *self._lost.values(), *self._closed.values())
+        deadlines = [watch.next_deadline() for watch in watches]
+        deadlines.append(self.scheduler.next_deadline())
+        return min((at for at in deadlines if at is not None), default=None)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no session has a connection."""
+        return not self._by_route
+
+    def farewell(self, reason: str) -> list[Send]:
+        """Tell every peer that the broker ends."""
+        return [
+            Send(session.route, session.link.wrap(p.Goodbye(reason)))
+            for session in self._by_token.values()
+        ]
+
+    def __repr__(self) -> str:
+        return f"<Sessions {len(self._by_token)} | {self.scheduler!r}>"
+
+    # --- Hello ------------------------------------------------------------------------------------
+
+    def _hello(
+        self,
+        route: Route,
+        roles: frozenset[str],
+        hello: p.ClientHello | p.WorkerHello,
+        now: float,
+        fresh_token: bytes,
+    ) -> list[Send]:
+        role = WORKER if isinstance(hello, p.WorkerHello) else hello.role
+        refusal = self._refusal(role, roles, hello)
+        if refusal:
+            self.refused += 1
+            return [Send(route, Packet(p.Header(p.NO_TOKEN, 0, 0), p.Refused(refusal)))]
+        sends: list[Send] = []
+        session = self._by_incarnation.get(hello.incarnation)
+        if session is not None and (session.link.received or session.role != role):
+            sends += self._end(session, now, "it began anew")
+            session = None
+        is_new = session is None
+        if session is None:
+            session = Session(self._next_number, role, route, Link(fresh_token), hello)
+            self._next_number += 1
+            self._by_token[fresh_token] = session
+            self._by_number[session.number] = session
+            self._by_incarnation[hello.incarnation] = session
+        self._rebind(session, route)
+        resumed = self._heard(session, now)
+        welcome = p.Welcome(
+            session.link.token,
+            self._epoch,
+            hello.name,
+            self._credit,
+            self._timings.heartbeat_interval,
+            self._timings.lost_after,
+        )
+        sends += [Send(route, Packet(p.Header(p.NO_TOKEN, 0, 0), welcome)), *resumed]
+        if is_new:
+            sends += self._from_scheduler(self.scheduler.join(session.number, hello, now))
+        return sends
+
+    def _refusal(
+        self, role: str, roles: frozenset[str], hello: p.ClientHello | p.WorkerHello
+    ) -> str:
+        """Why this peer gets no session; empty if it does."""
+        if role not in roles:
+            return f"this key or socket is not for the role {role}"
+        if self.is_shutting_down:
+            return "the broker is shutting down"
+        if role == ADMIN:
+            return ""
+        for session in self._by_token.values():
+            if session.role != ADMIN and session.hello.python != hello.python:
+                return (
+                    f"Python {hello.python} cannot exchange pickles with Python {session.hello.python}, "
+                    f"which {session.role} {session.hello.name} of this broker runs"
+                )
+        return ""
+
+    # --- Sessions ---------------------------------------------------------------------------------
+
+    def _in_session(self, session: Session, packet: Packet, now: float) -> list[Send]:
+        message = packet.message
+        if not isinstance(message, ALLOWED[session.role]):
+            raise ProtocolError(f"the role {session.role} may not send {type(message).__name__}")
+        is_new, answers = session.link.receive(packet, now)
+        sends = [Send(session.route, answer) for answer in answers]
+        if not is_new:
+            return sends
+        if isinstance(message, p.Heartbeat):
+            return [*sends, Send(session.route, session.link.wrap(p.Heartbeat()))]
+        if isinstance(message, p.Shutdown):
+            self.is_shutting_down = True
+            return [*sends, Send(session.route, session.link.wrap(p.ShuttingDown()))]
+        if isinstance(message, p.Goodbye):
+            return [*sends, *self._end(session, now, message.reason, charge=False)]
+        if isinstance(message, _FOR_SCHEDULER):
+            received = self.scheduler.receive(session.number, message, now)
+            return [*sends, *self._from_scheduler(received)]
+        return sends  # of a resync, which the link has answered
+
+    def _from_scheduler(self, sends: Iterable[tuple[Hashable, p.Wire]]) -> list[Send]:
+        packets = []
+        for to, message in sends:
+            session = self._by_number.get(to)
+            if session is not None:
+                packets.append(Send(session.route, session.link.wrap(message)))
+        return packets
+
+    def _rebind(self, session: Session, route: Route) -> None:
+        """The session is reached on this route from now on."""
+        if session.route != route:
+            self._by_route.pop(session.route, None)
+            session.route = route
+        self._by_route[route] = session
+        self._closed[session.role].forget(session.link.token)
+
+    def _heard(self, session: Session, now: float) -> list[Send]:
+        token = session.link.token
+        self._lost[session.role].heard(token, now)
+        if session.role != WORKER:
+            return []
+        self.scheduler.heard(session.number, now)
+        was_suspect = token not in self._suspects
+        self._suspects.heard(token, now)
+        if was_suspect:
+            return self._from_scheduler(self.scheduler.resume(session.number, now))
+        return []
+
+    def _cut(self, session: Session, reason: str, now: float) -> list[Send]:
+        """End the session of a peer that broke the protocol, and tell it."""
+        self.refused += 1
+        route, token = session.route, session.link.token
+        refused = Send(route, Packet(p.Header(p.NO_TOKEN, 0, 0), p.Refused(reason[: p.TEXT_MAX])))
+        gone = Send(route, Packet(p.Header(token, 0, 0), p.Gone()))
+        return [refused, gone, *self._end(session, now, f"it broke the protocol: {reason}")]
+
+    def _end(self, session: Session, now: float, reason: str, *, charge: bool = True) -> list[Send]:
+        token = session.link.token
+        del self._by_token[token]
+        del self._by_number[session.number]
+        if self._by_route.get(session.route) is session:
+            del self._by_route[session.route]
+        if self._by_incarnation.get(session.hello.incarnation) is session:
+            del self._by_incarnation[session.hello.incarnation]
+        self._suspects.forget(token)
+        self._lost[session.role].forget(token)
+        self._closed[session.role].forget(token)
+        return self._from_scheduler(
+            self.scheduler.leave(session.number, now, reason, charge=charge)
+        )
+
+    def _notice_stall(self, now: float) -> None:
+        """Amnesty after a sleep of our own."""
+        if now - self._seen_at > STALL_SECONDS:
+            for watch in (self._suspects, *self._lost.values(), *self._closed.values()):
+                watch.amnesty(now)
+        self._seen_at = now
+
+    def check_invariants(self) -> None:
+        """Assert the rules of this module; tests call it after every step."""
+        assert len(self._by_token) == len(self._by_number), "a session has no number"
+        for token, session in self._by_token.items():
+            assert session.link.token == token
+            assert token in self._lost[session.role], "a session is not watched"
+        assert all(self._by_token.get(s.link.token) is s for s in self._by_route.values())
+        self.scheduler.check_invariants()

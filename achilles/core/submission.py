@@ -1,0 +1,253 @@
+"""The client's side of its tasks: what was submitted, what the broker has, what is still owed an outcome.
+
+Rules
+    1. A task is kept, payload and all, until its outcome came: a new broker gets everything again.
+    2. The broker holds at most its credit of this client's tasks; the rest wait here, in order.
+    3. Each task gets one outcome; what comes after it (a late result, a second one) is dropped here.
+    4. A blob is sent before the first task that names it, once a session.
+
+Ids are the caller's, ascending from 1, and never used twice.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import Literal, NamedTuple, TypeAlias
+
+from achilles.core import protocol as p
+
+BLOBS_KEPT = 256  # unused blobs that stay at the broker, for functions that come back
+
+To: TypeAlias = Literal["broker", "user"]
+
+
+class Send(NamedTuple):
+    """A message to the broker, or one for the user's futures."""
+
+    to: To
+    message: p.FromClient | p.ToClient
+
+
+class Group(NamedTuple):
+    """What tasks have in common."""
+
+    fn: int
+    init: int
+    chunk_max: int
+
+
+class _Blob:
+    """A blob and how many unresolved tasks name it."""
+
+    __slots__ = ("payload", "tasks")
+
+    def __init__(self, payload: p.Payload) -> None:
+        self.payload = payload
+        self.tasks = 0
+
+
+class Submission:
+    """One client's unresolved tasks. Sessions with a broker begin by `connect` and end by `disconnect`."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[int, tuple[Group, p.Payload]] = {}
+        self._backlog: deque[int] = deque()  # ids that the broker does not have yet, oldest first
+        self._at_broker = 0  # unresolved tasks that it has
+        self._blobs: OrderedDict[int, _Blob] = OrderedDict()
+        self._sent_blobs: set[int] = set()
+        self._credit: int | None = None  # None: no session
+
+    # --- Sessions ---------------------------------------------------------------------------------
+
+    def connect(self, credit: int) -> list[Send]:
+        """A new session: the broker knows nothing. ``credit`` 0 means no limit."""
+        self._credit = credit
+        self._sent_blobs.clear()
+        self._backlog = deque(sorted(self._tasks))
+        self._at_broker = 0
+        return self._advance()
+
+    def disconnect(self) -> None:
+        """The session is over; tasks stay until another one begins."""
+        self._credit = None
+
+    # --- From the user ----------------------------------------------------------------------------
+
+    def add_blob(self, blob: int, payload: p.Payload) -> None:
+        """Make a blob known; it travels with the first task that names it."""
+        if blob not in self._blobs:
+            self._blobs[blob] = _Blob(payload)
+
+    def knows_blob(self, blob: int) -> bool:
+        return blob in self._blobs
+
+    def submit(self, group: Group, ids: list[int], payloads: list[p.Payload]) -> list[Send]:
+        """New tasks, in order; their blobs must be known."""
+        tasks = self._tasks
+        for id, payload in zip(ids, payloads, strict=True):
+            tasks[id] = (group, payload)
+        for blob in (group.fn, group.init):
+            if blob:
+                self._blobs[blob].tasks += len(ids)
+        if self._credit is None:
+            self._backlog.extend(ids)
+            return []
+        room = self._room(len(ids))
+        if self._backlog or room < len(ids) or len(ids) > p.TASKS_MAX:
+            self._backlog.extend(ids)
+            return self._advance()
+        self._at_broker += len(ids)
+        return [
+            *self._new_blobs(group),
+            Send("broker", p.Submit(*group[:2], ids, payloads, group[2])),
+        ]
+
+    def cancel(self, ids: list[int]) -> list[Send]:
+        """The user wants no outcome of these tasks; unknown ones are passed over."""
+        at_broker = []
+        waiting = set(self._backlog) if self._backlog else frozenset[int]()
+        dropped = set()
+        for id in ids:
+            if self._forget(id):
+                if id in waiting:
+                    dropped.add(id)
+                else:
+                    at_broker.append(id)
+        if dropped:
+            self._backlog = deque(id for id in self._backlog if id not in dropped)
+        self._at_broker -= len(at_broker)
+        if self._credit is None or not at_broker:
+            return []
+        return [Send("broker", p.Cancel(at_broker)), *self._advance()]
+
+    # --- The core's contract ----------------------------------------------------------------------
+
+    def receive(self, message: p.ToClient, now: float) -> list[Send]:
+        """Take in a message of the broker."""
+        match message:
+            case p.Results():
+                return self._results(message)
+            case p.Failed(id=id):
+                if not self._forget(id):
+                    return []
+                self._at_broker -= 1
+                return [Send("user", message), *self._advance()]
+            case p.Running() | p.Cluster() | p.Status() | p.ShuttingDown() | p.Goodbye():
+                return [Send("user", message)]
+
+    def tick(self, now: float) -> list[Send]:
+        """Time has passed; nothing here waits for it."""
+        return []
+
+    def next_deadline(self) -> float | None:
+        """When `tick` wants to be called."""
+        return None
+
+    def __len__(self) -> int:
+        """How many tasks have no outcome yet."""
+        return len(self._tasks)
+
+    def __repr__(self) -> str:
+        return f"<Submission {len(self._tasks)} tasks | {len(self._backlog)} not sent>"
+
+    # --- Inside -----------------------------------------------------------------------------------
+
+    def _results(self, message: p.Results) -> list[Send]:
+        fresh = [self._forget(id) for id in message.ids]
+        count = sum(fresh)
+        self._at_broker -= count
+        if count == len(fresh):
+            return [Send("user", message), *self._advance()]
+        if not count:
+            return []
+        kept = [at for at, is_fresh in enumerate(fresh) if is_fresh]
+        return [
+            Send(
+                "user",
+                p.Results(
+                    [message.ids[at] for at in kept],
+                    bytes(message.statuses[at] for at in kept),
+                    [message.payloads[at] for at in kept],
+                ),
+            ),
+            *self._advance(),
+        ]
+
+    def _forget(self, id: int) -> bool:
+        """Drop a task; False if it was not there."""
+        entry = self._tasks.pop(id, None)
+        if entry is None:
+            return False
+        fn, init, _ = entry[0]
+        if fn:
+            self._blobs[fn].tasks -= 1
+        if init:
+            self._blobs[init].tasks -= 1
+        return True
+
+    def _room(self, wanted: int) -> int:
+        """How many of ``wanted`` tasks the broker takes now."""
+        if self._credit is None:
+            return 0
+        return wanted if self._credit == 0 else max(0, self._credit - self._at_broker)
+
+    def _advance(self) -> list[Send]:
+        """Send what waits, as far as the credit goes, in runs of one group."""
+        sends: list[Send] = []
+        backlog = self._backlog
+        room = self._room(len(backlog))
+        while backlog and room:
+            group = self._tasks[backlog[0]][0]
+            ids: list[int] = []
+            payloads: list[p.Payload] = []
+            while backlog and room and len(ids) < p.TASKS_MAX:
+                task_group, payload = self._tasks[backlog[0]]
+                if task_group != group:
+                    break
+                ids.append(backlog.popleft())
+                payloads.append(payload)
+                room -= 1
+            self._at_broker += len(ids)
+            sends += self._new_blobs(group)
+            sends.append(Send("broker", p.Submit(*group[:2], ids, payloads, group[2])))
+        if not backlog and self._credit is not None:
+            sends += self._drop_blobs()
+        return sends
+
+    def _new_blobs(self, group: Group) -> list[Send]:
+        sends = []
+        for blob in (group.fn, group.init):
+            if blob:
+                self._blobs.move_to_end(blob)
+                if blob not in self._sent_blobs:
+                    self._sent_blobs.add(blob)
+                    sends.append(Send("broker", p.Blob(0, blob, self._blobs[blob].payload)))
+        return sends
+
+    def _drop_blobs(self) -> list[Send]:
+        """Forget the oldest blobs that no task names, beyond those that may stay."""
+        if len(self._blobs) <= BLOBS_KEPT:
+            return []
+        surplus = len(self._blobs) - BLOBS_KEPT
+        unused = [blob for blob, entry in self._blobs.items() if not entry.tasks][:surplus]
+        for blob in unused:
+            del self._blobs[blob]
+        sent = [blob for blob in unused if blob in self._sent_blobs]
+        self._sent_blobs.difference_update(sent)
+        return [Send("broker", p.Forget(0, sent))] if sent else []
+
+    def check_invariants(self) -> None:
+        """Assert the rules of this module; tests call it after every step."""
+        assert len(set(self._backlog)) == len(self._backlog), "a task waits twice"
+        assert all(id in self._tasks for id in self._backlog), "a resolved task waits"
+        if self._credit is not None:
+            assert self._at_broker == len(self._tasks) - len(self._backlog), "tasks miscounted"
+            assert not self._credit or self._at_broker <= self._credit, "credit overdrawn"
+        counts: dict[int, int] = {}
+        for group, _ in self._tasks.values():
+            for blob in (group.fn, group.init):
+                if blob:
+                    counts[blob] = counts.get(blob, 0) + 1
+        for blob, entry in self._blobs.items():
+            assert entry.tasks == counts.get(blob, 0), "a blob's tasks are miscounted"
+        assert self._sent_blobs <= self._blobs.keys(), "a forgotten blob counts as sent"

@@ -1,0 +1,99 @@
+"""The exception tree, in one drawing.
+
+    AchillesError
+    ├── ProtocolError                 a peer sent what is not our protocol; its session is cut
+    ├── ConfigError                   a setting that cannot be; names the setting and a value that works (exit 78)
+    │   ├── InsecureBindError         a bind beyond loopback that would not be safe (exit 2)
+    │   └── KeyFileError              a key or join file that is missing, loose or damaged
+    ├── BrokerUnreachableError        nobody, or nobody of ours, answers at the endpoint (exit 69)
+    │   └── AuthenticationError       the broker refused our key, or is not the broker we expect
+    ├── ExecutorForkedError           an executor used in a child forked from its process
+    └── in achilles.task_errors, the errors that a Future carries:
+        ├── ArgumentPickleError       the function or an argument cannot be pickled        (PicklingError too)
+        ├── ResultPickleError         a returned value cannot be pickled                   (PicklingError too)
+        ├── ResultUnpickleError       a returned value cannot be read by the client        (UnpicklingError too)
+        ├── RemoteError               stands in for an exception that could not travel
+        ├── BrokerLostError           the broker went away and did not come back           (BrokenProcessPool too)
+        ├── TaskCrashedError          a task ended its runner as often as it was allowed to (BrokenProcessPool too)
+        ├── WorkerLostError           a task was on too many workers that vanished         (BrokenProcessPool too)
+        └── InitializerError          the executor's initializer raised on a runner        (BrokenProcessPool too)
+
+Those of ``achilles.task_errors`` are reachable from here as well, loaded on first use: their standard-library bases
+bring ``pickle`` and ``multiprocessing`` in, which the broker must not have and a runner should not wait for.
+Anything else that escapes a public function and is not in its ``Raises:`` is a bug of ours.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from achilles.task_errors import (
+        ArgumentPickleError,
+        BrokerLostError,
+        InitializerError,
+        RemoteError,
+        ResultPickleError,
+        ResultUnpickleError,
+        TaskCrashedError,
+        WorkerLostError,
+    )
+
+__all__ = [
+    "AchillesError",
+    "ArgumentPickleError",
+    "AuthenticationError",
+    "BrokerLostError",
+    "BrokerUnreachableError",
+    "ConfigError",
+    "ExecutorForkedError",
+    "InitializerError",
+    "InsecureBindError",
+    "KeyFileError",
+    "ProtocolError",
+    "RemoteError",
+    "ResultPickleError",
+    "ResultUnpickleError",
+    "TaskCrashedError",
+    "WorkerLostError",
+]
+
+
+class AchillesError(Exception):
+    """Base of every exception that achilles itself raises."""
+
+
+class ProtocolError(AchillesError):
+    """A peer sent something that is not our protocol, or not at this moment."""
+
+
+class ConfigError(AchillesError):
+    """A setting that cannot be; the text names the setting, where it came from and a value that works."""
+
+
+class InsecureBindError(ConfigError):
+    """A bind that would be reachable from other machines without what makes that safe."""
+
+
+class KeyFileError(ConfigError):
+    """A key or join file that is missing, loosely protected, or damaged."""
+
+
+class BrokerUnreachableError(AchillesError):
+    """Nobody, or nobody who speaks our protocol, answers at the broker's endpoint."""
+
+
+class AuthenticationError(BrokerUnreachableError):
+    """The broker refused our key, or does not hold the key we expect of it."""
+
+
+class ExecutorForkedError(AchillesError, RuntimeError):
+    """The executor was made in another process; make a new one after a fork."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from achilles import task_errors
+
+        return getattr(task_errors, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,54 @@
+"""Chunks hold about 5 ms of work, and fewer tasks at the tail."""
+
+from __future__ import annotations
+
+from achilles.core.chunking import CHUNK_SECONDS, Estimate, chunk_size
+from achilles.core.protocol import TASKS_MAX
+
+
+def estimate(seconds: float, tasks: int = 100) -> Estimate:
+    """An estimate that has seen so many tasks of that duration."""
+    made = Estimate()
+    made.observe(tasks, seconds * tasks)
+    return made
+
+
+def test_an_unknown_duration_means_one_task() -> None:
+    """Nothing may wait behind what could be long."""
+    assert chunk_size(Estimate(), 10_000, 2) == 1
+    assert not Estimate().is_short
+
+
+def test_a_chunk_holds_so_much_work() -> None:
+    """Short tasks share a dispatch, long ones do not."""
+    assert chunk_size(estimate(CHUNK_SECONDS / 50), 100_000, 2) == 50
+    assert chunk_size(estimate(1.0), 100_000, 2) == 1
+    assert chunk_size(estimate(0.0), 10_000_000, 2) == TASKS_MAX
+
+
+def test_chunks_shrink_at_the_tail() -> None:
+    """What is left is shared by all slots."""
+    short = estimate(1e-6)
+    assert [chunk_size(short, queued, 4) for queued in (800, 80, 9, 1)] == [100, 10, 2, 1]
+
+
+def test_an_explicit_chunksize_is_an_upper_bound() -> None:
+    """The user's word holds; it never enlarges."""
+    assert chunk_size(estimate(1e-6), 10_000, 2, 7) == 7
+    assert chunk_size(estimate(1.0), 10_000, 2, 7) == 1
+
+
+def test_one_slow_first_call_is_soon_outweighed() -> None:
+    """A first call pays for imports."""
+    made = estimate(0.5, tasks=1)
+    made.observe(1000, 1000 * 1e-5)
+    assert made.seconds is not None
+    assert made.seconds < 1e-3
+    assert made.is_short
+
+
+def test_long_tasks_are_not_prefetched() -> None:
+    """Above 100 ms a cancel must stay useful."""
+    assert estimate(0.09).is_short
+    assert not estimate(0.2).is_short
+    assert repr(Estimate()) == "<Estimate unknown>"

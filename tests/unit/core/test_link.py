@@ -1,0 +1,112 @@
+"""A link delivers every numbered message once and in order, whatever the transport loses."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from achilles.core import protocol as p
+from achilles.core.link import UNACKED_MAX, Link, Packet
+from achilles.errors import ProtocolError
+
+TOKEN = b"t" * 16
+
+
+def crossed(packet: Packet) -> Packet:
+    """The packet after the codec."""
+    return Packet(*p.decode([bytes(frame) for frame in p.encode(*packet)]))
+
+
+def ids(packet: Packet) -> list[int]:
+    """What a `Cancel`, our numbered message for tests, carries."""
+    assert isinstance(packet.message, p.Cancel)
+    return packet.message.ids
+
+
+def test_messages_arrive_once_and_in_order() -> None:
+    """The ordinary case, and a copy of it."""
+    one, other = Link(TOKEN), Link(TOKEN)
+    packet = crossed(one.wrap(p.Cancel([1])))
+    assert other.receive(packet, 0.0) == (True, [])
+    assert other.receive(packet, 0.0) == (False, [])
+
+
+def test_a_gap_is_asked_for_once_and_sent_again() -> None:
+    """Everything from the gap on comes again, in order."""
+    one, other = Link(TOKEN), Link(TOKEN)
+    packets = [one.wrap(p.Cancel([index])) for index in range(4)]
+    assert other.receive(crossed(packets[0]), 0.0)[0]
+    is_new, answers = other.receive(crossed(packets[2]), 0.0)
+    assert not is_new
+    assert [type(a.message) for a in answers] == [p.Resync]
+    assert other.receive(crossed(packets[3]), 0.1) == (False, [])
+    is_new, again = one.receive(crossed(answers[0]), 0.2)
+    assert not is_new
+    assert [ids(packet) for packet in again] == [[1], [2], [3]]
+    assert [other.receive(crossed(packet), 0.3)[0] for packet in again] == [True] * 3
+
+
+def test_a_heartbeat_shows_a_lost_tail() -> None:
+    """Without a later message nothing else would."""
+    one, other = Link(TOKEN), Link(TOKEN)
+    one.wrap(p.Cancel([1]))
+    is_new, answers = other.receive(crossed(one.wrap(p.Heartbeat())), 0.0)
+    assert is_new
+    assert [type(a.message) for a in answers] == [p.Resync]
+
+
+def test_what_is_acknowledged_is_not_kept() -> None:
+    """Each header acknowledges."""
+    one, other = Link(TOKEN), Link(TOKEN)
+    other.receive(crossed(one.wrap(p.Cancel([1]))), 0.0)
+    assert one.unacknowledged == 1
+    one.receive(crossed(other.wrap(p.Heartbeat())), 0.0)
+    assert one.unacknowledged == 0
+
+
+def test_a_silent_receiver_acknowledges_now_and_then() -> None:
+    """Or the sender would keep everything."""
+    one, other = Link(TOKEN), Link(TOKEN)
+    answers: list[Packet] = []
+    for index in range(UNACKED_MAX):
+        answers += other.receive(crossed(one.wrap(p.Cancel([index]))), 0.0)[1]
+    assert [type(a.message) for a in answers] == [p.Heartbeat]
+
+
+def test_acknowledging_what_was_never_sent_is_refused() -> None:
+    """A peer that does so is not ours."""
+    with pytest.raises(ProtocolError, match="message 5 is acknowledged; 0 were sent"):
+        Link(TOKEN).receive(Packet(p.Header(TOKEN, 1, 5), p.Heartbeat()), 0.0)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_lossy_channel_delivers_everything(seed: int) -> None:
+    """Random losses and copies, heartbeats from time to time: all messages arrive once and in order."""
+    chance = random.Random(seed)
+    one, other = Link(TOKEN), Link(TOKEN)
+    got: list[int] = []
+    to_other: list[Packet] = []
+    to_one: list[Packet] = []
+    now, sent = 0.0, 0
+    while len(got) < 60:
+        now += 0.3
+        assert now < 300, f"seed {seed}: it does not get on"
+        if sent < 60:
+            to_other.append(one.wrap(p.Cancel([sent])))
+            sent += 1
+        to_other.append(one.wrap(p.Heartbeat()))
+        lossy = chance.random() < 0.5
+        for packet in to_other:
+            if lossy and chance.random() < 0.4:
+                continue
+            is_new, answers = other.receive(crossed(packet), now)
+            to_one += answers
+            if is_new and isinstance(packet.message, p.Cancel):
+                got += ids(packet)
+        to_other = []
+        for packet in to_one:
+            if not (lossy and chance.random() < 0.4):
+                to_other += one.receive(crossed(packet), now)[1]
+        to_one = []
+    assert got == list(range(60))

@@ -1,0 +1,225 @@
+"""The scheduler's rules, one scenario each."""
+
+from __future__ import annotations
+
+import pytest
+
+from achilles.core import protocol as p
+from achilles.core.scheduler import ANNOUNCE_SECONDS, CRASHES_MAX, LOSSES_MAX
+from achilles.errors import ProtocolError
+from tests.unit.core.bench import CLIENT, OTHER, SECOND, WORKER, SchedulerBench, of, runs
+
+
+def test_a_task_goes_to_a_worker_and_its_result_back() -> None:
+    """The blob goes first, and once."""
+    bench = SchedulerBench()
+    sends = bench.submit(1)
+    (run,) = runs(sends)
+    assert sends == [(WORKER, p.Blob(1, 1, b"f")), (WORKER, p.Run(run.lease, 1, 1, 0, [1], [b"1"]))]
+    assert bench.done(WORKER, run) == [(CLIENT, p.Results([1], b"\0", [b"v1"]))]
+    (again,) = runs(bench.submit(2))
+    assert again.ids == [2]
+
+
+def test_unknown_durations_go_one_by_one_and_short_ones_together() -> None:
+    """Until it is measured, nothing may wait behind what could be long."""
+    bench = SchedulerBench()
+    first = runs(bench.submit(*range(1, 1001)))
+    assert [len(run.ids) for run in first] == [1]
+    later = runs(bench.done(WORKER, first[0], seconds=0.9e-5))
+    assert [len(run.ids) for run in later] == [500, 250]
+
+
+def test_long_tasks_are_not_sent_ahead() -> None:
+    """A cancel must stay useful, and another slot may be free sooner."""
+    bench = SchedulerBench()
+    (run,) = runs(bench.submit(1, 2, 3))
+    assert [len(run.ids) for run in runs(bench.done(WORKER, run, seconds=1.0))] == [1]
+
+
+def test_ten_tasks_do_not_wait_behind_a_hundred_thousand() -> None:
+    """The slot goes to the client that holds fewest."""
+    bench = SchedulerBench(slots=2)
+    bench.join_client(OTHER)
+    first, _ = runs(bench.submit(*range(1, 10_001)))
+    (ahead,) = runs(bench.submit(*range(1, 11), peer=OTHER))
+    assert ahead.client != first.client
+    assert [run.client for run in runs(bench.done(WORKER, first, seconds=1.0))] == []
+    (next_run,) = runs(bench.done(WORKER, ahead, seconds=1.0))
+    assert next_run.client == ahead.client
+
+
+def test_a_client_has_no_more_slots_than_it_wants() -> None:
+    """``DistributedExecutor(1, address=...)`` uses one slot of many."""
+    bench = SchedulerBench(slots=4)
+    bench.join_client(OTHER, slots_max=1)
+    assert len(runs(bench.submit(1, 2, 3, peer=OTHER))) == 1
+
+
+def test_running_is_announced_for_what_is_still_open() -> None:
+    """Most tasks are done before anybody could ask."""
+    bench = SchedulerBench(slots=2)
+    fast, slow = runs(bench.submit(1, 2))
+    bench.done(WORKER, fast)
+    assert bench.tick(ANNOUNCE_SECONDS) == [(CLIENT, p.Running(slow.ids))]
+    assert bench.tick(9.0) == []
+
+
+def test_returned_tasks_go_to_the_front_and_are_not_charged() -> None:
+    """They did not start."""
+    bench = SchedulerBench()
+    (run,) = runs(bench.submit(1, 2))
+    (again,) = runs(bench.say(WORKER, p.Returned(run.lease, [0])))
+    assert again.ids == [1]
+    assert bench.core.status(bench.now).reassigned == 0
+
+
+def test_the_third_crash_fails_the_task_with_its_story() -> None:
+    """And only that task."""
+    bench = SchedulerBench()
+    sends = bench.submit(1)
+    for _ in range(CRASHES_MAX):
+        (run,) = runs(sends)
+        sends = bench.say(WORKER, p.Crashed(run.lease, 0, "was killed by SIGSEGV"))
+    line = f"its runner was killed by SIGSEGV on worker {WORKER}"
+    assert sends == [(CLIENT, p.Failed(1, p.CRASHED, [line] * CRASHES_MAX))]
+    assert runs(bench.submit(2))
+
+
+def test_a_charged_task_travels_alone() -> None:
+    """So that the next crash is its own."""
+    bench = SchedulerBench()
+    (run,) = runs(bench.submit(*range(1, 101)))
+    chunk, ahead = runs(bench.done(WORKER, run, seconds=1e-6))
+    charged = chunk.ids[0]
+    sends = bench.say(WORKER, p.Crashed(chunk.lease, 0, "died"))
+    sends += bench.say(WORKER, p.Returned(chunk.lease, list(range(1, len(chunk.ids)))))
+    todo = [ahead, *runs(sends)]
+    chunks = []
+    while todo:
+        chunks.append(todo[0].ids)
+        todo += runs(bench.done(WORKER, todo.pop(0), seconds=1e-6))
+    assert [ids for ids in chunks if charged in ids] == [[charged]]
+    assert sorted(id for ids in chunks for id in ids) == list(range(2, 101))
+
+
+def test_a_lost_workers_first_task_is_charged_and_the_rest_is_not() -> None:
+    """Only one can have been running."""
+    bench = SchedulerBench(workers=1)
+    (run,) = runs(bench.submit(*range(1, 41)))
+    chunk, ahead = runs(bench.done(WORKER, run, seconds=1e-6))
+    assert len(chunk.ids) > 1
+    bench.leave(WORKER)
+    alone, *_ = runs(bench.join_worker(SECOND))
+    assert alone.ids == chunk.ids[:1]
+    assert bench.core.status(bench.now).reassigned == len(chunk.ids) + len(ahead.ids)
+
+
+def test_the_fifth_loss_fails_the_task() -> None:
+    """A task that takes its workers along ends somewhere."""
+    bench = SchedulerBench(workers=0)
+    bench.submit(1)
+    sends = []
+    for _ in range(LOSSES_MAX):
+        bench.join_worker(WORKER)
+        sends = bench.leave(WORKER, "it fell silent")
+    (failed,) = of(sends, p.Failed)
+    assert failed.kind == p.LOST
+    assert len(failed.story) == LOSSES_MAX
+
+
+def test_a_worker_that_says_goodbye_charges_nothing() -> None:
+    """A rolling restart costs no task its tries."""
+    bench = SchedulerBench(workers=0)
+    bench.submit(1)
+    for _ in range(2 * LOSSES_MAX):
+        bench.join_worker(WORKER)
+        assert not of(bench.say(WORKER, p.Goodbye("drained")), p.Failed)
+
+
+def test_a_draining_worker_gets_nothing_more() -> None:
+    """It finishes what it has."""
+    bench = SchedulerBench()
+    bench.say(WORKER, p.Drain())
+    assert runs(bench.submit(1)) == []
+    assert runs(bench.join_worker(SECOND)) != []
+
+
+def test_a_suspect_worker_gets_nothing_until_it_is_heard() -> None:
+    """It may be gone."""
+    bench = SchedulerBench()
+    bench.core.suspect(WORKER)
+    assert runs(bench.submit(1)) == []
+    assert len(bench.core.resume(WORKER, bench.now)) == 2
+    bench.core.check_invariants()
+
+
+def test_cancelled_tasks_have_no_result() -> None:
+    """Queued ones never go out; leased ones are revoked, and a result that comes all the same is dropped."""
+    bench = SchedulerBench()
+    (run,) = runs(bench.submit(1, 2))
+    assert bench.say(CLIENT, p.Cancel([2])) == []
+    assert bench.say(CLIENT, p.Cancel([1])) == [(WORKER, p.Revoke(run.lease, [0]))]
+    assert bench.done(WORKER, run) == []
+
+
+def test_a_client_that_leaves_leaves_nothing_behind() -> None:
+    """Its queue is dropped, its leases revoked, its blobs forgotten."""
+    bench = SchedulerBench()
+    (run,) = runs(bench.submit(1, 2))
+    sends = bench.leave(CLIENT)
+    assert sends == [(WORKER, p.Revoke(run.lease, [0])), (WORKER, p.Forget(1, []))]
+    bench.say(WORKER, p.Returned(run.lease, [0]))
+    status = bench.core.status(bench.now)
+    assert (status.queued, status.running, status.clients) == (0, 0, [])
+
+
+def test_late_results_are_dropped_and_counted() -> None:
+    """First come, first served; the second is nobody's."""
+    bench = SchedulerBench()
+    (run,) = runs(bench.submit(1))
+    bench.done(WORKER, run)
+    assert bench.done(WORKER, run) == []
+    assert bench.core.status(bench.now).late == 1
+
+
+@pytest.mark.parametrize("indexes", [[1], [0, 0], [7]])
+def test_results_of_others_tasks_are_refused(indexes: list[int]) -> None:
+    """And change nothing."""
+    bench = SchedulerBench()
+    (run,) = runs(bench.submit(1))
+    count = len(indexes)
+    with pytest.raises(ProtocolError, match="does not hold those tasks"):
+        bench.say(WORKER, p.Done(run.lease, indexes, bytes(count), [b"x"] * count, 0.0))
+    assert bench.done(WORKER, run) == [(CLIENT, p.Results([1], b"\0", [b"v1"]))]
+
+
+def test_what_a_client_may_not_do_is_refused() -> None:
+    """Overdrawn credit, unknown blobs, a worker's messages."""
+    bench = SchedulerBench(credit=3)
+    with pytest.raises(ProtocolError, match="more than 3"):
+        bench.submit(1, 2, 3, 4)
+    with pytest.raises(ProtocolError, match="blob 9"):
+        bench.submit(1, fn=9)
+    with pytest.raises(ProtocolError, match="does not send Drain"):
+        bench.say(CLIENT, p.Drain())
+    with pytest.raises(ProtocolError, match="does not send Cancel"):
+        bench.say(WORKER, p.Cancel([1]))
+    assert bench.core.status(bench.now).queued == 0
+
+
+def test_the_same_task_twice_is_one_task() -> None:
+    """A client that is not sure submits again."""
+    bench = SchedulerBench()
+    bench.submit(1)
+    assert runs(bench.submit(1)) == []
+    assert bench.core.status(bench.now).running == 1
+
+
+def test_the_oldest_function_goes_first() -> None:
+    """Across functions the order of submission holds."""
+    bench = SchedulerBench(workers=0)
+    bench.say(CLIENT, p.Blob(0, 2, b"g"))
+    bench.submit(1, fn=2)
+    bench.submit(2, fn=1)
+    assert [run.fn for run in runs(bench.join_worker(WORKER))] == [2, 1]

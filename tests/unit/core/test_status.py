@@ -1,0 +1,37 @@
+"""A status as plain values."""
+
+from __future__ import annotations
+
+import json
+
+from achilles.core import protocol as p
+from achilles.core.status import status_dict
+
+STATUS = p.Status(
+    workers=[
+        p.WorkerStatus("w", "ready", 4, 2, 7, 0.5, 42),
+        p.WorkerStatus("v", "suspect", 2, 0, 0, 9.0, 43),
+    ],
+    clients=[p.ClientStatus("c", 1, 2, 3)],
+    queued=1,
+    running=2,
+    done=3,
+    failed=4,
+    reassigned=5,
+    late=6,
+    uptime=7.0,
+)
+
+
+def test_workers_are_counted_and_listed_by_name() -> None:
+    """Programs ask for numbers, people for names."""
+    values = status_dict(STATUS)
+    assert values["workers"] == 2
+    assert values["slots"] == 6
+    assert values["workers_by_name"]["v"]["state"] == "suspect"
+    assert values["clients"] == [{"name": "c", "queued": 1, "running": 2, "done": 3}]
+
+
+def test_it_is_json() -> None:
+    """``achilles status -o json`` prints it as it is."""
+    assert json.loads(json.dumps(status_dict(STATUS)))["reassigned"] == 5
