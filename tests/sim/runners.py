@@ -1,0 +1,297 @@
+"""The host of a worker's runners, in virtual time: what `runtime.host` and its child processes do.
+
+Tasks run one after the other; a recall takes back all that have not started. A result that comes within a
+millisecond of the runner's last one, and is not its chunk's last, is seen up to 5 ms later, as in the real thing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from achilles.core import protocol as p
+from tests.sim.oracle import Oracle, Truth, Violation, join, outcome
+
+QUICK = 0.001
+STREAM_INTERVAL = 0.005
+
+Timer = Callable[[float, Callable[[Any], None], Any], None]  # seconds from now, function, argument
+
+
+class Entry:
+    """A task at a runner."""
+
+    __slots__ = (
+        "client",
+        "fn",
+        "index",
+        "init",
+        "is_last",
+        "payload",
+        "placed_at",
+        "seq",
+        "started_at",
+        "truth",
+    )
+
+    def __init__(self, command: p.Execute, index: int, truth: Truth, now: float) -> None:
+        self.seq = command.seq
+        self.client = command.client
+        self.fn = command.fn
+        self.init = command.init
+        self.index = index
+        self.is_last = index == len(command.payloads) - 1
+        self.payload = command.payloads[index]
+        self.truth = truth
+        self.placed_at = now
+        self.started_at = 0.0
+
+
+class Runner:
+    """A child process."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.is_ready = False
+        self.is_dead = False
+        self.is_retiring = False
+        self.is_stillborn = (
+            False  # it died before it got to work: that is charged to its first task
+        )
+        self.has_shown_life = False
+        self.is_polled = False
+        self.queue: deque[Entry] = deque()
+        self.current: Entry | None = None
+        self.blobs: dict[tuple[int, int], bytes] = {}
+        self.outbox: list[tuple[int, int, int, float, bytes]] = []
+
+    @property
+    def is_busy(self) -> bool:
+        return self.current is not None or bool(self.queue)
+
+    def counts(self) -> list[tuple[int, int]]:
+        """Unstarted tasks by chunk, oldest chunk first."""
+        counts: dict[int, int] = {}
+        for entry in self.queue:
+            counts[entry.seq] = counts.get(entry.seq, 0) + 1
+        return list(counts.items())
+
+
+class IdleWatch:
+    """Rule 6 of the oracle: nothing waits behind a running task for long while a slot idles, anywhere."""
+
+    def __init__(self, bound: float, fresh_bound: float) -> None:
+        self._bound = bound
+        self._fresh_bound = fresh_bound  # while a runner has not shown yet that it works
+        self._idle = 0
+        self._idle_since = 0.0
+        self.hosts: list[Host] = []
+
+    def changed(self, idle: int, now: float) -> None:
+        """So many slots more are idle, or fewer."""
+        if not self._idle:
+            self._idle_since = now
+        self._idle += idle
+        if idle < 0 and not self._idle:
+            self._idle = -idle  # look at it once more as it was
+            for host in self.hosts:
+                for runner in host.runners.values():
+                    for entry in runner.queue:
+                        self.unblocked(runner, entry, now)
+            self._idle = 0
+
+    def unblocked(self, runner: Runner, entry: Entry, now: float) -> None:
+        """The task waits no more, or its wait is looked at."""
+        if not self._idle or runner.current is None:
+            return
+        waited = now - max(entry.placed_at, self._idle_since, runner.current.started_at)
+        if waited > (self._bound if runner.has_shown_life else self._fresh_bound):
+            raise Violation(
+                f"{entry.truth} waited for {waited:.3f} s behind {runner.current.truth} while a slot idled"
+            )
+
+
+class Host:
+    """All runners of one worker. ``notify`` has the worker collect a runner's results."""
+
+    def __init__(
+        self,
+        name: str,
+        slots: int,
+        oracle: Oracle,
+        *,
+        clock: Callable[[], float],
+        timer: Timer,
+        notify: Callable[[Runner], None],
+        spawn_seconds: Callable[[], float],
+        watch: IdleWatch | None,
+    ) -> None:
+        self.name = name
+        self.runners: dict[int, Runner] = {}
+        self._slots = slots
+        self._oracle = oracle
+        self._clock = clock
+        self._timer = timer
+        self._notify = notify
+        self._spawn_seconds = spawn_seconds
+        self._watch = watch
+        if watch:
+            watch.hosts.append(self)
+            watch.changed(slots, clock())
+
+    def apply(self, command: p.RunnerCommand) -> list[p.RunnerEvent]:
+        """Do what the agent says; recalls and kills are answered at once."""
+        if isinstance(command, p.Spawn):
+            if len(self.runners) >= self._slots:
+                raise Violation(f"{self.name} is told to start more runners than it has slots")
+            runner = self.runners[command.runner] = Runner(command.runner)
+            self._timer(self._spawn_seconds(), self._ready, runner)
+            return []
+        runner_or_none = self.runners.get(command.runner)
+        if runner_or_none is None:
+            return []
+        runner = runner_or_none
+        match command:
+            case p.Load(client=client, blob=blob, payload=payload):
+                runner.blobs[client, blob] = join(payload)
+            case p.Unload(client=client, blobs=blobs):
+                for key in list(runner.blobs):
+                    if key[0] == client and (not blobs or key[1] in blobs):
+                        del runner.blobs[key]
+            case p.Execute():
+                self._execute(runner, command)
+            case p.Recall():
+                counts = runner.counts()
+                self._take_all(runner)
+                return [p.RunnerRecalled(runner.number, counts)]
+            case p.Kill():
+                return self.end(runner, "was killed", is_asked=True)
+            case p.Retire():
+                runner.is_retiring = True
+                self._exit_if_over(runner)
+        return []
+
+    def collect(self, runner: Runner) -> list[p.RunnerEvent]:
+        """Results that wait to be read, and the runner's end."""
+        events: list[p.RunnerEvent] = []
+        if runner.outbox:
+            events.append(p.RunnerDone(runner.number, list(runner.outbox)))
+            runner.outbox.clear()
+        if runner.is_dead and runner.number in self.runners:
+            del self.runners[runner.number]
+            counts = runner.counts()
+            if counts and runner.is_stillborn:
+                self._oracle.crashed(runner.queue[0].truth)
+            self._take_all(runner)
+            reason = "" if runner.is_retiring else "was killed by SIGSEGV"
+            events.append(p.RunnerDied(runner.number, reason, counts))
+        return events
+
+    def end(self, runner: Runner, reason: str, *, is_asked: bool) -> list[p.RunnerEvent]:
+        """The runner dies now; what it wrote before can still be read."""
+        was_busy = runner.is_busy
+        runner.is_dead = True
+        truth = runner.current.truth if runner.current else None
+        runner.current = None
+        if not is_asked:
+            if truth is not None:
+                self._oracle.crashed(truth)
+            elif not runner.has_shown_life and not runner.is_retiring:
+                runner.is_stillborn = True
+            self._notify(runner)
+        if self._watch and was_busy and not runner.queue:
+            self._watch.changed(1, self._clock())
+        return self.collect(runner) if is_asked else []
+
+    def close(self) -> None:
+        """All runners die with their worker."""
+        for runner in self.runners.values():
+            runner.is_dead = True
+            runner.current = None
+            runner.queue.clear()
+        self.runners.clear()
+
+    # --- Inside -----------------------------------------------------------------------------------
+
+    def _execute(self, runner: Runner, command: p.Execute) -> None:
+        now = self._clock()
+        was_busy = runner.is_busy
+        for index, payload in enumerate(command.payloads):
+            truth = self._oracle.of_payload(payload)
+            runner.queue.append(Entry(command, index, truth, now))
+        if runner.is_dead:
+            return
+        if self._watch and not was_busy:
+            self._watch.changed(-1, now)
+        self._start_next(runner)
+
+    def _ready(self, runner: Runner) -> None:
+        runner.is_ready = True
+        self._start_next(runner)
+        self._exit_if_over(runner)
+
+    def _start_next(self, runner: Runner) -> None:
+        if runner.current or not runner.queue or not runner.is_ready or runner.is_dead:
+            return
+        entry = runner.current = runner.queue.popleft()
+        entry.started_at = self._clock()
+        truth = entry.truth
+        self._oracle.started(truth, self.name, entry.started_at)
+        if truth.is_poison:
+            self._timer(truth.seconds / 2, self._poisoned, (runner, entry))
+        else:
+            self._timer(truth.seconds, self._finished, (runner, entry))
+
+    def _poisoned(self, what: tuple[Runner, Entry]) -> None:
+        runner, entry = what
+        if runner.current is entry:
+            self.end(runner, "was killed by SIGSEGV", is_asked=False)
+
+    def _finished(self, what: tuple[Runner, Entry]) -> None:
+        runner, entry = what
+        if runner.current is not entry:
+            return
+        if self._watch and runner.queue:
+            self._watch.unblocked(runner, runner.queue[0], self._clock())
+        runner.current = None
+        status, payload = self._run(runner, entry)
+        seconds = entry.truth.seconds
+        runner.outbox.append((entry.seq, entry.index, status, seconds, payload))
+        runner.has_shown_life = True
+        if entry.is_last or seconds >= QUICK:
+            self._notify(runner)
+        elif not runner.is_polled:
+            runner.is_polled = True
+            self._timer(STREAM_INTERVAL, self._poll, runner)
+        self._start_next(runner)
+        if self._watch and runner.current is None:
+            self._watch.changed(1, self._clock())
+        self._exit_if_over(runner)
+
+    def _run(self, runner: Runner, entry: Entry) -> tuple[int, bytes]:
+        names = [(entry.client, entry.fn), (entry.client, entry.init)]
+        blobs = [runner.blobs.get(name) if name[1] else b"" for name in names]
+        if blobs[0] is None or blobs[1] is None:
+            return p.ERROR, b"the runner lacks a blob"
+        payload = join(entry.payload)
+        return outcome(blobs[0], blobs[1], payload, does_raise=entry.truth.does_raise)
+
+    def _poll(self, runner: Runner) -> None:
+        runner.is_polled = False
+        if runner.outbox:
+            self._notify(runner)
+
+    def _take_all(self, runner: Runner) -> None:
+        if self._watch:
+            now = self._clock()
+            for entry in runner.queue:
+                self._watch.unblocked(runner, entry, now)
+            if runner.queue and runner.current is None:
+                self._watch.changed(1, now)
+        runner.queue.clear()
+
+    def _exit_if_over(self, runner: Runner) -> None:
+        if runner.is_retiring and runner.is_ready and not runner.is_busy and not runner.is_dead:
+            runner.is_dead = True
+            self._notify(runner)

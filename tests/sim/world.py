@@ -1,0 +1,237 @@
+"""A whole cluster in virtual time: the real cores at every end, a network and runners that are not.
+
+    Submission + Dialer  ══ network ══  Sessions + Scheduler  ══ network ══  Dialer + Agent ── Host (runners)
+
+Everything that happens is a thunk in one heap, ordered by time and then by number. All chance comes from streams
+that are seeded by the seed and the stream's name. Every message crosses the codec on its way.
+"""
+
+from __future__ import annotations
+
+import heapq
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from achilles.core import protocol as p
+from achilles.core.agent import START_SECONDS, STUCK_SECONDS
+from achilles.core.link import Packet
+from tests.sim.nodes import Broker, Client, Connection, Frames, Node, Peer, Worker
+from tests.sim.oracle import (
+    Oracle,
+    Violation,
+)
+from tests.sim.plan import Plan
+from tests.sim.runners import IdleWatch
+
+STEPS_MAX = 400_000
+RECONNECT_SECONDS = (0.02, 1.0)
+DELAY_MAX = 6.0
+
+
+class World:
+    """One simulated run. ``stride``: cores with much state are checked after so many steps each."""
+
+    def __init__(
+        self, plan: Plan, *, stride: int, log: Callable[[str], None] | None = None
+    ) -> None:
+        self.plan = plan
+        self.now = 0.0
+        self.oracle = Oracle()
+        self.trace = 0  # a checksum of every message and its time
+        self.steps = 0
+        self.marks: Counter[str] = Counter()  # what happened how often
+        self.is_healed = False
+        self.drop = 0.0  # the share of messages that the network loses
+        self.slowness = 1.0
+        self._log = log
+        self._stride = stride
+        self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self._pushed = 0
+        self._tokens = 0
+        self._network = plan.stream("network")
+        self._spawning = plan.stream("runners")
+        self._routes: dict[int, Connection] = {}
+        self._route = 0
+        self.watch: IdleWatch | None = None
+        if plan.is_calm:
+            slack = 3 * plan.round_trip
+            self.watch = IdleWatch(STUCK_SECONDS + slack, START_SECONDS + slack)
+        self._broker_number = 1
+        self.broker = Broker(self, 1)
+        self.clients = [Client(self, n, slots_max) for n, slots_max in enumerate(plan.clients)]
+        self.workers = [Worker(self, n, 1, slots) for n, slots in enumerate(plan.workers)]
+
+    # --- Time -------------------------------------------------------------------------------------
+
+    def at(self, time: float, function: Callable[[Any], None], argument: Any) -> None:
+        """Have something happen."""
+        self._pushed += 1
+        heapq.heappush(self._heap, (time, self._pushed, function, argument))
+
+    def run_until(self, time: float) -> None:
+        """Let everything happen that happens before that moment."""
+        heap = self._heap
+        while heap and heap[0][0] <= time:
+            self.now, _, function, argument = heapq.heappop(heap)
+            function(argument)
+        self.now = time
+
+    def count_step(self, node: Node) -> None:
+        self.steps += 1
+        if self.steps > STEPS_MAX:
+            raise Violation(f"{STEPS_MAX} steps: something goes round in circles")
+        if isinstance(node, Worker) or self.steps % self._stride == 0:
+            node.check()
+
+    # --- Chance -----------------------------------------------------------------------------------
+
+    def fresh_token(self) -> bytes:
+        self._tokens += 1
+        return self._tokens.to_bytes(16, "big")
+
+    def spawn_seconds(self) -> float:
+        return self.plan.spawn_seconds * (0.5 + self._spawning.random())
+
+    def _delay(self, connection: Connection) -> float:
+        mean = self.plan.delay * self.slowness * connection.factor
+        return min(self._network.expovariate(1.0) * mean, 4 * mean, DELAY_MAX / self.plan.scale)
+
+    # --- The network ------------------------------------------------------------------------------
+
+    def connect(self, peer: Peer) -> None:
+        """A new connection of the peer, which it may or may not be told of."""
+        if not peer.is_up or peer.connection is not None:
+            return
+        if not self.broker.is_up:
+            self.at(self.now + self._network.uniform(*RECONNECT_SECONDS), self.connect, peer)
+            return
+        self._route += 1
+        factor = (
+            1.0
+            if self.plan.is_sound or self.plan.is_calm
+            else self._network.choice((1.0, 1.0, 3.0))
+        )
+        peer.connection = self._routes[self._route] = Connection(self._route, peer, factor)
+        if self._network.random() < 0.85:
+            peer.deliver(peer.on_connected, None)
+
+    def cut(self, peer: Peer, *, reconnect: bool = True) -> None:
+        """The peer's connection breaks. What is under way is lost, or a part of it comes late."""
+        connection = peer.connection
+        if connection is None:
+            return
+        peer.connection = None
+        connection.is_open = False
+        chance = self._network
+        if chance.random() < 0.3:
+            connection.late_until = self.now + chance.random() * 4 * self.plan.delay
+        if chance.random() < 0.75:
+            noticed_at = self.now + chance.expovariate(1.0) * 0.2
+            self.at(noticed_at, self._notice_close, (self.broker, connection.route))
+        if reconnect:
+            self.at(self.now + chance.uniform(*RECONNECT_SECONDS), self.connect, peer)
+
+    def linger(self, peer: Peer) -> None:
+        """The peer ends; what it has sent arrives."""
+        connection = peer.connection
+        peer.die()
+        if connection is not None:
+            connection.late_until = connection.up_at
+
+    def _notice_close(self, what: tuple[Broker, int]) -> None:
+        broker, route = what
+        broker.deliver(broker.on_closed, route)
+
+    def send_up(self, connection: Connection | None, packet: Packet) -> None:
+        """From a peer to the broker."""
+        frames = p.encode(*packet)
+        if connection is None or connection.up_mute_until > self.now or self._is_dropped():
+            return
+        connection.up_at = max(connection.up_at, self.now + self._delay(connection))
+        self.at(connection.up_at, self._arrive_up, (connection, frames, self.broker))
+
+    def send_down(self, route: int, packet: Packet) -> None:
+        """From the broker to a peer."""
+        frames = p.encode(*packet)
+        connection = self._routes[route]
+        if not connection.is_open or connection.down_mute_until > self.now or self._is_dropped():
+            return
+        connection.down_at = max(connection.down_at, self.now + self._delay(connection))
+        self.at(connection.down_at, self._arrive_down, (connection, frames))
+
+    def _is_dropped(self) -> bool:
+        return self.drop > 0 and self._network.random() < self.drop
+
+    def _arrive_up(self, what: tuple[Connection, Frames, Broker]) -> None:
+        connection, frames, broker = what
+        if (connection.is_open or self.now <= connection.late_until) and broker.is_up:
+            self._note("▲", connection, frames)
+            self.marks["late"] += not connection.is_open
+            broker.deliver(broker.on_frames, (connection, frames))
+
+    def _arrive_down(self, what: tuple[Connection, Frames]) -> None:
+        connection, frames = what
+        if connection.is_open or self.now <= connection.late_until:
+            self._note("▼", connection, frames)
+            self.marks["late"] += not connection.is_open
+            connection.peer.deliver(connection.peer.on_frames, (connection, frames))
+
+    def _note(self, direction: str, connection: Connection, frames: Frames) -> None:
+        self.trace = zlib.crc32(frames[0], zlib.crc32(_TIME.pack(self.now), self.trace))
+        if self._log:
+            header, message = p.decode(frames)
+            where = f"{connection.peer.name} #{connection.route}"
+            self._log(
+                f"{self.now:10.4f} {direction} {where} {header.seq}/{header.ack} {str(message)[:300]}"
+            )
+
+    def note(self, text: str) -> None:
+        """Say in the log what happens."""
+        if self._log:
+            self._log(f"{self.now:10.4f} * {text}")
+
+    # --- What befalls processes -------------------------------------------------------------------
+
+    def restart_worker(self, worker: Worker) -> None:
+        """A new process in the place of one that is gone."""
+        if self.workers[worker.number] is worker:
+            new = Worker(self, worker.number, worker.life + 1, self.plan.workers[worker.number])
+            self.workers[worker.number] = new
+            new.start()
+
+    def kill_broker(self) -> None:
+        """The broker is gone, with all that it knew."""
+        if not self.broker.is_up:
+            return
+        self.broker.is_up = False
+        self.oracle.client_lost()
+        for peer in [*self.clients, *self.workers]:
+            self.cut(peer)
+
+    def restart_broker(self, _: None) -> None:
+        if not self.broker.is_up:
+            self._broker_number += 1
+            self.broker = Broker(self, self._broker_number)
+            self.broker.after_step()
+
+    def heal(self) -> None:
+        """From here on nothing goes wrong any more."""
+        self.is_healed = True
+        self.drop = 0.0
+        self.slowness = 1.0
+        self.restart_broker(None)
+        for worker in list(self.workers):
+            if not worker.is_up:
+                self.restart_worker(worker)
+        for connection in self._routes.values():
+            connection.up_mute_until = connection.down_mute_until = 0.0
+        for node in [self.broker, *self.clients, *self.workers]:
+            if node.paused_until > self.now:
+                node.paused_until = self.now
+                self.at(self.now, node.go_on, None)
+
+
+_TIME = struct.Struct("<d")
