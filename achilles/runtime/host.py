@@ -1,0 +1,582 @@
+"""The host's side of runners: turns commands into what a child reads, and what it writes into events.
+
+Rules
+    1. Single-threaded, and nothing blocks: what a runner does not take stays in its outbox.
+    2. A chunk's tokens are written after its command (or with it, if the socket is full). Whoever reads a token
+       owns the task: one that comes back is a task that did not start, whatever the runner did meanwhile.
+    3. All that a runner wrote is read before its death is told, and its process group dies with it.
+    4. A recalled chunk's command may lie unread in the socket. Its seq must not be used again before the
+       runner is past it, so then chunks are held back until the runner has answered a ``sync``.
+
+``achilles.runtime.runner`` draws the channel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import os
+import select
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from achilles.core.protocol import (
+    Execute,
+    Kill,
+    Load,
+    Parts,
+    Payload,
+    Recall,
+    Retire,
+    RunnerCommand,
+    RunnerDied,
+    RunnerDone,
+    RunnerEvent,
+    RunnerRecalled,
+    Spawn,
+    Unload,
+    size_of,
+)
+from achilles.runtime.process import READ_MAX, RunnerProcess, describe_exit, life_pipe
+from achilles.runtime.runner import LENGTH, RECORD, SHARED
+from achilles.runtime.serialize import ERROR, INIT_FAILED, LARGE
+from achilles.runtime.shared import IS_AVAILABLE
+
+POLL_SECONDS = 0.005  # how long a result may lie in a stream pipe
+EXIT_SECONDS = 0.5  # from the end of a runner's channel to its exit
+RETIRE_SECONDS = 5.0  # the same where it was asked to exit, and runs atexit handlers
+READS_MAX = 16
+STALE_MAX = 100
+COMMAND_MAX = (1 << 31) - (1 << 20)  # marshal's limit, less what else is in a command
+HANDOFFS_MAX = 64  # of one command: each takes a descriptor of the runner's
+
+Register: TypeAlias = Callable[..., None]
+Counts: TypeAlias = list[tuple[int, int]]
+
+
+class RunnerHost:
+    """Starts, feeds, reads and ends runners on behalf of a loop that watches descriptors.
+
+    ``register(fd, callback, write=False)`` watches ``fd`` for reading, or for both with ``write``; it is
+    called again to change that. The callbacks gather events, which `collect` hands out.
+    """
+
+    def __init__(
+        self,
+        *,
+        register: Register,
+        unregister: Callable[[int], None],
+        path: list[str] | None,
+        cwd: str | None,
+        environ: dict[str, str] | None = None,
+    ) -> None:
+        self.register = register
+        self.unregister = unregister
+        self.environ = environ
+        self.setup = {"path": path, "cwd": cwd}
+        self.runners: dict[int, _Runner] = {}
+        self.polled: set[_Runner] = set()  # those that something is awaited of which wakes nobody
+        self.dying: set[_Runner] = set()  # killed, or their channel ended, but not seen to exit
+        self.events: list[RunnerEvent] = []
+        self.life_read, self.life = life_pipe()
+        _hosts.add(self)
+
+    def __repr__(self) -> str:
+        return f"<RunnerHost {len(self.runners)} runners, {len(self.dying)} dying>"
+
+    def apply(self, effect: RunnerCommand) -> list[RunnerEvent]:
+        """Do it. The events are all those gathered so far, the answer to `Recall` among them.
+
+        A `Kill` is answered when the process is gone, which `collect` tells some milliseconds later. Commands
+        to a runner that does not exist (any more) do nothing: its death was or will be told.
+        """
+        if isinstance(effect, Spawn):
+            self._spawn(effect.runner)
+        elif (runner := self.runners.get(effect.runner)) is not None:
+            match effect:
+                case Execute():
+                    runner.execute(effect)
+                case Load(client=client, blob=blob, payload=payload):
+                    runner.load(client, blob, payload)
+                case Unload(client=client, blobs=[]):
+                    runner.send(("forget_client", client))
+                case Unload(client=client, blobs=blobs):
+                    runner.send(("forget", client, blobs))
+                case Recall(runner=number):
+                    self.events.append(RunnerRecalled(number, runner.recall()))
+                case Kill():
+                    runner.kill()
+                case Retire():
+                    runner.retire()
+        return self._take_events()
+
+    def collect(self) -> list[RunnerEvent]:
+        """The events gathered since; reads the stream pipes and looks after the dying, too."""
+        for runner in tuple(self.polled):
+            runner.poll()
+        for runner in tuple(self.dying):
+            runner.bury()
+        return self._take_events()
+
+    def next_deadline(self, now: float) -> float | None:
+        """When `collect` is wanted next even if no descriptor is ready."""
+        return now + POLL_SECONDS if self.polled or self.dying else None
+
+    def close(self, *, timeout: float) -> None:
+        """End and reap all runners; those that are idle may exit by themselves for up to ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        runners = tuple(self.runners.values())
+        for runner in runners:
+            runner.poll()
+            if runner.chunks or runner.outbox or runner.held:
+                runner.kill()
+            else:
+                runner.retire()
+        for runner in runners:
+            runner.end(deadline)
+        self.events.clear()
+        if self in _hosts:
+            _hosts.discard(self)
+            os.close(self.life_read)
+            os.close(self.life)
+
+    def pids(self) -> dict[int, int]:
+        """Process ids by runner."""
+        return {number: runner.pid for number, runner in self.runners.items()}
+
+    def _take_events(self) -> list[RunnerEvent]:
+        events = self.events
+        if events:
+            self.events = []
+        return events
+
+    def _spawn(self, number: int) -> None:
+        try:
+            runner = _Runner(self, number)
+        except OSError as error:
+            reason = f"could not be started: {error} (the limit of processes or of open files?)"
+            self.events.append(RunnerDied(number, reason, []))
+            return
+        self.runners[number] = runner
+        runner.send(("setup", self.setup))
+
+
+class _Frame:
+    """A command on its way to a runner, and the tokens to be written after it."""
+
+    __slots__ = ("data", "tokens")
+
+    def __init__(self, data: memoryview, tokens: bytes) -> None:
+        self.data = data
+        self.tokens = tokens
+
+
+class _Chunk:
+    """A chunk with tasks whose results are awaited."""
+
+    __slots__ = ("count", "number", "outstanding")
+
+    def __init__(self, number: int, count: int) -> None:
+        self.number = number  # counts this runner's chunks
+        self.count = count
+        self.outstanding = count
+
+
+class _Runner:
+    """One runner: what it was given, what it owes, and how it ends."""
+
+    def __init__(self, host: RunnerHost, number: int) -> None:
+        self.host = host
+        self.number = number
+        self.outbox: deque[_Frame] = deque()
+        self.held: deque[Execute] = deque()  # chunks that wait for the sync
+        self.chunks: dict[int, _Chunk] = {}  # by seq
+        self.stale: dict[int, int] = {}  # by seq, the numbers of chunks that were recalled
+        self.sent = 0  # chunks
+        self.inbox = bytearray()  # the beginning of a record
+        self.stream_rest = b""  # the same of the stream pipe
+        self.is_syncing = False
+        self.is_retired = False
+        self.is_killed = False
+        self.is_write_watched = False
+        self.is_unwatched = False
+        self.is_gone = False
+        self.fault = ""  # what it did, or suffered, that made us kill it
+        self.deadline: float | None = None  # when it is killed if it has not exited by then
+        self.process = process = RunnerProcess(host.life_read, host.environ)
+        self.pid = process.pid
+        self.sock = process.sock
+        self.tokens = process.tokens
+        host.register(self.sock.fileno(), self.read)
+        if process.pidfd >= 0:
+            host.register(process.pidfd, self.bury)
+
+    def __repr__(self) -> str:
+        return f"<runner {self.number}, pid {self.pid} | {len(self.chunks)} chunks>"
+
+    # --- To the runner ---
+
+    def execute(self, effect: Execute) -> None:
+        """Send a chunk and its tokens."""
+        seq = effect.seq
+        if self.is_retired or self.is_syncing or seq in self.stale or len(self.stale) > STALE_MAX:
+            self.held.append(effect)
+            if not self.is_retired and not self.is_syncing:
+                self.is_syncing = True
+                self.send(("sync",), b"\0")
+            return
+        sent = self._hand_over(effect.payloads)
+        if sent is None:
+            self._refuse(effect)
+            return
+        count = len(sent)
+        self.sent += 1
+        self.chunks[seq] = _Chunk(self.sent, count)
+        if count > 1:
+            self.host.polled.add(self)
+        command = ("run", seq, effect.client, effect.fn, effect.init, sent)
+        self.send(command, bytes((seq,)) * count)
+
+    def load(self, client: int, blob: int, payload: Payload) -> None:
+        """Send a blob. Without it (if it is too large) its tasks fail, and say so."""
+        sent = self._hand_over([payload])
+        if sent is not None:
+            self.send(("load", client, blob, *sent))
+
+    def _hand_over(self, payloads: list[Payload]) -> list[bytes | None] | None:
+        """The payloads as a command has them: None for each that was handed over in shared memory.
+
+        None for all of them: a command cannot hold what could not be handed over.
+        """
+        if all(type(payload) is bytes and len(payload) < LARGE for payload in payloads):
+            return payloads  # type: ignore[return-value]
+        left = HANDOFFS_MAX if IS_AVAILABLE else 0
+        sent: list[bytes | None] = []
+        size = 0
+        for payload in payloads:
+            parts = payload if isinstance(payload, Parts) else (payload,)
+            if left and size_of(payload) >= LARGE and self.process.handoff.send(parts):
+                left -= 1
+                sent.append(None)
+            else:
+                size += size_of(payload)
+                if size > COMMAND_MAX:
+                    self.send(("discard", sent.count(None)))
+                    return None
+                sent.append(b"".join(parts))
+        return sent
+
+    def _refuse(self, effect: Execute) -> None:
+        """Fail the tasks of a chunk that is too large to be sent."""
+        from achilles.runtime.tracebacks import dump_error
+
+        text = "more than 2 GiB of arguments at once, and no shared memory to hand them over"
+        error = dump_error(OverflowError(text))
+        results = [(effect.seq, index, ERROR, 0.0, error) for index in range(len(effect.payloads))]
+        self.host.events.append(RunnerDone(self.number, results))
+
+    def send(self, command: tuple[Any, ...], tokens: bytes = b"") -> None:
+        """Send a command, and when it is out its tokens."""
+        body = marshal.dumps(command)
+        data = LENGTH.pack(len(body)) + body
+        sent = given = 0
+        if not self.outbox:
+            try:
+                sent = self.sock.send(data)
+                if sent == len(data):
+                    if not tokens:
+                        return
+                    given = self.tokens.write(tokens)
+                    if given == len(tokens):
+                        return
+            except OSError:
+                pass  # full, for now; or dead, as will be noticed
+        self.outbox.append(_Frame(memoryview(data)[sent:], tokens[given:]))
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what the runner takes of the outbox."""
+        outbox = self.outbox
+        try:
+            while outbox:
+                frame = outbox[0]
+                while frame.data:
+                    frame.data = frame.data[self.sock.send(frame.data) :]
+                self._give(frame)
+                outbox.popleft()
+        except BlockingIOError:
+            with contextlib.suppress(BlockingIOError):
+                for frame in outbox:  # an idle runner reads commands only when it gets a token
+                    self._give(frame)
+        except OSError:
+            return  # it died, as will be noticed; what is in the outbox did not start
+        self._watch_writes(bool(outbox and outbox[0].data))
+        if outbox:
+            self.host.polled.add(self)
+        elif self.is_retired:
+            self.tokens.end()
+
+    def _give(self, frame: _Frame) -> None:
+        while frame.tokens:
+            frame.tokens = frame.tokens[self.tokens.write(frame.tokens) :]
+
+    def _watch_writes(self, is_wanted: bool) -> None:
+        if is_wanted != self.is_write_watched and not self.is_unwatched:
+            self.is_write_watched = is_wanted
+            self.host.register(self.sock.fileno(), self.read, write=is_wanted)
+
+    def recall(self) -> Counts:
+        """Take back every task that has not started; how many of which chunk."""
+        counts = Counter(self.tokens.take())
+        for frame in self.outbox:
+            counts.update(frame.tokens)
+            frame.tokens = b""
+        is_synced = counts.pop(0, 0) == 0
+        for seq, count in counts.items():
+            chunk = self.chunks[seq]
+            self.stale[seq] = chunk.number
+            chunk.outstanding -= count
+            self._settle(seq, chunk)
+        unstarted = [*counts.items()]
+        unstarted += [(effect.seq, len(effect.payloads)) for effect in self.held]
+        self.held.clear()
+        if not is_synced:
+            self.outbox.append(_Frame(memoryview(b""), b"\0"))
+            self._flush()
+        return unstarted
+
+    def retire(self) -> None:
+        """Let it exit when it has run what it has."""
+        self.is_retired = True
+        if not self.outbox:
+            self.tokens.end()
+
+    # --- From the runner ---
+
+    def poll(self) -> None:
+        """Do what no descriptor wakes the host for."""
+        self._read_stream()
+        if self.outbox:
+            self._flush()
+        self._update_polled()
+
+    def read(self) -> None:
+        """The socket is ready: read what it has, and the stream pipe's results, which are older."""
+        if self.is_gone:
+            return
+        if self.outbox:
+            self._flush()
+        data, is_end = self._receive()
+        if self in self.host.polled:
+            self._read_stream()
+        if data:
+            self._take(data)
+        if is_end:
+            self._unwatch()
+            self._expect_exit(RETIRE_SECONDS if self.is_retired else EXIT_SECONDS)
+
+    def _receive(self) -> tuple[bytes, bool]:
+        """What the socket has, up to a bound, and whether it has ended."""
+        parts: list[bytes] = []
+        while len(parts) < READS_MAX:
+            try:
+                data = self.sock.recv(READ_MAX)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""  # it was reset
+            if not data:
+                return b"".join(parts), True
+            parts.append(data)
+            if len(data) < READ_MAX:
+                break
+        return (parts[0] if len(parts) == 1 else b"".join(parts)), False
+
+    def _take(self, data: bytes) -> None:
+        """Take records of the socket."""
+        if self.inbox:
+            self.inbox += data
+            if len(self.inbox) < RECORD.size:
+                return
+            if len(self.inbox) < RECORD.size + RECORD.unpack_from(self.inbox)[4]:
+                return
+            data = bytes(self.inbox)
+            self.inbox.clear()
+        rest = self._parse(data)
+        if rest:
+            self.inbox += rest
+
+    def _read_stream(self) -> None:
+        """Take records of the stream pipe."""
+        try:
+            while data := os.read(self.process.stream, READ_MAX):
+                self.stream_rest = self._parse(self.stream_rest + data)
+        except BlockingIOError:
+            pass
+
+    def _parse(self, data: bytes) -> bytes:
+        """Take whole records off ``data``; the rest."""
+        if self.fault:
+            return b""  # it is as good as dead
+        results: list[tuple[int, int, int, float, Payload]] = []
+        unpack, size = RECORD.unpack_from, RECORD.size
+        chunks = self.chunks
+        at, end = 0, len(data)
+        while at + size <= end:
+            seq, status, index, seconds, length = unpack(data, at)
+            start = at + size
+            at = start if status & SHARED else start + length
+            if at > end:
+                at = start - size
+                break
+            if not seq and self.is_syncing:
+                self._synced()
+                continue
+            chunk = chunks.get(seq)
+            payload: Payload = data[start:at]
+            if status > INIT_FAILED:
+                status ^= SHARED
+                shared = self._receive_shared() if status <= INIT_FAILED else None
+                if shared is None:
+                    chunk = None
+                else:
+                    payload = shared
+            if chunk is None or index >= chunk.count:
+                self._fail("wrote something else than results to the worker's pipe")
+                break
+            results.append((seq, index, status, seconds, payload))
+            chunk.outstanding -= 1
+            if not chunk.outstanding:
+                self._settle(seq, chunk)
+                if self.stale:  # older chunks' commands were passed over
+                    self.stale = {s: n for s, n in self.stale.items() if n >= chunk.number}
+        if results:
+            self.host.events.append(RunnerDone(self.number, results))
+        return data[at:]
+
+    def _receive_shared(self) -> Payload | None:
+        try:
+            return Parts((self.process.handoff.receive(),))
+        except OSError as error:
+            self._fail(f"gave a result that could not be received: {error}")
+            return None
+
+    def _settle(self, seq: int, chunk: _Chunk) -> None:
+        """A chunk may have no task outstanding any more."""
+        if not chunk.outstanding:
+            del self.chunks[seq]
+            if chunk.count > 1:
+                self._update_polled()
+
+    def _update_polled(self) -> None:
+        if not self.outbox and all(chunk.count == 1 for chunk in self.chunks.values()):
+            self.host.polled.discard(self)
+
+    def _synced(self) -> None:
+        self.is_syncing = False
+        self.stale.clear()
+        held, self.held = self.held, deque()
+        for effect in held:
+            self.execute(effect)
+
+    # --- The end ---
+
+    def kill(self) -> None:
+        """End it and all that it started; it is buried as soon as it is gone."""
+        self.is_killed = True
+        self.process.signal_group()
+        self._expect_exit(EXIT_SECONDS)
+
+    def end(self, deadline: float) -> None:
+        """Wait until it has exited, and kill it at the deadline."""
+        watched = self.process.pidfd if self.process.pidfd >= 0 else self.sock.fileno()
+        ready = select.poll()
+        ready.register(watched, select.POLLIN)
+        while not self.is_gone:
+            left = deadline - time.monotonic()
+            if left <= 0 and not self.is_killed:
+                self.kill()
+            is_sure = self.process.pidfd >= 0 and left > 0
+            ready.poll(1000 * min(left, 1.0) if is_sure else 1000 * POLL_SECONDS)
+            self.poll()
+            self.bury()
+
+    def _fail(self, fault: str) -> None:
+        """It cannot be trusted any more."""
+        self.fault = self.fault or fault
+        self._expect_exit(0.0)
+
+    def _expect_exit(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        self.deadline = deadline if self.deadline is None else min(deadline, self.deadline)
+        self.host.dying.add(self)
+
+    def bury(self) -> None:
+        """If it has exited, tell all it wrote and then its death; kill it if its time is up."""
+        if self.is_gone:
+            return
+        if not self.process.has_exited():
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                if not self.fault and self.is_retired:
+                    self.fault = "did not exit when it was asked to"
+                elif not self.fault:
+                    self.fault = "lost its pipe to the worker (did the task close it?)"
+                self.process.signal_group()
+            return
+        self.process.signal_group()
+        code = self.process.reap()
+        self._read_last()
+        unstarted = self.recall()
+        self.is_gone = True
+        self.host.events.append(RunnerDied(self.number, self._reason(code), unstarted))
+        self._unwatch()
+        if self.process.pidfd >= 0:
+            self.host.unregister(self.process.pidfd)
+        self.process.close()
+        self.host.runners.pop(self.number, None)
+        self.host.dying.discard(self)
+        self.host.polled.discard(self)
+
+    def _read_last(self) -> None:
+        """Read what it left behind."""
+        self._read_stream()
+        is_end = False
+        while not is_end:
+            data, is_end = self._receive()
+            if not data:
+                break
+            self._take(data)
+
+    def _unwatch(self) -> None:
+        if not self.is_unwatched:
+            self.is_unwatched = True
+            self.host.unregister(self.sock.fileno())
+
+    def _reason(self, code: int | None) -> str:
+        """How it ended, for people; empty where it was asked to."""
+        if self.is_killed:
+            return "was killed"
+        if self.fault:
+            return f"{self.fault}, and was killed"
+        if self.is_retired and code == 0:
+            return ""
+        return describe_exit(code)
+
+
+_hosts: weakref.WeakSet[RunnerHost] = weakref.WeakSet()
+
+
+def _close_in_fork() -> None:
+    """A forked child must not keep the channels open, or runners would outlive the host."""
+    for host in tuple(_hosts):
+        for runner in host.runners.values():
+            runner.process.disown()
+        os.close(host.life_read)
+        os.close(host.life)
+    _hosts.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_fork)

@@ -1,0 +1,113 @@
+"""Waits for descriptors, for the clock, and for other threads; what every shell's thread stands on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import struct
+import threading
+from collections.abc import Callable
+
+_WAKE = struct.pack("=Q", 1)  # an eventfd wants 8 bytes
+
+
+class Loop:
+    """Watched descriptors with their callbacks, and a way to be woken. One thread waits; any may `wake` it."""
+
+    def __init__(self) -> None:
+        self._poller = _poller()
+        self._callbacks: dict[int, Callable[[], object]] = {}
+        self._lock = threading.RLock()  # a signal's handler may wake while this thread does
+        self._is_closed = False
+        self._wake_read, self._wake_write = _wake_descriptors()
+        self.register(self._wake_read, self._drain)
+        if self._wake_read == self._wake_write:
+            # Edge-triggered, an eventfd need not be read: each write to it ends a wait.
+            self._poller.modify(self._wake_read, select.EPOLLIN | select.EPOLLET)
+
+    def register(self, fd: int, callback: Callable[[], object], *, write: bool = False) -> None:
+        """Call ``callback`` when ``fd`` can be read (or written, with ``write``); again to change that."""
+        events = select.POLLIN | (select.POLLOUT if write else 0)
+        if fd in self._callbacks:
+            self._poller.modify(fd, events)
+        else:
+            self._poller.register(fd, events)
+        self._callbacks[fd] = callback
+
+    def unregister(self, fd: int) -> None:
+        """Watch ``fd`` no more; unknown ones are passed over."""
+        if self._callbacks.pop(fd, None) is not None:
+            with contextlib.suppress(OSError):  # it was closed already
+                self._poller.unregister(fd)
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait up to ``timeout`` seconds (None: for ever) and call back for what is ready."""
+        callbacks = self._callbacks
+        for fd, _ in self._poller.poll(timeout):
+            callback = callbacks.get(fd)  # None: an earlier callback has ended it
+            if callback is not None:
+                callback()
+
+    def wake(self) -> None:
+        """End the present or the next wait; from any thread, also when the loop is closed."""
+        with self._lock:
+            if self._is_closed:
+                return
+            try:
+                os.write(self._wake_write, _WAKE)
+            except BlockingIOError:
+                pass  # as many as fit are on their way
+
+    def close(self) -> None:
+        """Free the descriptors."""
+        with self._lock:  # a number of a closed descriptor may soon be another file's
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._poller.close()
+            for fd in {self._wake_read, self._wake_write}:
+                os.close(fd)
+
+    def _drain(self) -> None:
+        if self._wake_read != self._wake_write:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_read, 4096)
+
+
+def seconds_until(now: float, *deadlines: float | None) -> float | None:
+    """How long to wait for the first of the deadlines; None if there is none."""
+    known = [deadline for deadline in deadlines if deadline is not None]
+    return max(0.0, min(known) - now) if known else None
+
+
+def _wake_descriptors() -> tuple[int, int]:
+    """Where a wake is read and written: an eventfd where that and epoll exist, else a pipe."""
+    if hasattr(os, "eventfd") and hasattr(select, "epoll"):
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        return fd, fd
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    return read, write
+
+
+class _Poll:
+    """`select.poll` with the interface of `select.epoll`, for where there is none."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self.register = self._poll.register
+        self.modify = self._poll.modify
+        self.unregister = self._poll.unregister
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        return self._poll.poll(None if timeout is None else math.ceil(timeout * 1000))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def _poller() -> select.epoll | _Poll:
+    return select.epoll() if hasattr(select, "epoll") else _Poll()

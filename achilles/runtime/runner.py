@@ -1,0 +1,360 @@
+"""The child process that runs user code: one task after the other, for as long as it gets tokens.
+
+    host ── socket: commands ──▶ runner      a command is ``<I length>`` and a marshalled tuple
+         ── tokens: one byte a task ──▶      the byte is the chunk's seq; whoever reads it owns the task
+         ◀── socket: records ──              wakes the host: a chunk's last result, or news after a slow task
+         ◀── stream: records ──              does not wake the host: the results in between
+         ◀── handoff: memory ──▶             large payloads, in the order in which the other channels name them
+         ── life ──▶                         closed when the host dies
+
+Rules
+    1. Without a token no task starts. The host takes tokens back to recall tasks, so what it took never runs.
+    2. A token of another chunk means that the rest of this chunk was recalled. Commands are read only then,
+       in order, up to the chunk that the token names; what is skipped on the way was recalled too. Token 0
+       names no chunk but the next ``sync`` command, which is answered by a record with seq 0.
+    3. A result is on its way before the next task starts: a timer could not send it while a task holds the GIL.
+    4. Nothing that a task raises ends the runner. A channel that does not work ends it at once.
+    5. What a task changes in its process (directory, environment, signal handlers) stays for the next ones.
+    6. Start-up is the floor of every recovery, so this module imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import marshal
+import os
+import select
+import sys
+from _struct import Struct
+from time import perf_counter
+
+from achilles.runtime.serialize import (
+    ERROR,
+    INIT_FAILED,
+    LARGE,
+    Buffer,
+    Encoded,
+    dump_result,
+    is_stateless,
+    loads,
+    split_inline,
+)
+
+TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all the rest
+if TYPE_CHECKING:
+    from typing import Any, NoReturn, TypeAlias
+
+    from achilles.runtime.shared import Handoff
+
+RECORD = Struct("<BBxxIfQ")  # seq, status, index in the chunk, seconds, length of the payload
+LENGTH = Struct("<I")
+SHARED = 0x40  # in a record's status: the payload comes by handoff, not behind the record
+STREAM_MAX = 4096 - RECORD.size  # of a payload: a write of up to PIPE_BUF is whole or not at all
+QUIET_SECONDS = 0.001  # the host is woken at most so often by a chunk of short tasks
+READ_MAX = 1 << 16
+HOT_SECONDS = 0.0003  # a wait for a token that is shorter than this is worth a core
+CHANNEL_LOST = 74  # exit code (EX_IOERR): the host is gone, or a task closed our descriptors
+
+Chunk: TypeAlias = "tuple[int, int, int, int, list[Any]]"  # seq, client, fn, init, payloads
+
+
+class Runner:
+    """Reads commands, runs tasks, writes results."""
+
+    def __init__(self, sock: int, tokens: int, stream: int, handoff: int) -> None:
+        self.sock = sock
+        self.tokens = tokens
+        poll = select.poll()
+        poll.register(tokens, select.POLLIN)
+        self.poll = poll.poll
+        self.is_hot = False  # the last wait for a token was short
+        self.stream = stream
+        self.handoff_fd = handoff
+        self.handoff: Handoff | None = None  # made on first use: large payloads are rare
+        self.woken = 0.0  # when a record last went to the socket
+        self.is_fork = False
+        self.rest = b""  # what was read of the socket behind the last command
+        self.blobs: dict[tuple[int, int], bytes] = {}
+        self.functions: dict[tuple[int, int], Any] = {}  # unpickled blobs that hold no state
+        self.inits: dict[tuple[int, int], bytes | None] = {}  # how the initializers ended
+        os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        """In a task's forked child: it must neither answer nor keep the channel open."""
+        self.is_fork = True
+        fds = [self.sock, self.tokens, self.stream]
+        if self.handoff is None:
+            fds.append(self.handoff_fd)
+        else:
+            self.handoff.close()
+        for fd in fds:
+            try:
+                os.close(fd)
+            except OSError:
+                pass
+
+    # --- Commands ---
+
+    def serve(self) -> None:
+        """Run tasks until the host closes the token pipe."""
+        self._command()  # the setup comes first, and at once
+        token = os.read(self.tokens, 1)
+        while token:
+            seq = token[0]
+            chunk = self._command()
+            while chunk is None or chunk[0] != seq:
+                chunk = self._command()
+            if seq:
+                token = self._run(*chunk)
+            else:
+                self._write(RECORD.pack(0, 0, 0, 0.0, 0))
+                token = self._next_token()
+
+    def _next_token(self) -> bytes:
+        """Wait for the next token; empty if the host has no more work for this runner.
+
+        Going to sleep and being woken costs more than a short task, so where tokens have been coming at short
+        intervals, the runner looks for the next one for a moment before it sleeps.
+        """
+        started = perf_counter()
+        if self.is_hot:
+            is_there = self.poll
+            while not is_there(0) and perf_counter() - started < HOT_SECONDS:
+                pass
+        token = os.read(self.tokens, 1)
+        self.is_hot = perf_counter() - started < HOT_SECONDS
+        return token
+
+    def _command(self) -> Chunk | None:
+        """Obey the next command; a chunk (a sync: one with seq 0) is returned instead."""
+        data = self.rest or os.read(self.sock, READ_MAX)
+        if len(data) < 4:
+            data = self._read_more(data, 4)
+        size = 4 + LENGTH.unpack_from(data)[0]
+        if len(data) < size:
+            data = self._read_more(data, size)
+        self.rest = data[size:]
+        match marshal.loads(memoryview(data)[4:size]):
+            case ("run", *chunk):
+                payloads = chunk[-1]
+                if None in payloads:
+                    payloads[:] = [self._receive() if one is None else one for one in payloads]
+                return tuple(chunk)
+            case ("load", client, blob, payload):
+                self.blobs[client, blob] = self._receive() if payload is None else payload
+            case ("forget", client, [*blobs]):
+                self._forget([(client, blob) for blob in blobs])
+            case ("forget_client", client):
+                self._forget([key for key in (*self.blobs, *self.inits) if key[0] == client])
+            case ("discard", count):
+                for _ in range(count):
+                    self._receive()
+            case ("setup", {"path": path, "cwd": cwd}):
+                _setup(path, cwd)
+            case ("sync",):
+                return (0, 0, 0, 0, [])
+            case unknown:
+                raise OSError(f"not a command: {str(unknown)[:200]}")
+        return None
+
+    def _read_more(self, data: bytes, size: int) -> bytes:
+        """At least ``size`` bytes, of which ``data`` are the first."""
+        parts = [data]
+        missing = size - len(data)
+        while missing > 0:
+            part = os.read(self.sock, max(missing, READ_MAX))
+            if not part:
+                raise OSError("the host closed the socket")
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
+
+    def _receive(self) -> Any:
+        """The next payload that the host handed over."""
+        return self._open_handoff().receive()
+
+    def _open_handoff(self) -> Handoff:
+        if self.handoff is None:
+            import _socket
+
+            from achilles.runtime.shared import Handoff
+
+            self.handoff = Handoff(_socket.socket(fileno=self.handoff_fd))
+        return self.handoff
+
+    def _forget(self, keys: list[tuple[int, int]]) -> None:
+        for key in keys:
+            self.blobs.pop(key, None)
+            self.functions.pop(key, None)
+            self.inits.pop(key, None)
+
+    # --- Tasks ---
+
+    def _run(self, seq: int, client: int, fn: int, init: int, payloads: list[Any]) -> bytes:
+        """Run the chunk's tasks while tokens are its own; the first token that is not (empty at the end)."""
+        read, write, pack, clock = os.read, os.write, RECORD.pack, perf_counter
+        tokens, stream = self.tokens, self.stream
+        own = bytes((seq,))
+        last = len(payloads) - 1
+        failed_init = self._initialize(client, init) if init else None
+        shared = self.functions.get((client, fn))
+        call: Any = shared
+        data: Encoded
+        for index, payload in enumerate(payloads):
+            if index and (token := read(tokens, 1)) != own:
+                _flush()
+                return token
+            payloads[index] = args = None
+            started = clock()
+            try:
+                if failed_init is not None:
+                    status, data = INIT_FAILED, failed_init
+                else:
+                    if shared is None:
+                        call, payload = self._function(client, fn, payload)
+                        shared = self.functions.get((client, fn))
+                    args, kwargs = loads(payload)
+                    status, data = dump_result(call(*args, **kwargs), call)
+            except BaseException as error:
+                status, data = ERROR, _dump_error(error, is_loaded=args is not None)
+            if self.is_fork:
+                _leave_fork()
+            payload = args = kwargs = None
+            ended = clock()
+            if (
+                index != last
+                and ended - self.woken < QUIET_SECONDS
+                and type(data) is bytes
+                and len(data) <= STREAM_MAX
+            ):
+                try:
+                    write(stream, pack(seq, status, index, ended - started, len(data)) + data)
+                    continue
+                except BlockingIOError:
+                    pass  # full, so it is high time to wake the host
+            _flush()
+            self._answer(seq, status, index, ended - started, data)
+        payloads = call = shared = data = None  # type: ignore[assignment]
+        return self._next_token()
+
+    def _function(self, client: int, fn: int, payload: Any) -> tuple[Any, Any]:
+        """The task's function, and its payload without it. A function without state is kept."""
+        if fn == 0:
+            return split_inline(payload)
+        blob = self.blobs.get((client, fn))
+        if blob is None:
+            raise RuntimeError(f"the worker did not pass function {fn} on to its runner")
+        call = loads(blob)
+        if is_stateless(call):
+            self.functions[client, fn] = call
+        return call, payload
+
+    def _initialize(self, client: int, init: int) -> bytes | None:
+        """Run the client's initializer unless it ran here; the dumped error if it raised."""
+        key = (client, init)
+        if key not in self.inits:
+            try:
+                initializer, initargs = loads(self.blobs[key])
+                initializer(*initargs)
+                self.inits[key] = None
+            except BaseException as error:
+                self.inits[key] = _dump_error(error, is_loaded=True)
+            if self.is_fork:
+                _leave_fork()
+        return self.inits[key]
+
+    # --- Results ---
+
+    def _answer(self, seq: int, status: int, index: int, seconds: float, data: Encoded) -> None:
+        """Send one result, and wake the host."""
+        parts = [data] if isinstance(data, bytes) else data
+        size = sum(map(len, parts))
+        if size >= LARGE and hasattr(os, "memfd_create") and self._open_handoff().send(parts):
+            self._write(RECORD.pack(seq, status | SHARED, index, seconds, size))
+            return
+        self._write(RECORD.pack(seq, status, index, seconds, size), *parts)
+
+    def _write(self, *parts: Buffer) -> None:
+        """Write to the socket all there is, however long that takes."""
+        data = b"".join(parts)
+        sent = os.write(self.sock, data)
+        while sent < len(data):
+            sent += os.write(self.sock, memoryview(data)[sent:])
+        self.woken = perf_counter()
+
+
+def _setup(path: list[str] | None, cwd: str | None) -> None:
+    if path is not None:
+        sys.path[:] = path
+    if cwd is not None:
+        try:
+            os.chdir(cwd)
+        except OSError:
+            pass  # it is gone, or not ours to enter; tasks that need it will say so
+
+
+def _dump_error(error: BaseException, *, is_loaded: bool) -> bytes:
+    from achilles.runtime.tracebacks import dump_error
+
+    return dump_error(error, is_loaded=is_loaded)
+
+
+def _flush() -> None:
+    """Let what a task printed be seen before its result is."""
+    for file in (sys.stdout, sys.stderr):
+        try:
+            if file is not None:
+                file.flush()
+        except Exception:
+            pass  # the user's own file object, or a closed one
+
+
+def _leave_fork() -> NoReturn:
+    """End a child that a task forked and that came back from the task."""
+    _flush()
+    os._exit(0)
+
+
+def _die_with_host(life: int) -> None:
+    """Arrange that the host's death ends this process, even while a task holds the GIL."""
+    if hasattr(fcntl, "F_SETSIG"):
+        try:
+            # An open file of our own, because each has one owner and all runners share the host's.
+            life = os.open(f"/proc/self/fd/{life}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            pass  # no /proc
+        else:
+            fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(life, fcntl.F_SETSIG, 9)
+            fcntl.fcntl(life, fcntl.F_SETFL, os.O_NONBLOCK | fcntl.FASYNC)
+            try:
+                os.read(life, 1)
+            except BlockingIOError:
+                return  # the host lives, and from here on the signal is armed
+            os._exit(CHANNEL_LOST)
+    from _thread import start_new_thread
+
+    def watch() -> None:
+        os.read(life, 1)
+        os._exit(CHANNEL_LOST)
+
+    start_new_thread(watch, ())
+
+
+def main(sock: int, tokens: int, stream: int, handoff: int, life: int) -> None:
+    """Run tasks on these descriptors until the host closes the token pipe."""
+    for fd in (sock, tokens, stream, handoff, life):
+        os.set_inheritable(fd, False)
+    _die_with_host(life)
+    os.set_blocking(stream, False)
+    try:
+        import faulthandler
+
+        faulthandler.enable()
+    except Exception:
+        pass  # no stderr to report to
+    try:
+        Runner(sock, tokens, stream, handoff).serve()
+        os.close(sock)
+    except OSError:
+        os._exit(CHANNEL_LOST)  # nobody waits for this process any more

@@ -1,0 +1,155 @@
+"""Large payloads in memory that processes of one host hand to each other by descriptor.
+
+The memory is anonymous (``memfd_create``), written once, and mapped copy-on-write by whoever reads it: nobody sees
+another's changes, and nothing is left behind when the last of them is gone. A mapping costs one or two descriptors
+for as long as something in it is used, so their number is bounded; beyond that, and where there is no memfd,
+payloads are copied.
+"""
+
+from __future__ import annotations
+
+import _socket
+import mmap
+import os
+import sys
+import weakref
+
+TYPE_CHECKING = False  # as type checkers know it; importing typing takes long
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import TypeAlias
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+IS_AVAILABLE = hasattr(os, "memfd_create") and hasattr(_socket, "SCM_RIGHTS")
+
+_IOV_MAX = 64
+_FD_SIZE = 4  # a C int
+
+
+class Mapping(mmap.mmap):
+    """A private, writable mapping of a whole memfd. ``fd`` is the memfd while it may be handed on, or -1."""
+
+    fd = -1
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+_mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
+
+
+def _mappings_max() -> int:
+    try:
+        import resource
+    except ImportError:
+        return 16
+    return max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16)
+
+
+MAPPINGS_MAX = _mappings_max()
+
+
+def store(parts: Sequence[Buffer]) -> bytes | memoryview:
+    """A copy of the parts, one behind the other; a memoryview if a `Handoff` can pass it on as it is."""
+    if IS_AVAILABLE and len(_mappings) < MAPPINGS_MAX:
+        try:
+            fd = _write(parts)
+        except OSError:
+            pass  # out of descriptors or of memory of that kind
+        else:
+            try:
+                return memoryview(_map(fd, keep=True))
+            except (OSError, ValueError):
+                os.close(fd)
+    return b"".join(parts)
+
+
+class Handoff:
+    """One end of a socket pair over which two processes hand payloads to each other."""
+
+    def __init__(self, sock: _socket.socket) -> None:
+        self._sock = sock
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def send(self, parts: Sequence[Buffer]) -> bool:
+        """Hand over the parts, one behind the other; False if that is not possible now."""
+        fd = _fd_of(parts)
+        is_new = fd < 0
+        try:
+            if is_new:
+                fd = _write(parts)
+            rights = fd.to_bytes(_FD_SIZE, sys.byteorder)
+            ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)]
+            self._sock.sendmsg([b"m"], ancillary)
+        except OSError:
+            return False  # a limit of descriptors or of memory, or a peer that does not keep up
+        finally:
+            if is_new and fd >= 0:
+                os.close(fd)
+        return True
+
+    def receive(self) -> memoryview:
+        """What the other side has sent, in the order of its sends.
+
+        Raises:
+            OSError: nothing is there, or this process has too many open files.
+        """
+        space = _socket.CMSG_SPACE(_FD_SIZE)
+        _, ancillary, _, _ = self._sock.recvmsg(1, space, getattr(_socket, "MSG_CMSG_CLOEXEC", 0))
+        for level, kind, data in ancillary:
+            if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+                fd = int.from_bytes(data[:_FD_SIZE], sys.byteorder)
+                try:
+                    if len(_mappings) < MAPPINGS_MAX:
+                        return memoryview(_map(fd, keep=False))
+                    return _read(fd)
+                finally:
+                    os.close(fd)
+        raise OSError("a payload came without its memory (too many open files?)")
+
+
+def _fd_of(parts: Sequence[Buffer]) -> int:
+    """The memfd that holds just these parts, or -1."""
+    if len(parts) == 1 and type(parts[0]) is memoryview:
+        mapping = parts[0].obj
+        if type(mapping) is Mapping and len(mapping) == parts[0].nbytes:
+            return mapping.fd
+    return -1
+
+
+def _write(parts: Sequence[Buffer]) -> int:
+    """A new memfd that holds the parts."""
+    fd = os.memfd_create("achilles", os.MFD_CLOEXEC)
+    try:
+        views = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
+        while views:
+            written = os.writev(fd, views[:_IOV_MAX])
+            while views and written >= len(views[0]):
+                written -= len(views.pop(0))
+            if written:
+                views[0] = views[0][written:]
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _map(fd: int, *, keep: bool) -> Mapping:
+    mapping = Mapping(fd, os.fstat(fd).st_size, access=mmap.ACCESS_COPY)
+    if keep:
+        mapping.fd = fd
+    _mappings.add(mapping)
+    return mapping
+
+
+def _read(fd: int) -> memoryview:
+    """A copy of the memfd's content."""
+    view = memoryview(bytearray(os.fstat(fd).st_size))
+    at = 0
+    while at < len(view):
+        at += os.preadv(fd, [view[at:]], at)
+    return view

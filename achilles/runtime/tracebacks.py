@@ -1,0 +1,88 @@
+"""Exceptions to bytes: as themselves where that works, else as a `RemoteError` that tells the same story."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import platform
+import sys
+import traceback
+from typing import Any
+
+from achilles.runtime.serialize import dumps, loads
+from achilles.task_errors import RemoteError
+
+
+def dump_error(error: BaseException, *, is_loaded: bool = True) -> bytes:
+    """The pickle of ``(error, traceback text)``; it was tested that it can be unpickled.
+
+    ``is_loaded`` False says that it arose while the function or its arguments were unpickled.
+    """
+    if not is_loaded:
+        _say_where(error)
+    text = _format(error)
+    data = _round_trip(error, text)
+    if data is None:
+        data = dumps((_portable(error), text))
+    return data
+
+
+def _format(error: BaseException) -> str:
+    """The traceback from the user's first frame on."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__package__") == __package__:
+        frames = frames.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except Exception as failure:  # a __str__ or __notes__ of the user's that raises
+        return f"{_name(error)} (its traceback cannot be formatted: {type(failure).__name__})\n"
+
+
+def _round_trip(error: BaseException, text: str) -> bytes | None:
+    """The pickle, unless what comes back is not what went in."""
+    try:
+        data = dumps((error, text))
+        back, _ = loads(data)
+    except BaseException:
+        return None  # of the user's own methods, which may raise anything
+    return data if type(back) is type(error) else None
+
+
+def _portable(error: BaseException) -> BaseException:
+    """A stand-in that can be pickled; a group keeps its structure and its good members."""
+    group: Any = getattr(builtins, "BaseExceptionGroup", ())  # Python 3.11 on
+    if isinstance(error, group):
+        members = [
+            member if _round_trip(member, "") is not None else _portable(member)
+            for member in error.exceptions
+        ]
+        copy: BaseException = group(error.message, members)
+        if _round_trip(copy, "") is not None:
+            return copy
+    return RemoteError(_summary(error))
+
+
+def _summary(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except BaseException as failure:
+        text = f"<its str() raised {type(failure).__name__}>"
+    return f"{_name(error)}: {text}" if text else _name(error)
+
+
+def _name(error: BaseException) -> str:
+    kind = type(error)
+    if kind.__module__ in ("builtins", "__main__"):
+        return kind.__qualname__
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _say_where(error: BaseException) -> None:
+    """Name the interpreter and host that lack what the client has."""
+    python = f"Python {platform.python_version()}, {sys.executable}"
+    where = f"{os.uname().nodename} ({python})"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        error.msg = f"module {error.name!r} is not installed on worker {where}"
+        error.args = (error.msg,)
+    elif sys.version_info >= (3, 11):
+        error.add_note(f"while the function and its arguments were unpickled on worker {where}")

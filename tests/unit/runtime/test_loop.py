@@ -1,0 +1,110 @@
+"""The loop waits for descriptors, for the clock and for other threads."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from achilles.runtime.loop import Loop, seconds_until
+
+
+@pytest.fixture(params=["native", "poll"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    """A loop of each kind: the platform's best, and what is there without epoll and eventfd."""
+    if request.param == "poll":
+        monkeypatch.delattr(select, "epoll", raising=False)
+    made = Loop()
+    yield made
+    made.close()
+
+
+def test_a_readable_descriptor_calls_back(loop: Loop) -> None:
+    """That is what it is for."""
+    read, write = os.pipe()
+    seen: list[bytes] = []
+    loop.register(read, lambda: seen.append(os.read(read, 10)))
+    os.write(write, b"x")
+    loop.wait(5)
+    loop.unregister(read)
+    os.write(write, b"y")
+    loop.wait(0)
+    os.close(read)
+    os.close(write)
+    assert seen == [b"x"]
+
+
+def test_write_interest_comes_and_goes(loop: Loop) -> None:
+    """Registering again replaces what was wanted."""
+    read, write = os.pipe()
+    calls: list[str] = []
+    loop.register(write, lambda: calls.append("ready"), write=True)
+    loop.wait(5)
+    loop.register(write, lambda: calls.append("never"))
+    loop.wait(0)
+    loop.unregister(write)
+    os.close(read)
+    os.close(write)
+    assert calls == ["ready"]
+
+
+def test_a_callback_may_end_another(loop: Loop) -> None:
+    """A descriptor that was closed by an earlier callback of the same wait is passed over."""
+    pipes = [os.pipe(), os.pipe()]
+    called: list[int] = []
+
+    def end_all(index: int) -> None:
+        called.append(index)
+        for read, _ in pipes:
+            loop.unregister(read)
+
+    for index, (read, write) in enumerate(pipes):
+        loop.register(read, lambda index=index: end_all(index))  # type: ignore[misc]
+        os.write(write, b"x")
+    loop.wait(5)
+    for pair in pipes:
+        for fd in pair:
+            os.close(fd)
+    assert len(called) == 1
+
+
+def test_another_thread_wakes_it(loop: Loop) -> None:
+    """Before the wait or during it, each time."""
+    for _ in range(3):
+        loop.wake()
+        loop.wait(30)
+        thread = threading.Timer(0.01, loop.wake)
+        thread.start()
+        loop.wait(30)
+        thread.join()
+
+
+def test_an_unknown_descriptor_is_passed_over(loop: Loop) -> None:
+    """Ending twice does no harm."""
+    loop.unregister(12345)
+
+
+def test_waking_a_closed_loop_does_nothing() -> None:
+    """Its thread is gone, and its descriptors' numbers may be another's."""
+    loop = Loop()
+    loop.close()
+    loop.close()
+    loop.wake()
+
+
+def test_seconds_until_the_first_deadline() -> None:
+    """None waits for ever; what is past is due now."""
+    assert seconds_until(10.0, None, None) is None
+    assert seconds_until(10.0, 12.0, None, 11.5) == 1.5
+    assert seconds_until(10.0, 9.0) == 0.0
+
+
+def test_a_wait_ends_in_time(loop: Loop) -> None:
+    """Without anything to do it ends after its timeout, not before."""
+    start = time.monotonic()
+    loop.wait(0.02)
+    assert time.monotonic() - start >= 0.019
