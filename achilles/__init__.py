@@ -1,0 +1,40 @@
+"""A drop-in `concurrent.futures.Executor` that runs on this machine or on a cluster, and survives its machines.
+
+    from achilles import DistributedExecutor
+
+Everything here is loaded on first use: the runners, which import this package too, must start fast.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from achilles import errors
+    from achilles.executor import DistributedExecutor
+    from achilles.futures import as_completed
+
+__version__ = "0.1.0"
+
+__all__ = ["DistributedExecutor", "__version__", "as_completed", "errors"]
+
+_HOMES = {
+    "DistributedExecutor": "achilles.executor",
+    "as_completed": "achilles.futures",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module("achilles.errors")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,447 @@
+"""`DistributedExecutor`: the contract of `concurrent.futures.Executor`, and nothing about wires.
+
+What a call goes through: it is pickled here, in the caller's thread (so that its value is that of the moment of
+the call), and put into a mailbox. One I/O thread, `local.LocalCluster` or `net.client.Connection`, does the rest
+and resolves the future.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import operator
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from achilles.core.status import status_dict
+from achilles.errors import BrokerLostError, ExecutorForkedError
+from achilles.futures import Future, MapRun, as_completed
+from achilles.mailbox import FAILED, INIT_BLOB, Mailbox
+from achilles.runtime.functions import FunctionTable
+from achilles.runtime.serialize import dumps, dumps_call, join_inline, load_outcome
+
+if TYPE_CHECKING:
+    from achilles.core import protocol as p
+
+T = TypeVar("T")
+
+_LIVE: weakref.WeakSet[Backend] = weakref.WeakSet()  # their threads keep them, executor or not
+_is_exiting = False
+
+
+class Backend(Protocol):
+    """What carries tasks: the I/O thread and all behind it."""
+
+    mailbox: Mailbox
+    thread: threading.Thread | None
+
+    def start(self) -> None: ...
+
+    def status(self) -> p.Status: ...
+
+    def cancel_pending(self) -> None: ...
+
+    def kill(self, make_error: Callable[[], BaseException]) -> None: ...
+
+
+class _Core:
+    """What outlives an executor that was dropped without a shutdown: its backend, until all is resolved."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.lock = threading.Lock()
+        self.is_started = False
+        self._pid = os.getpid()
+
+    def finish(self) -> None:
+        """No more tasks come; the I/O thread ends with the last one."""
+        if (
+            os.getpid() == self._pid
+        ):  # a forked child has none of our threads, and perhaps a lock of one
+            self.backend.mailbox.finish()
+
+
+def _join(backend: Backend) -> None:
+    """Wait for the last result, and then for the last callback."""
+    if backend.thread is not None and backend.thread is not threading.current_thread():
+        backend.thread.join()
+    callbacks = backend.mailbox.callback_thread
+    if callbacks is not None and callbacks is not threading.current_thread():
+        callbacks.join()
+
+
+def _at_exit() -> None:
+    """As the standard library does: what was submitted is finished before the interpreter ends."""
+    global _is_exiting
+    _is_exiting = True
+    backends = list(_LIVE)
+    for backend in backends:
+        backend.mailbox.finish()
+    for backend in backends:
+        _join(backend)
+
+
+threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_LIVE.clear)
+
+
+def _default_slots() -> int:
+    count = getattr(os, "process_cpu_count", None)  # Python 3.13 on
+    if count is not None:
+        return count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _count(name: str, value: object, wanted: str) -> int | None:
+    """A number of something, at least 1; any type of integer will do, NumPy's too."""
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be {wanted}")
+    return number
+
+
+def _name_of(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__qualname__", None) or type(fn).__qualname__
+
+
+class DistributedExecutor(concurrent.futures.Executor):
+    """A drop-in for `concurrent.futures.ProcessPoolExecutor` that also runs on a cluster.
+
+    Without an ``address`` it is embedded: tasks run on ``max_workers`` child processes of this program (by default
+    one for each core), which start on demand. With one (the argument, ``ACHILLES_ADDRESS``, or
+    ``achilles.toml``) they run on the workers of the broker there; "auto" is this user's running broker, and
+    ``max_workers`` then limits how many of this executor's tasks run at once.
+
+    Args:
+        max_workers: a positive integer, or None.
+        mp_context: taken for compatibility, and ignored: runners are always fresh processes.
+        initializer: called with ``initargs`` on each runner before its first task of this executor.
+        max_tasks_per_child: a runner is replaced after so many tasks (embedded mode).
+        address: ``tcp://host:port``, "auto", or None.
+        config: path of an ``achilles.toml``.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be.
+        ConfigError: a setting that cannot be.
+        BrokerUnreachableError: no broker answers at the address within ``connect_timeout`` seconds.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: object = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+        address: str | None = None,
+        config: str | os.PathLike[str] | None = None,
+    ) -> None:
+        max_workers = _count("max_workers", max_workers, "greater than 0")
+        max_tasks_per_child = _count("max_tasks_per_child", max_tasks_per_child, ">= 1")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        from achilles.config import home, load
+
+        settings = load(config)
+        if max_workers is None:
+            max_workers = settings["client.max_workers"]
+        address = address or settings["address"]
+        self._pid = os.getpid()
+        self._functions = FunctionTable()
+        self._table_lock = threading.RLock()
+        self._shutdown = False
+        self._init = INIT_BLOB if initializer is not None else 0
+        self._max_tasks = max_tasks_per_child or 0
+        self._max_workers_given = max_workers
+        backend: Backend
+        if address:
+            from achilles.net.client import connection
+
+            backend = connection(
+                address,
+                home=home(),
+                slots_max=max_workers or 0,
+                connect_timeout=settings["client.connect_timeout"],
+                broker_timeout=settings["client.broker_timeout"],
+            )
+        else:
+            from achilles.local import LocalCluster
+
+            slots = self._max_workers_given = max_workers or _default_slots()
+            backend = LocalCluster(slots, tasks_max=self._max_tasks)
+        if initializer is not None:
+            backend.mailbox.init_blob = dumps((initializer, tuple(initargs)))
+        self._mailbox = backend.mailbox
+        self._core = _Core(backend)
+        self._finalizer = weakref.finalize(self, self._core.finish)
+        self._finalizer.atexit = False
+        if address:
+            self._start()
+
+    # --- The contract of concurrent.futures.Executor ----------------------------------------------
+
+    def submit(
+        self, fn: Callable[..., T], /, *args: Any, **kwargs: Any
+    ) -> concurrent.futures.Future[T]:
+        """Schedule ``fn(*args, **kwargs)``; all keyword arguments are the function's.
+
+        What cannot be pickled fails the future, with an `ArgumentPickleError` that names it; what is no callable, or
+        is a coroutine function, fails it with a `TypeError`.
+
+        Raises:
+            RuntimeError: the executor was shut down.
+            BrokenProcessPool: it is broken (a failed initializer, a broker that did not come back).
+        """
+        self._check_usable()
+        name = _name_of(fn)
+        try:
+            payload = dumps_call(args, kwargs, fn)
+            with self._table_lock:
+                number, blob = self._functions.encode(fn)
+        except Exception as error:
+            return self._failed(error, name)
+        if not number:
+            payload = join_inline(blob, payload)
+        group = self._mailbox.group(number, self._init, self._max_tasks)
+        future = self._mailbox.submit(group, blob, payload, name)
+        if not self._core.is_started:
+            self._start()
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Like `map`, in parallel, with results in order.
+
+        The inputs are consumed at the call, unless ``buffersize`` is given: then at most so many items are
+        under way or waiting to be taken, and huge or endless inputs will do.
+
+        Args:
+            timeout: seconds from the call to the last result, or None.
+            chunksize: an upper bound for how many items travel together; 1 leaves that to the executor.
+
+        Raises:
+            ValueError: ``chunksize`` or ``buffersize`` below 1.
+            TypeError: a ``buffersize`` that is no integer.
+            concurrent.futures.TimeoutError: from the iterator, when the time is over.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and (
+            isinstance(buffersize, bool) or not isinstance(buffersize, int)
+        ):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        self._check_usable()
+        deadline = None if timeout is None else monotonic() + timeout
+        call = _MapCall(self, fn, operator.index(chunksize))
+        items = zip(*iterables)
+        first = items if buffersize is None else itertools.islice(items, buffersize)
+        try:
+            for args in first:
+                call.submit(args)
+        except BaseException:
+            call.cancel()
+            raise
+        return _results(call, iter(()) if buffersize is None else items, deadline)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks, and free what the executor holds when those that it has are done.
+
+        Args:
+            wait: return when that is so.
+            cancel_futures: cancel what was not dispatched.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._shutdown = True
+        if cancel_futures and self._core.is_started:
+            self._core.backend.cancel_pending()
+        self._finalizer()
+        if wait and self._core.is_started:
+            _join(self._core.backend)
+
+    # --- Beyond it --------------------------------------------------------------------------------
+
+    def as_completed(
+        self,
+        futures: Iterable[concurrent.futures.Future[T]],
+        timeout: float | None = None,
+    ) -> Iterator[concurrent.futures.Future[T]]:
+        """The futures as they are done; see `achilles.as_completed`."""
+        return as_completed(futures, timeout)
+
+    def status(self) -> dict[str, Any]:
+        """The cluster in numbers: workers, slots, and tasks queued, running, done, failed, reassigned, late.
+
+        ``workers_by_name`` holds a row for each worker.
+        """
+        self._check_process()
+        if not self._core.is_started and not self._shutdown:
+            self._start()
+        return status_dict(self._core.backend.status())
+
+    def terminate_workers(self) -> None:
+        """End this executor's tasks and runners at once and shut it down; what is unresolved fails."""
+        self._kill("terminated")
+
+    def kill_workers(self) -> None:
+        """The same; runners are always killed."""
+        self._kill("killed")
+
+    @property
+    def size(self) -> int:
+        """How many tasks can run at once, at least 1."""
+        return self._max_workers
+
+    @property
+    def _max_workers(self) -> int:
+        slots = self._mailbox.slots
+        given = self._max_workers_given
+        if given is None:
+            return max(1, slots)
+        return given
+
+    @property
+    def _broken(self) -> bool | str:
+        broken = self._mailbox.broken
+        return str(broken) or repr(broken) if broken is not None else False
+
+    def __repr__(self) -> str:
+        state = "shut down" if self._shutdown else f"{self._mailbox.unresolved} tasks"
+        return f"<DistributedExecutor {self._core.backend!r} | {state}>"
+
+    # --- Inside -----------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if self._shutdown:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if _is_exiting:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        self._check_process()
+        broken = self._mailbox.broken
+        if broken is not None:
+            raise self._mailbox.broken_error()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ExecutorForkedError(
+                f"this executor was created in process {self._pid} and is used in {os.getpid()}; "
+                "create one after the fork"
+            )
+
+    def _start(self) -> None:
+        with self._core.lock:
+            if not self._core.is_started:
+                self._core.backend.start()
+                _LIVE.add(self._core.backend)
+                self._core.is_started = True
+
+    def _failed(self, error: Exception, name: str) -> concurrent.futures.Future[Any]:
+        """A future for a call that could not be pickled."""
+        future = Future(self._mailbox, 0, name)
+        future.set_exception(error)
+        return future
+
+    def _kill(self, how: str) -> None:
+        if self._core.is_started and not (self._shutdown and self._core.backend.thread is None):
+            self._core.backend.kill(
+                lambda: BrokerLostError(
+                    f"the executor's runners were {how} before the task was done"
+                )
+            )
+        self.shutdown(wait=False, cancel_futures=True)
+
+
+class _MapCall:
+    """One call of `map`: what was submitted of it, in order."""
+
+    def __init__(
+        self, executor: DistributedExecutor, fn: Callable[..., Any], chunksize: int
+    ) -> None:
+        self.executor = executor  # which must not be collected while its results are taken
+        self.mailbox = executor._mailbox
+        self.run = MapRun(_read_outcome)
+        self.run.name = _name_of(fn)
+        self._fn = fn
+        self.ids: deque[int] = deque()  # of the items that were not taken yet; 0: never submitted
+        self._error: Exception | None = None
+        self._count = 0
+        limits = [
+            limit for limit in (executor._max_tasks, chunksize if chunksize > 1 else 0) if limit
+        ]
+        chunk_max = min(limits, default=0)
+        try:
+            with executor._table_lock:
+                number, self._blob = executor._functions.encode(fn, shared=True)
+            self._group = self.mailbox.group(number, executor._init, chunk_max)
+        except Exception as error:
+            self._error = error
+
+    def submit(self, args: tuple[Any, ...]) -> None:
+        """Submit the next item; what cannot be pickled fails when it is its turn."""
+        index = self._count
+        self._count += 1
+        error = self._error
+        payload: Any = b""
+        if error is None:
+            try:
+                payload = dumps_call(args, {}, self._fn)
+            except Exception as caught:
+                error = caught
+        if error is not None:
+            self.mailbox.put_error(self.run, index, error)
+            self.ids.append(0)
+            return
+        self.ids.append(self.mailbox.submit_item(self._group, self._blob, payload, self.run, index))
+        if not self.executor._core.is_started:
+            self.executor._start()
+
+    def cancel(self) -> None:
+        """Nobody takes the rest."""
+        self.mailbox.cancelled([id for id in self.ids if id])
+        self.ids.clear()
+
+
+def _read_outcome(status: int, payload: Any) -> tuple[Any, BaseException | None]:
+    if status == FAILED:
+        return None, payload
+    return load_outcome(status, payload)
+
+
+def _results(
+    call: _MapCall, rest: Iterator[tuple[Any, ...]], deadline: float | None
+) -> Iterator[Any]:
+    """Yield results in order, submitting one of the rest for each that is taken."""
+    index = 0
+    take = call.run.take
+    try:
+        while call.ids:
+            value = [take(index, deadline)]  # nothing here may keep it once it was given out
+            call.ids.popleft()
+            index += 1
+            for args in rest:
+                call.submit(args)
+                break
+            yield value.pop()
+    finally:
+        call.cancel()

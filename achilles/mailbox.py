@@ -1,0 +1,369 @@
+"""Between the user's threads and the one I/O thread: what was submitted, and who waits for what.
+
+User threads call `submit`, `submit_map`, `cancelled`; the I/O thread calls `drain`, `receive` and `close`. The two meet in
+a deque, whose ends are safe without a lock, and in a dict of sinks that only the I/O thread reads.
+
+A sink is where a task's outcome goes: a `Future`, or a place in a `MapRun`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError
+from typing import NamedTuple, TypeAlias
+
+from achilles.core import protocol as p
+from achilles.core.submission import Group, Send, Submission
+from achilles.futures import Future, MapRun
+from achilles.runtime.serialize import load_outcome, loads
+
+Sink: TypeAlias = "Future | tuple[MapRun, int]"
+INIT_BLOB = 1 << 31  # the initializer's number, beyond those of functions
+FAILED = -1  # a status of our own: the payload is the exception itself
+
+_LOG = logging.getLogger("concurrent.futures")
+
+
+class Batch(NamedTuple):
+    """Tasks of one group, and the pickle of their function if it has a number."""
+
+    group: Group
+    blob: bytes
+    ids: list[int]
+    payloads: list[p.Payload]
+
+
+class Mailbox:
+    """What user threads and the I/O thread share. ``wake`` interrupts the I/O thread's wait."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._ids = itertools.count(1)
+        self._inbox: deque[tuple[int, Group, bytes, p.Payload, Sink]] = deque()
+        self._cancels: deque[int] = deque()
+        self._sinks: dict[int, Sink] = {}
+        self._running_items: set[int] = set()  # tasks of maps; a future knows it by itself
+        self._groups: dict[tuple[int, int, int], Group] = {}
+        self._callbacks: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
+        self.callback_thread: threading.Thread | None = None
+        self._io_thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self.is_awake = False  # the I/O thread looks into the inbox before it waits
+        self.is_closing = False  # no more submissions; end when everything is resolved
+        self.broken: BaseException | None = None
+        self.init_blob = b""  # the pickle of (initializer, initargs)
+        self.workers = -1  # unknown
+        self.slots = 0
+
+    # --- User threads -----------------------------------------------------------------------------
+
+    def submit(self, group: Group, blob: bytes, payload: p.Payload, name: str) -> Future:
+        """Enqueue one task; ``blob`` is its function's pickle, if the function has a number."""
+        id = next(self._ids)
+        future = Future(self, id, name)
+        with self._lock:
+            self._check_open()
+            self._inbox.append((id, group, blob, payload, future))
+        if not self.is_awake:
+            self.is_awake = True
+            self._wake()
+        return future
+
+    def submit_item(
+        self, group: Group, blob: bytes, payload: p.Payload, run: MapRun, index: int
+    ) -> int:
+        """Enqueue one item of a map; its id."""
+        id = next(self._ids)
+        with self._lock:
+            self._check_open()
+            self._inbox.append((id, group, blob, payload, (run, index)))
+        if not self.is_awake:
+            self.is_awake = True
+            self._wake()
+        return id
+
+    def put_error(self, run: MapRun, index: int, error: BaseException) -> None:
+        """An item of a map that could not even be submitted."""
+        run.put(index, FAILED, error)
+        run.notify()
+
+    def group(self, fn: int, init: int, chunk_max: int) -> Group:
+        """The group of that key, one object a key."""
+        key = (fn, init, chunk_max)
+        group = self._groups.get(key)
+        if group is None:
+            if len(self._groups) > 10_000:
+                self._groups.clear()
+            group = self._groups[key] = Group(*key)
+        return group
+
+    def finish(self) -> None:
+        """Take no more; the I/O thread ends when all is resolved."""
+        with self._lock:
+            self.is_closing = True
+        self.interrupt()
+
+    def broken_error(self) -> BaseException:
+        """A fresh error that says why nothing can be submitted any more."""
+        from achilles.errors import AchillesError, BrokerLostError, InitializerError
+
+        cause = self.broken
+        if isinstance(cause, AchillesError):
+            return type(cause)(*cause.args)
+        kind = InitializerError if self.init_blob else BrokerLostError
+        error = kind(f"the executor is broken and takes no more tasks: {cause!r}")
+        error.__cause__ = cause
+        return error
+
+    @property
+    def unresolved(self) -> int:
+        """How many tasks have no outcome yet."""
+        return len(self._sinks) + len(self._inbox)
+
+    def _check_open(self) -> None:
+        if self.broken is not None:
+            raise self.broken_error()
+        if self.is_closing:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    def cancelled(self, ids: Iterable[int]) -> None:
+        """The user wants no outcome of these tasks."""
+        self._cancels.extend(ids)
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Let the I/O thread look."""
+        if not self.is_awake:
+            self.is_awake = True
+            self._wake()
+
+    def call_back(self, future: Future) -> bool:
+        """Run a future's callbacks in the callback thread; False if the caller may do so itself."""
+        if threading.current_thread() is not self._io_thread:
+            return False
+        if self.callback_thread is None:
+            # The program's end waits for it, as for the standard's: it ends after the I/O thread.
+            self.callback_thread = threading.Thread(
+                target=_run_callbacks,
+                args=(self._callbacks,),
+                name="achilles-callbacks",
+                daemon=False,
+            )
+            self.callback_thread.start()
+        self._callbacks.put(future)
+        return True
+
+    # --- The I/O thread ---------------------------------------------------------------------------
+
+    def start(self, thread: threading.Thread) -> None:
+        """``thread`` is the I/O thread from here on."""
+        self._io_thread = thread
+
+    def drain(self) -> tuple[list[Batch], list[int]]:
+        """What was submitted since the last call, by group and in order, and what was cancelled."""
+        inbox, sinks = self._inbox, self._sinks
+        batches: dict[Group, Batch] = {}
+        batch: Batch | None = None
+        for _ in range(len(inbox)):
+            id, group, blob, payload, sink = inbox.popleft()
+            if batch is None or group is not batch.group:
+                batch = batches.get(group)
+                if batch is None:
+                    batch = batches[group] = Batch(group, blob, [], [])
+            sinks[id] = sink
+            batch.ids.append(id)
+            batch.payloads.append(payload)
+        cancels = self._cancels
+        return list(batches.values()), [cancels.popleft() for _ in range(len(cancels))]
+
+    def submit_to(self, submission: Submission, batch: Batch) -> list[Send]:
+        """Hand a batch to the submission, which must know its blobs."""
+        group = batch.group
+        if group.fn and not submission.knows_blob(group.fn):
+            submission.add_blob(group.fn, batch.blob)
+        if group.init and not submission.knows_blob(group.init):
+            submission.add_blob(group.init, self.init_blob)
+        return submission.submit(group, batch.ids, batch.payloads)
+
+    def drop(self, ids: Sequence[int]) -> None:
+        """The tasks were cancelled: let those who wait for their futures know."""
+        self._running_items.difference_update(ids)
+        for id in ids:
+            sink = self._sinks.pop(id, None)
+            if isinstance(sink, Future):
+                sink.start()
+
+    @property
+    def has_mail(self) -> bool:
+        """Whether `drain` would give something."""
+        return bool(self._inbox or self._cancels)
+
+    def is_idle(self) -> bool:
+        """Whether the I/O thread may wait: from here on, whoever has something for it wakes it."""
+        self.is_awake = False
+        if self._inbox or self._cancels or (self.is_closing and not self._sinks):
+            self.is_awake = True
+            return False
+        return True
+
+    def receive(self, message: p.ToClient) -> list[int]:
+        """Take in what the broker says; the ids of tasks of which no outcome is wanted any more."""
+        match message:
+            case p.Results():
+                return self._deliver(message)
+            case p.Running(ids=ids):
+                return self._running(ids)
+            case p.Failed():
+                self._fail(message)
+            case p.Cluster(workers=workers, slots=slots):
+                self.workers, self.slots = workers, slots
+            case p.Status() | p.ShuttingDown() | p.Goodbye():
+                pass  # of no concern to tasks
+        return []
+
+    def _running(self, ids: list[int]) -> list[int]:
+        """Tasks were dispatched; which of them had been cancelled before."""
+        cancelled = []
+        sinks = self._sinks
+        for id in ids:
+            sink = sinks.get(id)
+            if type(sink) is tuple:
+                self._running_items.add(id)
+            elif type(sink) is Future and not sink.start():
+                del sinks[id]
+                cancelled.append(id)
+        return cancelled
+
+    def _deliver(self, results: p.Results) -> list[int]:
+        """Resolve; the ids of tasks that failed because an initializer did."""
+        pop = self._sinks.pop
+        runs: set[MapRun] = set()
+        broken: list[int] = []
+        for id, status, payload in zip(
+            results.ids, results.statuses, results.payloads, strict=True
+        ):
+            if status == p.INIT_FAILED:
+                broken += self._break(payload)  # and with all others this task fails
+                continue
+            sink = pop(id, None)
+            if type(sink) is tuple:
+                run, index = sink
+                run.put(index, status, payload)
+                runs.add(run)
+            elif type(sink) is Future:
+                self._resolve(sink, status, payload)
+        for run in runs:
+            run.notify()
+        if self._running_items:
+            self._running_items.difference_update(results.ids)
+        return broken
+
+    def deliver_error(self, id: int, error: BaseException) -> None:
+        """A task will have no result."""
+        sink = self._sinks.pop(id, None)
+        self._running_items.discard(id)
+        if isinstance(sink, tuple):
+            self.put_error(*sink, error)
+        elif sink is not None:
+            sink.resolve(None, error)
+
+    def _fail(self, message: p.Failed) -> None:
+        """The broker gives a task up."""
+        from achilles.errors import TaskCrashedError, WorkerLostError
+
+        sink = self._sinks.get(message.id)
+        if sink is None:
+            return
+        if isinstance(sink, Future):
+            task = f"{sink._task_name}() (task {message.id})"
+        else:
+            task = f"{sink[0].name}(), item {sink[1]} of a map (task {message.id})"
+        story = "; ".join(f"attempt {n}: {line}" for n, line in enumerate(message.story, 1))
+        error: BaseException
+        if message.kind == p.CRASHED:
+            error = TaskCrashedError(f"{task} ended the process that ran it too often. {story}")
+        else:
+            error = WorkerLostError(f"{task} was on too many workers that vanished. {story}")
+        self.deliver_error(message.id, error)
+
+    def fail_all(self, make_error: Callable[[], BaseException]) -> list[int]:
+        """Everything that is unresolved fails, each with an error of its own; the ids."""
+        self.drain()
+        ids = list(self._sinks)
+        for id in ids:
+            sink = self._sinks[id]
+            if isinstance(sink, Future) and not sink.start():
+                del self._sinks[id]
+            else:
+                self.deliver_error(id, make_error())
+        return ids
+
+    def cancel_pending(self) -> list[int]:
+        """Cancel every task that is not running; the ids."""
+        cancelled = []
+        for id, sink in list(self._sinks.items()):
+            if isinstance(sink, Future):
+                is_cancelled = sink.withdraw()
+            else:
+                is_cancelled = id not in self._running_items
+                if is_cancelled:
+                    self.deliver_error(id, CancelledError())
+            if is_cancelled:
+                cancelled.append(id)
+        return cancelled
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is unresolved or waits to be looked at."""
+        return not self._sinks and not self._inbox and not self._cancels
+
+    def close(self) -> None:
+        """The I/O thread ends."""
+        self._callbacks.put(None)
+
+    def _resolve(self, future: Future, status: int, payload: p.Payload) -> None:
+        if status == p.VALUE and type(payload) is bytes:
+            try:
+                value = loads(payload)
+            except BaseException:
+                pass  # below, with an error that says so
+            else:
+                future.resolve(value, None)
+                return
+        future.resolve(*load_outcome(status, payload))
+
+    def _break(self, payload: p.Payload) -> list[int]:
+        """The initializer raised on a runner: nothing can run any more, as in the standard library.
+
+        The ids of all tasks, which have failed.
+        """
+        from achilles.errors import InitializerError
+
+        _, cause = load_outcome(p.ERROR, payload)
+        if self.broken is None:
+            _LOG.critical("Exception in initializer:", exc_info=cause)
+            with self._lock:
+                self.broken = cause
+
+        def make_error() -> InitializerError:
+            error = InitializerError(f"the initializer raised on a runner: {cause!r}")
+            error.__cause__ = cause
+            return error
+
+        return self.fail_all(make_error)
+
+
+def _run_callbacks(waiting: queue.SimpleQueue[Future | None]) -> None:
+    while (future := waiting.get()) is not None:
+        try:
+            future._invoke_callbacks_here()
+        except (
+            BaseException
+        ):  # an Exception is logged before it comes here; those after it still have their turn
+            _LOG.exception("a callback of %r ended with more than an Exception", future)
+        del future

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from achilles import executor as module
+from achilles.core import protocol as p
+from achilles.errors import BrokerLostError, ConfigError
+from achilles.executor import DistributedExecutor
+from achilles.mailbox import Batch, Mailbox
+from achilles.runtime.serialize import dumps
+from tests import tasks
+
+
+class Backend:
+    """Answers nothing by itself: tests say what the outcomes are."""
+
+    def __init__(self, slots: int, *, tasks_max: int = 0) -> None:
+        self.mailbox = Mailbox(lambda: None)
+        self.thread: threading.Thread | None = None
+        self.batches: list[Batch] = []
+        self.tasks_max = tasks_max
+        self.starts = 0
+
+    def start(self) -> None:
+        self.starts += 1
+
+    def status(self) -> p.Status:
+        raise NotImplementedError
+
+    def cancel_pending(self) -> None:
+        self.drain()
+        self.mailbox.cancel_pending()
+
+    def kill(self, make_error: Callable[[], BaseException]) -> None:
+        self.drain()
+        self.mailbox.fail_all(make_error)
+
+    def drain(self) -> tuple[list[int], list[int]]:
+        """The ids that were submitted since, and those that were cancelled."""
+        batches, cancels = self.mailbox.drain()
+        self.batches += batches
+        self.mailbox.drop(cancels)
+        return [id for batch in batches for id in batch.ids], cancels
+
+    def answer(self, *ids: int) -> None:
+        statuses = bytes([p.VALUE] * len(ids))
+        self.mailbox.receive(p.Results(list(ids), statuses, [dumps(id * 10) for id in ids]))
+
+    def __repr__(self) -> str:
+        return "silent"
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Backend]]:
+    made: list[Backend] = []
+
+    def make(slots: int, *, tasks_max: int = 0) -> Backend:
+        made.append(Backend(slots, tasks_max=tasks_max))
+        return made[-1]
+
+    monkeypatch.setattr("achilles.local.LocalCluster", make)
+    yield made
+    for backend in made:
+        backend.kill(lambda: BrokerLostError("the test is over"))
+
+
+def test_nothing_starts_before_the_first_task(backends: list[Backend]) -> None:
+    executor = DistributedExecutor(2)
+    (backend,) = backends
+    assert backend.starts == 0
+    executor.submit(tasks.add, 1)
+    executor.submit(tasks.add, 2)
+    assert backend.starts == 1
+    assert repr(executor) == "<DistributedExecutor silent | 2 tasks>"
+    executor.shutdown()
+    assert repr(executor) == "<DistributedExecutor silent | shut down>"
+
+
+def test_a_function_of_a_module_has_a_number(backends: list[Backend]) -> None:
+    executor = DistributedExecutor(2)
+    for n in range(3):
+        executor.submit(tasks.add, n)
+    executor.map(tasks.add, [1])
+    ids, _ = backends[0].drain()
+    assert ids == [1, 2, 3, 4]
+    assert {batch.group.fn for batch in backends[0].batches} == {1}
+
+
+def test_arguments_are_of_the_moment_of_the_call(backends: list[Backend]) -> None:
+    executor = DistributedExecutor(2)
+    mutable = [1]
+    executor.submit(len, mutable)
+    mutable.append(2)
+    executor.submit(len, mutable)
+    backends[0].drain()
+    first, second = backends[0].batches[0].payloads
+    assert first != second
+
+
+def test_a_map_consumes_its_inputs_at_the_call(backends: list[Backend]) -> None:
+    executor = DistributedExecutor(2)
+    results = executor.map(tasks.add, iter(range(5)))
+    assert backends[0].drain()[0] == [1, 2, 3, 4, 5]
+    backends[0].answer(2, 1, 3, 4, 5)
+    assert list(results) == [10, 20, 30, 40, 50]
+
+
+def test_a_buffered_map_holds_no_more_than_its_window(backends: list[Backend]) -> None:
+    executor = DistributedExecutor(2)
+    inputs = iter(range(100))
+    results = executor.map(tasks.add, inputs, buffersize=3)
+    assert backends[0].drain()[0] == [1, 2, 3]
+    backends[0].answer(1, 2, 3)
+    assert next(results) == 10
+    assert backends[0].drain()[0] == [4]
+    assert next(results) == 20
+    assert next(results) == 30
+    assert backends[0].drain()[0] == [5, 6]
+    assert next(inputs) == 6
+    results.close()  # type: ignore[attr-defined]
+    assert backends[0].drain() == ([], [4, 5, 6])
+
+
+def test_an_iterator_that_is_dropped_cancels_the_rest(backends: list[Backend]) -> None:
+    executor = DistributedExecutor(2)
+    results = executor.map(tasks.add, range(5))
+    backends[0].drain()
+    backends[0].answer(1)
+    assert next(results) == 10
+    del results
+    assert backends[0].drain() == ([], [2, 3, 4, 5])
+    unused = executor.map(tasks.add, range(3))
+    del unused
+    assert backends[0].drain() == ([6, 7, 8], [])
+
+
+def test_an_input_that_raises_cancels_what_was_submitted(backends: list[Backend]) -> None:
+    def inputs() -> Iterator[int]:
+        yield 1
+        raise LookupError
+
+    executor = DistributedExecutor(2)
+    with pytest.raises(LookupError):
+        executor.map(tasks.add, inputs())
+    assert backends[0].drain() == ([1], [1])
+
+
+@pytest.mark.parametrize(
+    ("chunksize", "tasks_max", "expected"), [(1, None, 0), (5, None, 5), (5, 3, 3), (1, 3, 3)]
+)
+def test_bounds_of_chunks(
+    backends: list[Backend], chunksize: int, tasks_max: int | None, expected: int
+) -> None:
+    executor = DistributedExecutor(2, max_tasks_per_child=tasks_max)
+    executor.map(tasks.add, [1], chunksize=chunksize)
+    backends[0].drain()
+    assert backends[0].batches[0].group.chunk_max == expected
+    assert backends[0].tasks_max == (tasks_max or 0)
+
+
+def test_after_shutdown(backends: list[Backend]) -> None:
+    executor = DistributedExecutor(2)
+    future = executor.submit(tasks.add, 1)
+    executor.shutdown(wait=False, cancel_futures=True)
+    assert future.cancelled()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            executor.submit(tasks.add, 1)
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            executor.map(tasks.add, [1])
+        executor.shutdown(wait=False)
+
+
+def test_at_the_interpreters_end(backends: list[Backend], monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = DistributedExecutor(2)
+    monkeypatch.setattr(module, "_is_exiting", True)
+    with pytest.raises(
+        RuntimeError, match="cannot schedule new futures after interpreter shutdown"
+    ):
+        executor.submit(tasks.add, 1)
+
+
+def test_a_broken_executor(backends: list[Backend]) -> None:
+    executor = DistributedExecutor(2)
+    assert "it went away" not in str(executor._broken)
+    backends[0].mailbox.broken = BrokerLostError("it went away")
+    assert executor._broken == "it went away"
+    for _ in range(2):
+        with pytest.raises(concurrent.futures.BrokenExecutor, match="it went away") as caught:
+            executor.submit(tasks.add, 1)
+        assert caught.value is not backends[0].mailbox.broken
+
+
+def test_sizes(backends: list[Backend], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert DistributedExecutor(3).size == 3
+    assert DistributedExecutor().size >= 1
+    monkeypatch.setenv("ACHILLES_CLIENT_MAX_WORKERS", "5")
+    assert DistributedExecutor()._max_workers == 5
+    assert DistributedExecutor(2).size == 2
+
+
+def test_settings_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        DistributedExecutor(config=tmp_path / "nowhere.toml")
+    monkeypatch.setenv("ACHILLES_CLIENT_MAX_WORKERS", "many")
+    with pytest.raises(ConfigError, match="ACHILLES_CLIENT_MAX_WORKERS"):
+        DistributedExecutor()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"max_workers": 0}, ValueError, "max_workers must be greater than 0"),
+        ({"max_workers": 1.5}, TypeError, "max_workers must be an integer"),
+        ({"max_tasks_per_child": 0}, ValueError, "max_tasks_per_child must be >= 1"),
+        ({"max_tasks_per_child": "1"}, TypeError, "max_tasks_per_child must be an integer"),
+        ({"initializer": 5}, TypeError, "initializer must be a callable"),
+        ({"initializer": int, "initargs": 5}, TypeError, "int"),
+    ],
+)
+def test_arguments_that_cannot_be(
+    options: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    with pytest.raises(kind, match=text):
+        DistributedExecutor(**options)
+
+
+def test_what_is_pickled_badly_does_not_start_anything(backends: list[Backend]) -> None:
+    executor = DistributedExecutor(2)
+    future = executor.submit(tasks.echo, tasks.Unpicklable())
+    assert isinstance(future.exception(0), Exception)
+    results = executor.map(tasks.echo, [tasks.Unpicklable()])
+    with pytest.raises(Exception, match="argument 1"):
+        next(results)
+    assert backends[0].starts == 0
+    assert backends[0].drain() == ([], [])
+    executor.shutdown()
+
+
+def test_it_is_no_pool_and_no_callable() -> None:
+    """What other libraries look for; see research on clients: an int or a dict named so would mislead them."""
+    assert not hasattr(DistributedExecutor, "_processes")
+    assert not callable(DistributedExecutor(1))
+    assert issubclass(DistributedExecutor, concurrent.futures.Executor)

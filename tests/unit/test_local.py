@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from achilles.errors import BrokerLostError
+from achilles.local import LocalCluster
+from achilles.runtime.serialize import dumps, dumps_call
+from tests import tasks
+from tests.modes import wait_until
+
+
+@pytest.fixture
+def cluster() -> Iterator[LocalCluster]:
+    cluster = LocalCluster(2)
+    cluster.start()
+    yield cluster
+    cluster.mailbox.finish()
+    end(cluster)
+
+
+def end(cluster: LocalCluster) -> None:
+    assert cluster.thread is not None
+    cluster.thread.join(10)
+    assert not cluster.thread.is_alive()
+
+
+def submit(cluster: LocalCluster, fn: Any, *args: Any, number: int = 1) -> Any:
+    mailbox, payload = cluster.mailbox, dumps_call(args, {})
+    assert isinstance(payload, bytes)
+    return mailbox.submit(mailbox.group(number, 0, 0), dumps(fn), payload, fn.__name__)
+
+
+def test_tasks_go_through_all_three_cores(cluster: LocalCluster) -> None:
+    assert [submit(cluster, tasks.add, n).result(10) for n in range(20)] == list(range(1, 21))
+    status = cluster.status()
+    assert status.done == 20
+    assert status.workers[0].slots == 2
+    assert status.workers[0].name == "local"
+
+
+def test_runners_start_on_demand(cluster: LocalCluster) -> None:
+    assert cluster.pids() == {}
+    pid = submit(cluster, tasks.pid, number=2).result(10)
+    assert list(cluster.pids().values()) == [pid]
+    assert pid != os.getpid()
+
+
+def test_it_ends_with_its_last_task() -> None:
+    cluster = LocalCluster(1)
+    cluster.start()
+    future = submit(cluster, tasks.pause, 0.1, "value")
+    cluster.mailbox.finish()
+    end(cluster)
+    assert future.result(0) == "value"
+    assert cluster.pids() == {}
+    assert cluster.status().done == 1
+
+
+def test_it_may_end_before_it_began() -> None:
+    cluster = LocalCluster(1)
+    cluster.mailbox.finish()
+    cluster.start()
+    end(cluster)
+
+
+def test_cancel_lets_run_what_can_start_at_once(cluster: LocalCluster) -> None:
+    futures = [submit(cluster, tasks.pause, 0.2) for _ in range(20)]
+    cluster.cancel_pending()
+    wait_until(lambda: all(future.done() for future in futures))
+    assert 2 <= sum(not future.cancelled() for future in futures) <= 5
+
+
+def test_kill_ends_the_runners(cluster: LocalCluster) -> None:
+    future = submit(cluster, tasks.pause, 30)
+    wait_until(future.running)
+    cluster.kill(lambda: BrokerLostError("killed"))
+    assert isinstance(future.exception(10), BrokerLostError)
+    wait_until(lambda: not cluster.pids())
+    assert submit(cluster, tasks.add, 1, number=3).result(10) == 2
+
+
+def test_a_bug_of_ours_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = LocalCluster(1)
+
+    def broken(now: float) -> None:
+        raise ArithmeticError("a bug")
+
+    monkeypatch.setattr(cluster, "_pump", broken)
+    future = submit(cluster, tasks.add, 1)
+    cluster.start()
+    with pytest.raises(RuntimeError, match="internal error of achilles: ArithmeticError"):
+        future.result(10)
+    end(cluster)
+    assert "ended unexpectedly" in caplog.text
+    assert "embedded" in repr(cluster)
+
+
+def test_tasks_of_many_threads(cluster: LocalCluster) -> None:
+    found: list[int] = []
+
+    def use(start: int) -> None:
+        futures = [submit(cluster, tasks.add, start, n) for n in range(50)]
+        found.append(sum(future.result(10) for future in futures))
+
+    threads = [threading.Thread(target=use, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [50 * start + 1225 for start in range(4)]

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from typing import Any
+
+import pytest
+
+from achilles.core import protocol as p
+from achilles.core.submission import Submission
+from achilles.errors import BrokerLostError, InitializerError, TaskCrashedError, WorkerLostError
+from achilles.futures import MapRun
+from achilles.mailbox import FAILED, INIT_BLOB, Mailbox
+from achilles.runtime.serialize import dumps, load_outcome
+from achilles.runtime.tracebacks import dump_error
+
+
+def read(status: int, payload: Any) -> tuple[Any, BaseException | None]:
+    return (None, payload) if status == FAILED else load_outcome(status, payload)
+
+
+class Box(Mailbox):
+    """A mailbox that counts how often it wakes; this thread is the I/O thread."""
+
+    def __init__(self) -> None:
+        self.wakes = 0
+        super().__init__(self.wake)
+        self.plain = self.group(1, 0, 0)
+
+    def wake(self) -> None:
+        self.wakes += 1
+
+    def add(self, name: str = "f") -> Any:
+        return self.submit(self.plain, b"blob", b"payload", name)
+
+
+@pytest.fixture
+def box() -> Box:
+    return Box()
+
+
+def values(*ids: int) -> p.Results:
+    return p.Results(list(ids), bytes([p.VALUE] * len(ids)), [dumps(id * 10) for id in ids])
+
+
+def test_what_was_submitted_comes_out_by_group_and_in_order(box: Box) -> None:
+    other = box.group(2, INIT_BLOB, 5)
+    assert box.group(2, INIT_BLOB, 5) is other
+    run = MapRun(read)
+    for n in range(4):
+        box.submit(box.plain, b"blob", b"%d" % n, "f")
+        box.submit_item(other, b"other", b"%d" % n, run, n)
+    assert box.unresolved == 8
+    assert box.has_mail
+    batches, cancels = box.drain()
+    assert [(batch.group, batch.blob, batch.ids, batch.payloads) for batch in batches] == [
+        (box.plain, b"blob", [1, 3, 5, 7], [b"0", b"1", b"2", b"3"]),
+        (other, b"other", [2, 4, 6, 8], [b"0", b"1", b"2", b"3"]),
+    ]
+    assert cancels == []
+    assert not box.has_mail
+    assert not box.is_empty
+
+
+def test_it_wakes_once_until_the_io_thread_looks(box: Box) -> None:
+    box.add()
+    box.add()
+    assert box.wakes == 1
+    assert not box.is_idle()
+    box.drain()
+    assert box.is_idle()
+    box.interrupt()
+    box.interrupt()
+    assert box.wakes == 2
+
+
+def test_who_closes_before_the_io_thread_waits_is_not_missed(box: Box) -> None:
+    box.is_awake = True  # the I/O thread has just seen that nobody wants it to end
+    box.finish()
+    assert box.wakes == 0
+    assert not box.is_idle()
+
+
+def test_results_resolve_futures_and_items(box: Box) -> None:
+    future, run = box.add(), MapRun(read)
+    item = box.submit_item(box.plain, b"blob", b"payload", run, 4)
+    box.drain()
+    assert box.receive(values(1, item, 99)) == []
+    assert future.result(0) == 10
+    assert run.take(4, 0) == 20
+    assert box.is_empty
+
+
+def test_errors_have_their_cause(box: Box) -> None:
+    future = box.add()
+    box.drain()
+    try:
+        raise LookupError("there")
+    except LookupError as error:
+        box.receive(p.Results([1], bytes([p.ERROR]), [dump_error(error)]))
+    assert isinstance(future.exception(0), LookupError)
+    assert "LookupError: there" in str(future.exception(0).__cause__)
+
+
+def test_running_finds_out_what_was_cancelled(box: Box) -> None:
+    first, second = box.add(), box.add()
+    box.drain()
+    assert second.cancel()
+    assert box.receive(p.Running([1, 2, 99])) == [2]
+    assert first.running()
+    assert second.cancelled()
+    assert box.drain() == ([], [2])
+
+
+def test_given_up_tasks_are_named(box: Box) -> None:
+    crashed, lost = box.add("work"), box.add("work")
+    run = MapRun(read)
+    run.name = "each"
+    item = box.submit_item(box.plain, b"blob", b"payload", run, 4)
+    box.drain()
+    story = ["killed by SIGKILL on worker a", "killed by SIGSEGV on worker b"]
+    box.receive(p.Failed(1, p.CRASHED, story))
+    box.receive(p.Failed(2, p.LOST, ["worker a vanished"]))
+    box.receive(p.Failed(item, p.CRASHED, story))
+    box.receive(p.Failed(99, p.CRASHED, story))
+    assert type(crashed.exception(0)) is TaskCrashedError
+    assert str(crashed.exception(0)).endswith(
+        "attempt 1: killed by SIGKILL on worker a; attempt 2: killed by SIGSEGV on worker b"
+    )
+    assert str(crashed.exception(0)).startswith("work() (task 1)")
+    assert type(lost.exception(0)) is WorkerLostError
+    with pytest.raises(TaskCrashedError, match=r"each\(\), item 4 of a map \(task 3\)"):
+        run.take(4, 0)
+
+
+def test_what_does_not_run_can_be_cancelled_together(box: Box) -> None:
+    running, waiting, run = box.add(), box.add(), MapRun(read)
+    items = [box.submit_item(box.plain, b"blob", b"payload", run, index) for index in range(2)]
+    box.drain()
+    box.receive(p.Running([1, items[0]]))
+    assert box.cancel_pending() == [2, items[1]]
+    assert running.running()
+    assert waiting.cancelled()
+    with pytest.raises(concurrent.futures.CancelledError):
+        run.take(1, 0)
+    box.drop([2, items[1]])
+    box.receive(values(1, items[0]))
+    assert run.take(0, 0) == 30
+    assert box.is_empty
+
+
+def test_a_failed_initializer_fails_everything(box: Box, caplog: pytest.LogCaptureFixture) -> None:
+    box.init_blob = b"given"
+    futures = [box.add() for _ in range(3)]
+    box.drain()
+    late = box.add()
+    done = p.Results([2], bytes([p.INIT_FAILED]), [dump_error(LookupError("at the start"))])
+    assert sorted(box.receive(done)) == [1, 2, 3, 4]
+    errors = [future.exception(0) for future in [*futures, late]]
+    assert {type(error) for error in errors} == {InitializerError}
+    assert len(set(map(id, errors))) == 4
+    assert isinstance(errors[0].__cause__, LookupError)
+    assert "Exception in initializer:" in caplog.text
+    with pytest.raises(InitializerError, match="at the start"):
+        box.add()
+    assert box.is_empty
+
+
+def test_everything_fails_with_errors_of_its_own(box: Box) -> None:
+    first, cancelled, run = box.add(), box.add(), MapRun(read)
+    box.submit_item(box.plain, b"blob", b"payload", run, 0)
+    cancelled.cancel()
+    box.broken = BrokerLostError("gone")
+    box.finish()
+    assert box.fail_all(lambda: BrokerLostError("gone")) == [1, 2, 3]
+    assert isinstance(first.exception(0), BrokerLostError)
+    assert cancelled.cancelled()
+    with pytest.raises(BrokerLostError):
+        run.take(0, 0)
+    with pytest.raises(BrokerLostError) as caught:
+        box.add()
+    assert caught.value is not box.broken
+
+
+def test_after_finish_nothing_is_taken(box: Box) -> None:
+    box.finish()
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        box.add()
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        box.submit_item(box.plain, b"blob", b"payload", MapRun(read), 0)
+    assert box.is_empty
+
+
+def test_callbacks_leave_the_io_thread(box: Box) -> None:
+    box.start(threading.current_thread())
+    threads: list[threading.Thread] = []
+    future = box.add()
+    future.add_done_callback(lambda _: threads.append(threading.current_thread()))
+    box.drain()
+    box.receive(values(1))
+    box.close()
+    assert box.callback_thread is not None
+    box.callback_thread.join(10)
+    assert threads == [box.callback_thread]
+
+
+def test_submissions_learn_blobs(box: Box) -> None:
+    box.init_blob = b"init"
+    submission = Submission()
+    submission.connect(0)
+    group = box.group(5, INIT_BLOB, 0)
+    box.submit(group, b"function", b"payload", "f")
+    (batch,), _ = box.drain()
+    messages = [message for _, message in box.submit_to(submission, batch)]
+    assert [message.blob for message in messages if isinstance(message, p.Blob)] == [5, INIT_BLOB]
+    assert isinstance(messages[-1], p.Submit)
+    submission.check_invariants()
+
+
+def test_the_clusters_size_is_kept(box: Box) -> None:
+    box.receive(p.Cluster(3, 12))
+    assert (box.workers, box.slots) == (3, 12)
