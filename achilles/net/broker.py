@@ -1,0 +1,130 @@
+"""The broker's shell: ROUTER sockets, one loop, and the cores; it never looks into a payload."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from time import monotonic
+from typing import Any
+
+import zmq
+
+from achilles.core import protocol as p
+from achilles.core.link import Packet
+from achilles.core.liveness import Timings
+from achilles.core.scheduler import Scheduler
+from achilles.core.sessions import Send, Sessions
+from achilles.errors import ProtocolError
+from achilles.net.endpoint import Gatekeeper
+from achilles.net.transport import RouterPort
+from achilles.runtime.loop import Loop
+
+FAREWELL_SECONDS = 0.5
+TICK_SECONDS = 0.1  # how finely silences are measured
+OUTBOX_INTERVAL = 0.005  # a ROUTER does not tell when a peer that was full can take more
+
+_LOG = logging.getLogger("achilles.broker")
+
+Roles = Mapping[str, frozenset[str]]
+
+
+class Broker:
+    """Serves clients and workers on sockets that are bound already.
+
+    Args:
+        sockets: each with the roles that its users have: who is not in the mapping has none.
+        gatekeeper: the ZAP handler.
+        credit: tasks that a client may have unresolved.
+    """
+
+    def __init__(
+        self,
+        sockets: Iterable[tuple[zmq.Socket[bytes], Roles]],
+        gatekeeper: Gatekeeper,
+        *,
+        timings: Timings,
+        credit: int,
+    ) -> None:
+        now = monotonic()
+        self.loop = Loop()
+        self._next_tick = now
+        self.loop.register(gatekeeper.socket.FD, gatekeeper.answer)
+        gatekeeper.answer()  # a socket signals only to a reader that has found it empty
+        self._sessions = Sessions(
+            Scheduler(credit=credit, now=now),
+            epoch=secrets.token_bytes(16),
+            timings=timings,
+            credit=credit,
+            now=now,
+        )
+        self._ports: list[tuple[RouterPort, Roles]] = []
+        for index, (socket, roles) in enumerate(sockets):
+            self._ports.append((RouterPort(socket, self.loop, self._on_closed(index)), roles))
+
+    def run(self, is_stopping: Callable[[], bool]) -> int:
+        """Serve until ``is_stopping()`` or an administrator's shutdown; then say goodbye.
+
+        How many tasks had no result then.
+        """
+        while not is_stopping() and not self._sessions.is_shutting_down:
+            self.step()
+        status = self._sessions.scheduler.status(monotonic())
+        self._transmit(self._sessions.farewell("the broker was shut down"))
+        deadline = monotonic() + FAREWELL_SECONDS
+        while monotonic() < deadline and not self._sessions.is_alone:
+            self.step(max(0.0, deadline - monotonic()))
+        return status.queued + status.running
+
+    def step(self, timeout_max: float = 1.0) -> None:
+        """Wait up to ``timeout_max`` seconds for input, and handle what there is."""
+        self.loop.wait(self._timeout(timeout_max))
+        for index, (port, roles) in enumerate(self._ports):
+            for route, frames, user in port.receive():
+                self._receive((index, route), roles.get(user, frozenset()), frames)
+            if port.has_outbox:
+                port.flush()
+        now = monotonic()
+        soon = self._sessions.scheduler.next_deadline()
+        if now >= self._next_tick or (soon is not None and now >= soon):
+            self._transmit(self._sessions.tick(now))
+            self._next_tick = now + TICK_SECONDS
+
+    def close(self) -> None:
+        """Close the sockets and the loop."""
+        for port, _ in self._ports:
+            port.close()
+        self.loop.close()
+
+    def _timeout(self, timeout_max: float) -> float:
+        if any(port.has_input for port, _ in self._ports):
+            return 0.0
+        if any(port.has_outbox for port, _ in self._ports):
+            return OUTBOX_INTERVAL
+        soon = self._sessions.scheduler.next_deadline()
+        at = self._next_tick if soon is None else min(soon, self._next_tick)
+        return max(0.0, min(at - monotonic(), timeout_max))
+
+    def _receive(
+        self, route: tuple[int, bytes], roles: frozenset[str], frames: list[p.Buffer]
+    ) -> None:
+        now = monotonic()
+        try:
+            packet = Packet(*p.decode(frames))
+        except ProtocolError as error:
+            _LOG.warning("malformed message from a peer: %s", error)
+            self._transmit(self._sessions.malformed(route, str(error), now))
+            return
+        token = secrets.token_bytes(16) if packet.header.token == p.NO_TOKEN else p.NO_TOKEN
+        self._transmit(self._sessions.receive(route, roles, packet, now, token))
+
+    def _transmit(self, sends: Iterable[Send]) -> None:
+        route: Any  # (index of the port, routing id), as given to the sessions
+        for route, packet in sends:
+            index, identity = route
+            if isinstance(packet.message, p.Refused):
+                _LOG.warning("refused a peer: %s", packet.message.reason)
+            self._ports[index][0].send(identity, p.encode(*packet))
+
+    def _on_closed(self, index: int) -> Callable[[bytes], None]:
+        return lambda route: self._sessions.closed((index, route), monotonic())

@@ -1,0 +1,309 @@
+"""A client's shell: the I/O thread that owns the session with a broker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic
+
+import achilles
+from achilles.core import protocol as p
+from achilles.core.submission import Send, Submission
+from achilles.errors import AchillesError, BrokerLostError, BrokerUnreachableError
+from achilles.mailbox import Mailbox
+from achilles.net.keys import find_join
+from achilles.net.peer import Dial, Peer, dialer_to
+from achilles.net.worker import python_version
+from achilles.runtime.loop import Loop, seconds_until
+
+NO_WORKERS_SECONDS = 10.0
+STATUS_SECONDS = 5.0
+WATCH_SECONDS = 0.5
+FLUSH_SECONDS = 2.0
+ANNOUNCED_SECONDS = 0.02  # within it the broker tells what it has dispatched of what it was sent
+
+_LOG = logging.getLogger("achilles.client")
+
+
+def connection(
+    address: str, *, home: Path, slots_max: int, connect_timeout: float, broker_timeout: float
+) -> Connection:
+    """A connection, not yet started, to the broker at ``address`` with this user's key, which is in ``home``.
+
+    Raises:
+        ConfigError: ``address`` is no endpoint.
+        BrokerUnreachableError: there is no key for a broker there.
+    """
+    join = find_join(home, "client", address)
+    return Connection(
+        dialer_to(join),
+        address=join.address,
+        slots_max=slots_max,
+        connect_timeout=connect_timeout,
+        broker_timeout=broker_timeout,
+    )
+
+
+class Connection:
+    """A client's session with the broker at ``address``, in a thread of this process."""
+
+    def __init__(
+        self,
+        dial: Dial,
+        *,
+        address: str,
+        slots_max: int = 0,
+        connect_timeout: float = 10.0,
+        broker_timeout: float = 60.0,
+    ) -> None:
+        self._loop = Loop()
+        self.mailbox = Mailbox(self._loop.wake)
+        self._submission = Submission()
+        self._dial = dial
+        self._address = address
+        self._slots_max = slots_max
+        self._connect_timeout = connect_timeout
+        self._broker_timeout = broker_timeout
+        self._sends: deque[Send] = deque()
+        self._requests: deque[Callable[[], None]] = deque()
+        self._statuses: deque[Callable[[p.Status], None]] = deque()
+        self._joined = threading.Event()
+        self._failure: AchillesError | None = None
+        self._next_watch = 0.0
+        self._cancel_at: float | None = None  # when to cancel what is not running by then
+        self._lonely_since: float | None = None
+        self._has_warned = False
+        self.thread: threading.Thread | None = None
+
+    # --- User threads -----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Connect.
+
+        Raises:
+            BrokerUnreachableError: no session within ``connect_timeout`` seconds.
+        """
+        if self.thread is not None:
+            return
+        self.thread = threading.Thread(target=self._run, name="achilles-io", daemon=True)
+        self.thread.start()
+        while not self._joined.wait(0.1):
+            if not self.thread.is_alive():
+                break
+        if self._failure is not None:
+            raise self._failure
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the I/O thread call a function."""
+        self._requests.append(function)
+        self.mailbox.interrupt()
+
+    def status(self) -> p.Status:
+        """The broker's numbers.
+
+        Raises:
+            BrokerUnreachableError: no answer in time.
+        """
+        answer: list[p.Status] = []
+        is_done = threading.Event()
+
+        def take(status: p.Status) -> None:
+            answer.append(status)
+            is_done.set()
+
+        def ask() -> None:
+            self._statuses.append(take)
+            self._sends.append(Send("broker", p.StatusRequest()))
+
+        self.call(ask)
+        deadline = monotonic() + STATUS_SECONDS
+        while not is_done.wait(0.1) and monotonic() < deadline:
+            if self.thread is None or not self.thread.is_alive():
+                raise self._failure or BrokerUnreachableError(
+                    f"this executor is shut down, and has no session with {self._address} any more"
+                )
+        if not answer:
+            raise BrokerUnreachableError(
+                f"the broker at {self._address} did not answer within {STATUS_SECONDS:g} s"
+            )
+        return answer[0]
+
+    def cancel_pending(self) -> None:
+        """Cancel what was not dispatched."""
+
+        def cancel_soon() -> None:
+            self._cancel_at = monotonic() + ANNOUNCED_SECONDS
+
+        self.call(cancel_soon)
+
+    def kill(self, make_error: Callable[[], BaseException]) -> None:
+        """Fail what is unresolved now; the broker is told to drop it."""
+
+        def kill() -> None:
+            self._cancel_pending()
+            self._cancel(self.mailbox.fail_all(make_error))
+
+        self.call(kill)
+
+    def __repr__(self) -> str:
+        return self._address
+
+    # --- The I/O thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        mailbox = self.mailbox
+        hello = p.ClientHello(
+            secrets.token_bytes(16),
+            "client",
+            achilles.__version__,
+            python_version(),
+            f"{socket.gethostname()}-{os.getpid()}",
+            self._slots_max,
+        )
+        peer: Peer | None = None
+        try:
+            mailbox.start(threading.current_thread())
+            peer = Peer(self._dial, self._loop, hello)
+            self._connect(peer)
+            while not (mailbox.is_closing and mailbox.is_empty and not self._requests):
+                self._step(peer)
+            peer.send([p.Goodbye("done")])
+            peer.flush(FLUSH_SECONDS)
+        except AchillesError as error:
+            self._fail(error)
+        except BaseException as error:  # a bug of ours must not leave anybody waiting
+            _LOG.exception("the I/O thread of an executor ended unexpectedly")
+            self._fail(BrokerLostError(f"internal error of achilles: {error!r}"))
+        finally:
+            mailbox.close()
+            if peer is not None:
+                peer.close()
+            self._loop.close()
+            self._joined.set()
+
+    def _connect(self, peer: Peer) -> None:
+        """Wait for the session to begin.
+
+        Raises:
+            BrokerUnreachableError: it does not.
+        """
+        deadline = monotonic() + self._connect_timeout
+        while not peer.is_joined:
+            now = monotonic()
+            if now > deadline:
+                raise peer.problem()
+            self._loop.wait(
+                0.0 if peer.has_input else seconds_until(now, deadline, peer.next_deadline())
+            )
+            self._receive(peer, monotonic())
+            peer.tick(monotonic())
+        self._joined.set()
+
+    def _step(self, peer: Peer) -> None:
+        mailbox = self.mailbox
+        now = monotonic()
+        is_busy = peer.has_input or not mailbox.is_idle() or self._requests or self._sends
+        deadlines = (peer.next_deadline(), self._cancel_at, now + 1.0)
+        self._loop.wait(0.0 if is_busy else seconds_until(now, *deadlines))
+        mailbox.is_awake = True
+        while self._requests:
+            self._requests.popleft()()
+        self._take_mail()
+        now = monotonic()
+        self._receive(peer, now)
+        if self._cancel_at is not None and now >= self._cancel_at:
+            self._cancel_pending()
+        self._pump(peer, now)
+        peer.tick(now)
+        if now >= self._next_watch:
+            self._next_watch = now + WATCH_SECONDS
+            self._watch(peer, now)
+
+    def _take_mail(self) -> None:
+        batches, cancels = self.mailbox.drain()
+        for batch in batches:
+            self._sends += self.mailbox.submit_to(self._submission, batch)
+        self._cancel(cancels)
+
+    def _cancel_pending(self) -> None:
+        self._cancel_at = None
+        self._take_mail()
+        self._cancel(self.mailbox.cancel_pending())
+
+    def _receive(self, peer: Peer, now: float) -> None:
+        for message in peer.receive(now):
+            match message:
+                case p.Welcome(credit=credit):
+                    self._sends += self._submission.connect(credit)
+                case p.Gone():
+                    _LOG.warning("the broker at %s lost this session; resubmitting", self._address)
+                    self._submission.disconnect()
+                case p.Refused(reason=reason):
+                    raise BrokerUnreachableError(
+                        f"the broker at {self._address} refused this client: {reason}"
+                    )
+                case p.Goodbye(reason=reason):
+                    raise BrokerLostError(f"the broker at {self._address} is gone: {reason}")
+                case p.Status():
+                    while self._statuses:
+                        self._statuses.popleft()(message)
+                case p.Running() | p.Results() | p.Failed() | p.Cluster():
+                    self._sends += self._submission.receive(message, now)
+                case _:
+                    _LOG.warning(
+                        "the broker sent a %s, which is not for clients", type(message).__name__
+                    )
+
+    def _pump(self, peer: Peer, now: float) -> None:
+        sends = self._sends
+        outgoing: list[p.Wire] = []
+        while sends:
+            to, message = sends.popleft()
+            if to == "broker":
+                outgoing.append(message)
+            else:
+                self._cancel(self.mailbox.receive(message))  # type: ignore[arg-type]
+        peer.send(outgoing)
+
+    def _cancel(self, ids: Sequence[int]) -> None:
+        if ids:
+            self.mailbox.drop(ids)
+            self._sends += self._submission.cancel(list(ids))
+
+    def _watch(self, peer: Peer, now: float) -> None:
+        """Give up a broker that is gone for long; say once why nothing happens where there is no worker.
+
+        Raises:
+            BrokerLostError: nothing was heard of the broker for ``broker_timeout`` seconds.
+        """
+        silent_for = peer.silent_for(now)
+        if silent_for > self._broker_timeout:
+            raise BrokerLostError(
+                f"nothing was heard of the broker at {self._address} for {silent_for:.0f} s; "
+                "tasks without a result have failed"
+            )
+        if self.mailbox.workers != 0 or not len(self._submission):
+            self._lonely_since = None
+        elif self._lonely_since is None:
+            self._lonely_since = now
+        elif now - self._lonely_since > NO_WORKERS_SECONDS and not self._has_warned:
+            self._has_warned = True
+            _LOG.warning(
+                "no worker is connected to the broker at %s; %d tasks wait. Start one with: achilles worker %s",
+                self._address,
+                len(self._submission),
+                self._address,
+            )
+
+    def _fail(self, error: AchillesError) -> None:
+        """The session is over for good: everything fails, and nothing new is taken."""
+        self._failure = error
+        self.mailbox.broken = error
+        self.mailbox.finish()
+        self.mailbox.fail_all(lambda: type(error)(*error.args))

@@ -1,0 +1,56 @@
+"""One question to a broker and its answer, for commands."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from time import monotonic
+
+import achilles
+from achilles.core import protocol as p
+from achilles.errors import BrokerUnreachableError
+from achilles.net.peer import Dial, Peer
+from achilles.net.worker import python_version
+from achilles.runtime.loop import Loop, seconds_until
+
+
+def request(
+    dial: Dial, question: p.StatusRequest | p.Shutdown, *, timeout: float
+) -> p.Status | p.ShuttingDown:
+    """The broker's answer to ``question``, asked in the role of an administrator.
+
+    Raises:
+        BrokerUnreachableError: there is none within ``timeout`` seconds.
+    """
+    loop = Loop()
+    hello = p.ClientHello(
+        secrets.token_bytes(16),
+        "admin",
+        achilles.__version__,
+        python_version(),
+        f"{socket.gethostname()}-{os.getpid()}",
+    )
+    peer = Peer(dial, loop, hello)
+    deadline = monotonic() + timeout
+    try:
+        while (now := monotonic()) < deadline:
+            wait = 0.0 if peer.has_input else seconds_until(now, deadline, peer.next_deadline())
+            loop.wait(wait)
+            now = monotonic()
+            for message in peer.receive(now):
+                if isinstance(message, p.Welcome):
+                    peer.send([question])
+                elif isinstance(message, p.Status | p.ShuttingDown):
+                    peer.send([p.Goodbye("done")])
+                    peer.flush(0.1)
+                    return message
+                elif isinstance(message, p.Refused | p.Goodbye):
+                    raise BrokerUnreachableError(f"the broker refused this: {message.reason}")
+            peer.tick(now)
+        if peer.is_joined:
+            raise BrokerUnreachableError(f"the broker did not answer within {timeout:g} s")
+        raise peer.problem()
+    finally:
+        peer.close()
+        loop.close()

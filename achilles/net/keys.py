@@ -1,0 +1,257 @@
+"""Keys and join files: how peers of one user find a broker, and what they show it.
+
+    $ACHILLES_HOME/keys/ROLE.key      a CURVE key pair a role, made on first start (0700 directory, 0600 files)
+    $ACHILLES_HOME/run/ROLE.join      where the running broker listens, and the keys to meet it; removed when it ends
+    $ACHILLES_HOME/run/*.ipc          its sockets for peers on this host
+    $ACHILLES_HOME/run/broker.lock    held while it runs
+
+Nothing loose is used (`net.private`), and secrets appear in no text, log or ``repr``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import tempfile
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+import zmq
+from zmq.utils import z85
+
+from achilles.errors import BrokerUnreachableError, ConfigError, KeyFileError
+from achilles.net.endpoint import IPC_PATH_MAX, CurveKeys, Endpoint, hostname, parse_endpoint
+from achilles.net.private import check_directory, private_directory, read_private, write_private
+
+ROLES = ("client", "worker", "admin")
+
+
+class KeyPair(NamedTuple):
+    """A CURVE key pair, Z85 text."""
+
+    public: bytes
+    secret: bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for the public key."""
+        return hashlib.sha256(z85.decode(self.public)).hexdigest()[:16]
+
+    @property
+    def raw_public(self) -> bytes:
+        """The public key's 32 bytes, as a ZAP handler sees it."""
+        return bytes(z85.decode(self.public))
+
+    def __repr__(self) -> str:
+        return f"<KeyPair {self.fingerprint}>"
+
+
+class _KeyFile(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    public: str
+    secret: str
+
+
+class Join(msgspec.Struct, forbid_unknown_fields=True):
+    """What a peer of one role needs to find and meet a broker. Users type ``address``, never ``worker_address``."""
+
+    role: str
+    address: str
+    worker_address: str
+    ipc: str
+    worker_ipc: str
+    host: str
+    pid: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+    public: str
+    secret: str
+    broker_public: str
+    version: int = 1
+
+    def __repr__(self) -> str:
+        return f"<Join {self.role} of {self.address}>"
+
+    @property
+    def keys(self) -> CurveKeys:
+        """The keys for TCP."""
+        return CurveKeys(self.public.encode(), self.secret.encode(), self.broker_public.encode())
+
+    def endpoint(self) -> Endpoint:
+        """Where to connect: ipc where broker and peer share a host, else TCP."""
+        is_worker = self.role == "worker"
+        ipc = self.worker_ipc if is_worker else self.ipc
+        if ipc and self.host == hostname():
+            endpoint = parse_endpoint(ipc)
+            if os.path.exists(endpoint.path):
+                return endpoint
+        return parse_endpoint(self.worker_address if is_worker else self.address)
+
+
+# --- Directories ----------------------------------------------------------------------------------
+
+
+def run_directory(base: Path) -> Path:
+    """Where a broker's sockets are: ``run`` in its home, or a short private one where that path is none for a socket.
+
+    Raises:
+        KeyFileError: it is not private, or cannot be made.
+    """
+    run = private_directory(private_directory(base) / "run")
+    if len(os.fsencode(run / "workers.ipc")) <= IPC_PATH_MAX and str(run).isprintable():
+        return run
+    digest = hashlib.sha256(os.fsencode(run)).hexdigest()[:16]
+    short = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    return private_directory(short / f"achilles-{os.getuid()}-{digest}")
+
+
+# --- Keys -----------------------------------------------------------------------------------------
+
+
+def key_pair(base: Path, role: str) -> KeyPair:
+    """The key pair of ``role`` ("broker", or one of `ROLES`), made if there is none.
+
+    Raises:
+        KeyFileError: the file is loose or damaged, or cannot be written.
+    """
+    path = private_directory(private_directory(base) / "keys") / f"{role}.key"
+    try:
+        data = read_private(path)
+    except FileNotFoundError:
+        public, secret = zmq.curve_keypair()
+        made = _KeyFile(role, public.decode(), secret.decode())
+        write_private(path, msgspec.json.encode(made), replace=False)
+        data = read_private(path)
+    try:
+        file = msgspec.json.decode(data, type=_KeyFile)
+    except (msgspec.DecodeError, ValueError):
+        raise KeyFileError(f"{path} is damaged; remove it, and a new key is made") from None
+    if file.role != role or not _are_pair(file.public, file.secret):
+        raise KeyFileError(
+            f"{path} does not hold the key pair of the role {role}; remove it, and a new key is made"
+        )
+    return KeyPair(file.public.encode(), file.secret.encode())
+
+
+def _are_pair(public: str, secret: str) -> bool:
+    try:
+        return zmq.curve_public(secret.encode()) == public.encode()
+    except (zmq.ZMQError, ValueError):
+        return False
+
+
+def _is_key(text: str) -> bool:
+    try:
+        return len(text) == 40 and len(z85.decode(text.encode())) == 32
+    except (KeyError, ValueError, struct.error):
+        return False
+
+
+# --- Join files -----------------------------------------------------------------------------------
+
+
+def join_path(base: Path, role: str) -> Path:
+    """Where the running broker's join file for ``role`` is."""
+    return base / "run" / f"{role}.join"
+
+
+def write_joins(
+    base: Path, *, address: str, worker_address: str, ipc: str, worker_ipc: str
+) -> None:
+    """Write the running broker's join files.
+
+    Raises:
+        KeyFileError: a directory is loose, or cannot be written to.
+    """
+    private_directory(private_directory(base) / "run")
+    broker_public = key_pair(base, "broker").public.decode()
+    for role in ROLES:
+        pair = key_pair(base, role)
+        join = Join(
+            role,
+            address,
+            worker_address,
+            ipc,
+            worker_ipc,
+            hostname(),
+            os.getpid(),
+            pair.public.decode(),
+            pair.secret.decode(),
+            broker_public,
+        )
+        write_private(join_path(base, role), msgspec.json.encode(join), replace=True)
+
+
+def remove_joins(base: Path) -> None:
+    """Remove the join files; only whoever holds the broker's lock may."""
+    for role in ROLES:
+        join_path(base, role).unlink(missing_ok=True)
+
+
+def read_join(path: Path) -> Join:
+    """The join file at ``path``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        KeyFileError: it is loose or damaged.
+    """
+    for directory in (path.parent.parent, path.parent):
+        check_directory(directory)
+    try:
+        join = msgspec.json.decode(read_private(path), type=Join)
+        if join.version != 1:
+            raise KeyFileError(f"{path} is of another version of achilles")
+        for address in (join.address, join.worker_address):
+            parse_endpoint(address)
+    except KeyFileError:
+        raise
+    except (msgspec.DecodeError, ValueError, ConfigError) as error:
+        raise KeyFileError(f"{path} is damaged ({error}); start the broker again") from None
+    is_sound = _are_pair(join.public, join.secret) and _is_key(join.broker_public)
+    if join.role not in ROLES or not is_sound:
+        raise KeyFileError(f"{path} is damaged (a key or role); start the broker again")
+    return join
+
+
+def find_join(base: Path, role: str, address: str | None) -> Join:
+    """The join file for the broker at ``address``; None and "auto" are this user's running broker.
+
+    Raises:
+        ConfigError: ``address`` is no endpoint.
+        BrokerUnreachableError: no broker of this user runs, or none there.
+        KeyFileError: the join file is loose or damaged.
+    """
+    wanted = None if address in (None, "auto") else str(parse_endpoint(str(address)))
+    try:
+        join = read_join(join_path(base, role))
+    except FileNotFoundError:
+        if wanted is None:
+            text = f"no achilles broker of yours is running ({base} has no join file)"
+        else:
+            text = f"no achilles broker of yours is running at {wanted} ({base} has no key for it)"
+        raise BrokerUnreachableError(f"{text}; start one with: achilles broker") from None
+    if wanted is not None and not (wanted == join.ipc or _same_place(wanted, join.address)):
+        raise BrokerUnreachableError(
+            f"your running broker is at {join.address}, not at {wanted}; there is no key for another one in {base}"
+        )
+    if join.host == hostname() and not _is_running(join.pid):
+        raise BrokerUnreachableError(
+            f"the achilles broker at {join.address} (pid {join.pid}) has ended without removing its join file; "
+            "start one with: achilles broker"
+        )
+    return join
+
+
+def _same_place(one: str, other: str) -> bool:
+    a, b = parse_endpoint(one), parse_endpoint(other)
+    return a == b or (a.port == b.port and {a.host, b.host} == {"localhost", "127.0.0.1"})
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

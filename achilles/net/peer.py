@@ -1,0 +1,165 @@
+"""A connection to the broker, from a client or a worker: the socket, its renewal, and the session on it."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable
+from time import monotonic, sleep
+
+import zmq
+
+from achilles.core import protocol as p
+from achilles.core.dialer import JOINED, Dialer
+from achilles.core.link import Packet
+from achilles.errors import AuthenticationError, BrokerUnreachableError, ProtocolError
+from achilles.net.endpoint import Dialed, dial_dealer
+from achilles.net.keys import Join
+from achilles.net.transport import DealerPort
+from achilles.runtime.loop import Loop
+
+BACKOFF_FIRST, BACKOFF_MAX = 0.1, 5.0
+WELCOME_SECONDS = 5.0  # a socket that has not led to a session by then is replaced
+
+Dial = Callable[[], Dialed]
+
+_LOG = logging.getLogger("achilles.net")
+
+
+def dialer_to(join: Join) -> Dial:
+    """What makes sockets to the broker that ``join`` tells of."""
+
+    def dial() -> Dialed:
+        return dial_dealer(zmq.Context.instance(), join.endpoint(), join.keys)
+
+    return dial
+
+
+class Peer:
+    """Keeps a session with a broker over as many sockets as that takes; ``dial`` makes one."""
+
+    def __init__(self, dial: Dial, loop: Loop, hello: p.ClientHello | p.WorkerHello) -> None:
+        self._dial = dial
+        self._loop = loop
+        self._dialer = Dialer(hello)
+        self._backoff = BACKOFF_FIRST
+        self._since = monotonic()
+        self._redial_at: float | None = None
+        self._problem: BrokerUnreachableError | None = None
+        self._open(self._since)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether there is a session."""
+        return self._dialer.state == JOINED
+
+    @property
+    def has_input(self) -> bool:
+        """Whether `receive` would give something."""
+        return self._is_watch_ready or self._port.has_input
+
+    def silent_for(self, now: float) -> float:
+        """Seconds since the broker's last sign of life, or since the first call."""
+        heard_at = self._dialer.heard_at
+        return now - (self._since if heard_at is None else heard_at)
+
+    def problem(self) -> BrokerUnreachableError:
+        """Why there is no session, as far as is known."""
+        return self._problem or BrokerUnreachableError(
+            f"no achilles broker answers at {self._dialed.endpoint}; start one with: achilles broker"
+        )
+
+    def send(self, messages: Iterable[p.Wire]) -> None:
+        """Send messages of the session; without one they are dropped (the cores have what matters)."""
+        self._transmit(self._dialer.send(messages))
+
+    def receive(self, now: float) -> list[p.Wire]:
+        """What the broker sent, and what befell the session: `Welcome`, `Gone`, `Refused`."""
+        if self._is_watch_ready:
+            self._look(now)
+        messages: list[p.Wire] = []
+        for frames in self._port.receive():
+            try:
+                step = self._dialer.receive(Packet(*p.decode(frames)), now)
+            except ProtocolError as error:
+                _LOG.warning(
+                    "the broker at %s sent a malformed message: %s", self._dialed.endpoint, error
+                )
+                continue
+            self._transmit(step.packets)
+            messages += step.messages
+        return messages
+
+    def tick(self, now: float) -> None:
+        """Heartbeats, repeated hellos, and new sockets in place of dead ones."""
+        due = self._dialer.next_deadline()
+        if due is not None and now >= due:
+            self._transmit(self._dialer.tick(now))
+        if self.is_joined and self._redial_at is None:
+            return
+        if (
+            self._redial_at is None
+            and not self.is_joined
+            and now > self._opened_at + WELCOME_SECONDS
+        ):
+            self._redial_at = now
+        if self._redial_at is not None and now >= self._redial_at:
+            self._close_socket()
+            self._open(now)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` wants to be called."""
+        due, redial_at = self._dialer.next_deadline(), self._redial_at
+        if redial_at is None or due is None:
+            return due if redial_at is None else redial_at
+        return min(due, redial_at)
+
+    def flush(self, timeout: float) -> None:
+        """Give what was sent up to ``timeout`` seconds to leave, as far as that can be known."""
+        deadline = monotonic() + timeout
+        while self._port.has_outbox and monotonic() < deadline:
+            self._port.receive()
+            sleep(0.001)
+
+    def close(self) -> None:
+        """End without a word."""
+        self._close_socket()
+
+    def _look(self, now: float) -> None:
+        """See what befell the connection."""
+        self._is_watch_ready = False
+        for event in self._dialed.watch.poll():
+            if event.is_connected:
+                self._backoff = BACKOFF_FIRST
+                self._transmit(self._dialer.connected(now))
+            elif event.problem is not None:
+                self._note(event.problem, now, is_dead=event.is_dead)
+
+    def _open(self, now: float) -> None:
+        self._redial_at = None
+        self._opened_at = now
+        self._dialed = self._dial()
+        self._port = DealerPort(self._dialed.socket, self._loop)
+        self._is_watch_ready = True
+        self._loop.register(self._dialed.watch.fd, self._ready_watch)
+        if not self.is_joined:
+            self._transmit(self._dialer.start(now))
+
+    def _close_socket(self) -> None:
+        self._loop.unregister(self._dialed.watch.fd)
+        self._dialed.watch.close()
+        self._port.close()
+
+    def _note(self, problem: BrokerUnreachableError, now: float, *, is_dead: bool) -> None:
+        if not isinstance(self._problem, AuthenticationError):
+            self._problem = problem
+        if is_dead and self._redial_at is None:
+            self._redial_at = now + self._backoff * random.uniform(0.5, 1.0)
+            self._backoff = min(2 * self._backoff, BACKOFF_MAX)
+
+    def _transmit(self, packets: Iterable[Packet]) -> None:
+        for packet in packets:
+            self._port.send(p.encode(*packet))
+
+    def _ready_watch(self) -> None:
+        self._is_watch_ready = True

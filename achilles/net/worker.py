@@ -1,0 +1,146 @@
+"""The worker's shell: a session with the broker, the agent's core, and the host of the runners. No user code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import secrets
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+import achilles
+from achilles.core import protocol as p
+from achilles.core.agent import Agent, Send
+from achilles.errors import BrokerUnreachableError
+from achilles.net.peer import Dial, Peer
+from achilles.runtime.host import RunnerHost
+from achilles.runtime.loop import Loop, seconds_until
+
+CLOSE_SECONDS = 5.0
+
+_LOG = logging.getLogger("achilles.worker")
+
+
+class Worker:
+    """Lends ``slots`` slots of this host to a broker.
+
+    Args:
+        dial: makes a socket to the broker's endpoint for workers.
+        name: what the worker is called in status and errors.
+        connect_timeout: seconds until the first session must have begun.
+    """
+
+    def __init__(
+        self, dial: Dial, *, slots: int, name: str, tags: Sequence[str], connect_timeout: float
+    ) -> None:
+        self.loop = Loop()
+        hello = p.WorkerHello(
+            secrets.token_bytes(16),
+            achilles.__version__,
+            python_version(),
+            name,
+            slots,
+            os.getpid(),
+            list(tags),
+        )
+        self._peer = Peer(dial, self.loop, hello)
+        self._agent = Agent(slots)
+        self._host = RunnerHost(
+            register=self.loop.register, unregister=self.loop.unregister, path=None, cwd=None
+        )
+        self._sends: deque[Send] = deque()
+        self._connect_by = monotonic() + connect_timeout
+        self._was_joined = False
+        self._is_over = False
+
+    def run(self, wanted_end: Callable[[], int], on_joined: Callable[[], None]) -> int:
+        """Work until the broker ends the session, or a drain is over; how many tasks were given up.
+
+        ``wanted_end()``: 0 to go on, 1 to drain, 2 to end now.
+
+        Raises:
+            BrokerUnreachableError: no session within ``connect_timeout`` seconds, or the broker refused one.
+        """
+        try:
+            while not self._is_over:
+                end = wanted_end()
+                if end >= 2 or (end and not self._peer.is_joined):
+                    break
+                if end:
+                    self._sends += self._agent.drain()
+                self._step(on_joined)
+            return self._agent.running
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the runners and the session."""
+        if self._peer.is_joined:
+            self._peer.send([p.Goodbye("the worker was stopped")])
+        self._host.close(timeout=CLOSE_SECONDS if not self._agent.running else 0.0)
+        self._peer.close()
+        self.loop.close()
+
+    def _step(self, on_joined: Callable[[], None]) -> None:
+        peer, agent = self._peer, self._agent
+        now = monotonic()
+        deadlines = (agent.next_deadline(), self._host.next_deadline(now), peer.next_deadline())
+        wait = 0.0 if peer.has_input or self._sends else seconds_until(now, *deadlines)
+        self.loop.wait(wait)
+        now = monotonic()
+        for message in peer.receive(now):
+            self._from_broker(message, now, on_joined)
+        for event in self._host.collect():
+            self._sends += agent.receive(event, now)
+        self._sends += agent.tick(now)
+        self._pump(now)
+        peer.tick(now)
+        if not self._was_joined and now > self._connect_by:
+            raise peer.problem()
+
+    def _from_broker(self, message: p.Wire, now: float, on_joined: Callable[[], None]) -> None:
+        match message:
+            case p.Welcome():
+                _LOG.info("joined the broker")
+                self._sends += self._agent.reset()
+                self._was_joined = True
+                on_joined()
+            case p.Gone():
+                _LOG.warning("the broker has given this session up; its work is dropped")
+                self._sends += self._agent.reset()
+            case p.Refused(reason=reason):
+                if not self._was_joined:
+                    raise BrokerUnreachableError(f"the broker refused this worker: {reason}")
+                _LOG.error("the broker refused this worker: %s", reason)
+                self._is_over = True
+            case p.Goodbye(reason=reason):
+                _LOG.info("the broker says goodbye: %s", reason)
+                self._sends += self._agent.reset()
+                self._is_over = True
+            case p.Run() | p.Revoke() | p.Blob() | p.Forget() | p.Drain():
+                self._sends += self._agent.receive(message, now)
+            case _:
+                _LOG.warning(
+                    "the broker sent a %s, which is not for workers", type(message).__name__
+                )
+
+    def _pump(self, now: float) -> None:
+        sends = self._sends
+        outgoing: list[p.Wire] = []
+        while sends:
+            to, message = sends.popleft()
+            if to == "host":
+                for event in self._host.apply(message):  # type: ignore[arg-type]
+                    sends += self._agent.receive(event, now)
+            else:
+                outgoing.append(message)  # type: ignore[arg-type]
+        self._peer.send(outgoing)
+        if self._agent.is_drained:
+            self._is_over = True
+
+
+def python_version() -> str:
+    """The Python version as far as pickles of code depend on it: major and minor."""
+    return ".".join(platform.python_version_tuple()[:2])

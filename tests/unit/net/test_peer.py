@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+import zmq
+
+from achilles.core import protocol as p
+from achilles.errors import AuthenticationError, BrokerUnreachableError
+from achilles.net.keys import Join
+from achilles.net.peer import Peer, dialer_to
+from achilles.runtime.loop import Loop
+from tests.brokers import RunningBroker, hello
+
+WAIT_SECONDS = 10.0
+
+
+class Driven:
+    """A peer and the loop that drives it; what it has received is kept."""
+
+    def __init__(self, join: Join, role: str = "client") -> None:
+        self.loop = Loop()
+        self.peer = Peer(dialer_to(join), self.loop, hello(role))
+        self.received: list[p.Wire] = []
+
+    def until(self, holds: Callable[[], object]) -> None:
+        deadline = monotonic() + WAIT_SECONDS
+        while not holds():
+            assert monotonic() < deadline, f"it does not come about; {self.received}"
+            self.loop.wait(0.0 if self.peer.has_input else 0.01)
+            now = monotonic()
+            self.received += self.peer.receive(now)
+            self.peer.tick(now)
+
+    def until_problem(self, kind: type[Exception]) -> None:
+        self.until(lambda: isinstance(self.peer.problem(), kind))
+
+    def close(self) -> None:
+        self.peer.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def broker(achilles_home: Path) -> Iterator[RunningBroker]:
+    with RunningBroker(achilles_home) as broker:
+        yield broker
+
+
+@pytest.fixture
+def drive() -> Iterator[Callable[..., Driven]]:
+    made: list[Driven] = []
+
+    def drive(join: Join, role: str = "client") -> Driven:
+        made.append(Driven(join, role))
+        return made[-1]
+
+    yield drive
+    for each in made:
+        each.close()
+
+
+Drive = Callable[..., Driven]
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_a_peer_joins_and_speaks(broker: RunningBroker, drive: Drive, tcp: bool) -> None:
+    join = broker.join("admin")
+    if tcp:
+        join.ipc = ""
+    driven = drive(join, "admin")
+    assert not driven.peer.is_joined
+    driven.until(lambda: driven.peer.is_joined)
+    assert isinstance(driven.received[0], p.Welcome)
+    assert driven.peer.silent_for(monotonic()) < WAIT_SECONDS
+    driven.peer.send([p.StatusRequest()])
+    driven.until(lambda: isinstance(driven.received[-1], p.Status))
+    driven.peer.send([p.Goodbye("done")])
+    driven.peer.flush(1.0)
+
+
+def test_what_is_sent_without_a_session_is_dropped(broker: RunningBroker, drive: Drive) -> None:
+    driven = drive(broker.join("admin"), "admin")
+    driven.peer.send([p.Shutdown()])
+    driven.until(lambda: driven.peer.is_joined)
+    driven.peer.send([p.StatusRequest()])
+    driven.until(lambda: isinstance(driven.received[-1], p.Status))
+    assert not any(isinstance(message, p.ShuttingDown) for message in driven.received)
+
+
+def test_a_refusal_is_received(broker: RunningBroker, drive: Drive) -> None:
+    join = broker.join("client")
+    join.role, join.worker_ipc = "worker", broker.join("worker").worker_ipc
+    driven = drive(join, "client")  # a client at the workers' door
+    driven.until(lambda: driven.received)
+    assert isinstance(driven.received[0], p.Refused)
+
+
+def test_an_unknown_key_is_an_authentication_error(broker: RunningBroker, drive: Drive) -> None:
+    join = broker.join("client")
+    public, secret = zmq.curve_keypair()
+    join.ipc, join.public, join.secret = "", public.decode(), secret.decode()
+    driven = drive(join)
+    driven.until_problem(AuthenticationError)
+    assert "refused this key" in str(driven.peer.problem())
+
+
+def test_the_key_of_a_role_opens_no_other_door(broker: RunningBroker, drive: Drive) -> None:
+    """A client's key at the workers' port, and the reverse."""
+    for role, other in (("client", "worker"), ("worker", "client")):
+        join, key = broker.join(role), broker.join(other)
+        join.ipc = join.worker_ipc = ""
+        join.public, join.secret = key.public, key.secret
+        driven = drive(join, role)
+        driven.until_problem(AuthenticationError)
+
+
+def test_another_broker_at_the_place_is_an_authentication_error(
+    broker: RunningBroker, drive: Drive
+) -> None:
+    join = broker.join("client")
+    join.ipc, join.broker_public = "", zmq.curve_keypair()[0].decode()
+    driven = drive(join)
+    driven.until_problem(AuthenticationError)
+    assert "does not hold the expected key" in str(driven.peer.problem())
+
+
+def test_a_broker_that_comes_back_is_joined_again(achilles_home: Path, drive: Drive) -> None:
+    with RunningBroker(achilles_home) as first:
+        join = first.join("client")
+        driven = drive(join)
+        driven.until(lambda: driven.peer.is_joined)
+        first.begin_to_stop()
+        driven.until(lambda: any(isinstance(m, p.Goodbye) for m in driven.received))
+    with RunningBroker(achilles_home, bind=join.address):
+        driven.until(lambda: sum(isinstance(m, p.Welcome) for m in driven.received) == 2)
+    kinds = [type(message) for message in driven.received if not isinstance(message, p.Cluster)]
+    assert kinds[:4] == [p.Welcome, p.Goodbye, p.Gone, p.Welcome]
+
+
+def test_nobody_there_is_a_problem_with_the_address(achilles_home: Path, drive: Drive) -> None:
+    with RunningBroker(achilles_home) as broker:
+        join = broker.join("client")
+    driven = drive(join)
+    driven.until(lambda: "nothing listens there" in str(driven.peer.problem()))
+    assert isinstance(driven.peer.problem(), BrokerUnreachableError)
+    assert join.address in str(driven.peer.problem())
+
+
+def test_a_malformed_message_from_a_broker_is_passed_over(
+    achilles_home: Path, drive: Drive, caplog: pytest.LogCaptureFixture
+) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    path = achilles_home / "x.ipc"
+    router.bind(f"ipc://{path}")
+    with RunningBroker(achilles_home) as broker:
+        join = broker.join("client")
+    join.ipc = f"ipc://{path}"
+    driven = drive(join)
+    driven.until(lambda: router.poll(0))
+    route, _ = router.recv_multipart()
+    for frames in ([b""], [b"x" * 100], [bytes(40), b"more"]):
+        router.send_multipart([route, *frames])
+    driven.until(lambda: len(caplog.records) >= 3)
+    assert not driven.received
+    assert not driven.peer.is_joined
+    context.destroy(0)

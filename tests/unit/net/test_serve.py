@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from achilles.errors import ConfigError, InsecureBindError, KeyFileError
+from achilles.net.endpoint import IPC_PATH_MAX
+from achilles.net.keys import ROLES, find_join, read_join
+from tests.brokers import RunningBroker, answer_one, raw_peer
+
+
+def test_a_broker_writes_join_files_and_takes_all_away_again(achilles_home: Path) -> None:
+    run = achilles_home / "run"
+    with RunningBroker(achilles_home) as broker:
+        assert sorted(os.listdir(run)) == [
+            "admin.join",
+            "broker.lock",
+            "client.join",
+            "clients.ipc",
+            "worker.join",
+            "workers.ipc",
+        ]
+        for role in ROLES:
+            join = find_join(achilles_home, role, str(broker.addresses.clients))
+            assert join.worker_address == str(broker.addresses.workers)
+            assert join.worker_ipc == str(broker.addresses.worker_ipc)
+    assert os.listdir(run) == []
+    assert broker.open_tasks == 0
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_peers_meet_over_ipc_and_over_tcp(achilles_home: Path, tcp: bool) -> None:
+    with (
+        RunningBroker(achilles_home) as broker,
+        raw_peer(broker, "client", tcp=tcp) as client,
+        raw_peer(broker, "worker", tcp=tcp) as worker,
+    ):
+        client.hello("client")
+        worker.hello("worker")
+        answer_one(client, worker, 1)
+
+
+def test_without_ipc_there_are_no_sockets_in_the_file_system(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home, ipc=False) as broker:
+        assert not list((achilles_home / "run").glob("*.ipc"))
+        assert broker.addresses.ipc is broker.addresses.worker_ipc is None
+        with raw_peer(broker, "client") as client:
+            assert client.hello("client").credit == 1000
+
+
+@pytest.mark.parametrize("ipc", [False, True])
+def test_a_second_broker_is_refused_and_the_first_unharmed(achilles_home: Path, ipc: bool) -> None:
+    with RunningBroker(achilles_home) as first:
+        before = {path: path.stat().st_ino for path in (achilles_home / "run").iterdir()}
+        with pytest.raises(ConfigError, match=rf"runs already \(pid {os.getpid()}"):
+            RunningBroker(achilles_home, ipc=ipc).__enter__()
+        assert {path: path.stat().st_ino for path in (achilles_home / "run").iterdir()} == before
+        with raw_peer(first, "client") as client:
+            client.hello("client")
+
+
+def test_brokers_of_two_homes_live_side_by_side(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home / "a") as one, RunningBroker(achilles_home / "b") as other:
+        assert one.addresses.clients != other.addresses.clients
+        with raw_peer(one, "client") as client, raw_peer(other, "client") as another:
+            assert client.hello("client").epoch != another.hello("client").epoch
+
+
+def test_what_a_killed_broker_left_is_replaced(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home) as broker:
+        join = broker.join("client")
+    run = achilles_home / "run"
+    (run / "broker.lock").write_text("4194305")
+    (run / "clients.ipc").touch()
+    (run / "client.join").write_text("what it says is no matter")
+    with RunningBroker(achilles_home) as broker:
+        assert broker.join("client").public == join.public, "keys outlive brokers"
+        with raw_peer(broker, "client") as client:
+            client.hello("client")
+    assert os.listdir(run) == []
+
+
+def test_a_start_that_fails_leaves_nothing(achilles_home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"cannot listen on {taken}: Address already in use"):
+            RunningBroker(achilles_home, bind=taken).__enter__()
+    assert os.listdir(achilles_home / "run") == []
+    with RunningBroker(achilles_home):
+        pass
+
+
+def test_a_home_with_a_long_path_gets_sockets_elsewhere(
+    achilles_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = achilles_home / "short"
+    short.mkdir(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
+    home = achilles_home / ("x" * IPC_PATH_MAX)
+    with RunningBroker(home) as broker:
+        assert str(broker.addresses.ipc).startswith(f"ipc://{short}/")
+        with raw_peer(broker, "client") as client:
+            client.hello("client")
+        with pytest.raises(ConfigError, match="runs already"):
+            RunningBroker(home).__enter__()
+    assert os.listdir(short) == os.listdir(home / "run") == []
+
+
+def test_a_home_with_a_space_is_one_too(achilles_home: Path) -> None:
+    home = achilles_home / "Application Support"
+    with RunningBroker(home) as broker, raw_peer(broker, "client") as client:
+        client.hello("client")
+
+
+def test_what_is_loose_is_refused(achilles_home: Path) -> None:
+    achilles_home.chmod(0o755)
+    with pytest.raises(KeyFileError, match=f"chmod 700 {achilles_home}"):
+        RunningBroker(achilles_home).__enter__()
+    achilles_home.chmod(0o700)
+    with RunningBroker(achilles_home):
+        pass
+    (achilles_home / "keys" / "worker.key").chmod(0o640)
+    with pytest.raises(KeyFileError, match=r"chmod 600 .*worker\.key"):
+        RunningBroker(achilles_home).__enter__()
+    assert os.listdir(achilles_home / "run") == []
+
+
+def test_a_bind_beyond_loopback_is_refused(achilles_home: Path) -> None:
+    with pytest.raises(InsecureBindError):
+        RunningBroker(achilles_home, bind="tcp://192.168.1.1:5555").__enter__()
+
+
+def test_join_files_are_readable_by_their_owner_alone(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home):
+        for path in (achilles_home / "run").glob("*.join"):
+            assert path.stat().st_mode & 0o777 == 0o600
+            read_join(path)
+
+
+def test_workers_find_the_broker_that_replaces_a_killed_one(achilles_home: Path) -> None:
+    """They have no other word of where it is."""
+    path = achilles_home / "run" / "worker.join"
+    with RunningBroker(achilles_home) as first:
+        left = path.read_bytes()
+    path.write_bytes(left)
+    path.chmod(0o600)
+    with RunningBroker(achilles_home, bind=str(first.addresses.clients)) as second:
+        assert second.addresses.workers == first.addresses.workers
