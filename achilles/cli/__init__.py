@@ -1,0 +1,65 @@
+"""The command ``achilles``: a broker, workers, and what one asks them.
+
+Settings: flags, then ``ACHILLES_*`` in the environment, then ``achilles.toml``, then defaults.
+Exit codes: 0; 2 wrong usage or an insecure bind; 69 no broker; 78 bad configuration; 130 and 143 only if work was lost.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import click
+
+import achilles
+from achilles.cli import broker, control, settings, worker
+from achilles.config import LEVELS
+from achilles.errors import AchillesError, BrokerUnreachableError, ConfigError, InsecureBindError
+
+EX_USAGE, EX_UNAVAILABLE, EX_CONFIG = 2, 69, 78
+
+
+class Commands(click.Group):
+    """The group of commands; turns our errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InsecureBindError as error:
+            _exit(error, EX_USAGE)
+        except ConfigError as error:
+            _exit(error, EX_CONFIG)
+        except BrokerUnreachableError as error:
+            _exit(error, EX_UNAVAILABLE)
+        except AchillesError as error:
+            _exit(error, 1)
+
+
+@click.group(cls=Commands)
+@click.option("--config", metavar="FILE", help="The achilles.toml to use.")
+@click.option("--log-level", type=click.Choice(LEVELS), help="What is logged.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="How log lines look.")
+@click.version_option(achilles.__version__, prog_name="achilles")
+@click.pass_context
+def main(
+    ctx: click.Context, config: str | None, log_level: str | None, log_format: str | None
+) -> None:
+    """A drop-in concurrent.futures Executor, from this laptop to a cluster.
+
+    Start "achilles broker", then "achilles worker" wherever there are cores to lend, and use
+    DistributedExecutor(address="auto") in your program.
+    """
+    ctx.obj = settings.Context(config, log_level, log_format)
+
+
+def _exit(error: Exception, code: int) -> NoReturn:
+    click.echo(f"achilles: {settings.escape(str(error))}", err=True)
+    sys.exit(code)
+
+
+main.add_command(broker.broker)
+main.add_command(worker.worker)
+main.add_command(control.status)
+main.add_command(control.shutdown)
+main.add_command(settings.init)
+main.add_command(settings.config)

@@ -1,0 +1,77 @@
+"""``achilles broker``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from achilles.cli.settings import Context, StopRequests, count
+from achilles.config import Settings, home
+
+if TYPE_CHECKING:
+    from achilles.core.liveness import Timings
+    from achilles.net.broker import Broker
+    from achilles.net.serve import Addresses
+
+
+@click.command()
+@click.option("--bind", metavar="ENDPOINT", help="Where to listen; port 0 is any free one.")
+@click.option("--print-address", is_flag=True, help="Print the bare address to stdout.")
+@click.option("--ipc/--no-ipc", default=True, help="Whether peers on this host meet over ipc.")
+@click.pass_obj
+def broker(context: Context, bind: str | None, print_address: bool, ipc: bool) -> None:
+    """Run a broker: clients submit tasks to it, workers take them from it."""
+    stop = StopRequests()
+    context.override("broker.bind", bind, "--bind")
+    context.start_logging()
+    settings = context.settings
+
+    from achilles.net.serve import serve
+
+    def on_ready(addresses: Addresses, running: Broker) -> None:
+        stop.wake = running.loop.wake
+        _announce(addresses)
+        if print_address:
+            click.echo(str(addresses.clients))
+
+    lost = serve(
+        str(context.endpoint("broker.bind", to_bind=True)),
+        home=home(),
+        timings=_timings(settings),
+        credit=settings["broker.credit"],
+        with_ipc=ipc,
+        on_ready=on_ready,
+        is_stopping=lambda: stop.count > 0,
+    )
+    if lost and stop.count:
+        click.echo(f"achilles broker: {count(lost, 'task')} had no result yet", err=True)
+        sys.exit(stop.exit_code)
+
+
+def _announce(addresses: Addresses) -> None:
+    """Say where the broker listens, how to join it and how to connect."""
+    address = addresses.clients
+    over = f" (and {addresses.ipc} for this host)" if addresses.ipc else ""
+    for line in (
+        f"achilles broker listens on {address}{over}, pid {os.getpid()}",
+        f"  join a worker:        achilles worker {address}",
+        f'  connect from Python:  DistributedExecutor(address="{address}")',
+        "  look, and stop:       achilles status; achilles shutdown",
+    ):
+        click.echo(line, err=True)
+
+
+def _timings(settings: Settings) -> Timings:
+    from achilles.core.liveness import Timings
+
+    return Timings(
+        heartbeat_interval=settings["broker.heartbeat_interval"],
+        suspect_after=settings["broker.suspect_after"],
+        lost_after=settings["broker.lost_after"],
+        grace=settings["broker.grace"],
+        client_lost_after=2 * settings["broker.lost_after"],
+        client_grace=5 * settings["broker.grace"],
+    )

@@ -1,0 +1,103 @@
+"""``achilles status`` and ``achilles shutdown``."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from achilles.cli.settings import Context, count
+from achilles.config import home
+
+if TYPE_CHECKING:
+    from achilles.core import protocol as p
+    from achilles.net.keys import Join
+
+END_SECONDS = 10.0  # for a broker to end after a shutdown
+LOOK_INTERVAL = 0.02
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+@click.pass_obj
+def status(context: Context, output: str) -> None:
+    """Show workers, slots and tasks of the broker."""
+    address, values = _status(context)
+    if output == "json":
+        click.echo(json.dumps({"address": address, **values}, indent=2))
+        return
+    click.echo(
+        f"broker {address}: {count(values['workers'], 'worker')}, {count(values['slots'], 'slot')} | tasks: "
+        f"{values['queued']} queued, {values['running']} running, {values['done']} done, "
+        f"{values['failed']} failed, {values['reassigned']} reassigned, {values['late']} late"
+    )
+    rows = values["workers_by_name"]
+    if rows:
+        head = f"{'state':<9} {'slots':>5} {'running':>8} {'done':>10} {'silent':>8}"
+        click.echo(f"{'worker':<32} {head}")
+    for name, row in rows.items():
+        click.echo(
+            f"{name:<32} {row['state']:<9} {row['slots']:>5} {row['running']:>8} {row['done']:>10} "
+            f"{row['silent_for']:>6.1f} s"
+        )
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def shutdown(context: Context, yes: bool) -> None:
+    """End the broker and its workers; tasks without a result fail."""
+    from achilles.core import protocol as p
+
+    if not yes:
+        address, values = _status(context)
+        open_tasks = values["queued"] + values["running"]
+        loss = f"; {count(open_tasks, 'task')} without a result will fail" if open_tasks else ""
+        workers = count(values["workers"], "worker")
+        click.confirm(f"End the broker at {address} and its {workers}{loss}?", abort=True)
+    join, _ = _ask(context, p.Shutdown())
+    if _has_ended(join):
+        click.echo(f"the broker at {join.address} has ended, and its workers with it")
+    else:
+        click.echo(f"the broker at {join.address} and its workers are ending")
+
+
+def _status(context: Context) -> tuple[str, dict[str, Any]]:
+    """The broker's address, and its status as plain values."""
+    from achilles.core import protocol as p
+    from achilles.core.status import status_dict
+
+    join, answer = _ask(context, p.StatusRequest())
+    assert isinstance(answer, p.Status)
+    return join.address, status_dict(answer)
+
+
+def _ask(
+    context: Context, question: p.StatusRequest | p.Shutdown
+) -> tuple[Join, p.Status | p.ShuttingDown]:
+    from achilles.net.control import request
+    from achilles.net.keys import find_join
+    from achilles.net.peer import dialer_to
+
+    join = find_join(home(), "admin", context.address())
+    timeout = context.settings["client.connect_timeout"]
+    return join, request(dialer_to(join), question, timeout=timeout)
+
+
+def _has_ended(join: Join) -> bool:
+    """Wait for the broker to take its join file away; whether it did in time."""
+    from achilles.errors import AchillesError
+    from achilles.net.keys import find_join
+
+    deadline = time.monotonic() + END_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            now = find_join(home(), "admin", None)
+        except AchillesError:
+            return True
+        if now.pid != join.pid:
+            return True  # there is a new one already
+        time.sleep(LOOK_INTERVAL)
+    return False

@@ -1,0 +1,83 @@
+"""``achilles worker``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from achilles.cli.settings import Context, StopRequests, count
+from achilles.config import SLOTS_MAX, cores, home
+
+
+@click.command()
+@click.argument("address", required=False)
+@click.option(
+    "--slots",
+    type=click.IntRange(1, SLOTS_MAX),
+    metavar="N",
+    help="Tasks at once; by default one for each core.",
+)
+@click.option("--name", metavar="NAME", help="What the worker is called.")
+@click.option(
+    "--tag", "tags", multiple=True, metavar="TAG", help="Something it offers; may repeat."
+)
+@click.pass_obj
+def worker(
+    context: Context,
+    address: str | None,
+    slots: int | None,
+    name: str | None,
+    tags: tuple[str, ...],
+) -> None:
+    """Lend this host's cores to the broker at ADDRESS (by default your own running one).
+
+    SIGTERM or Ctrl-C lets running tasks finish and gives the others back; a second one ends them.
+    """
+    stop = StopRequests()
+    context.override("address", address, "ADDRESS")
+    context.override("worker.slots", slots, "--slots")
+    context.override("worker.name", name, "--name")
+    context.override("worker.tags", tags, "--tag")
+    context.start_logging()
+
+    from achilles.net.endpoint import hostname
+    from achilles.net.keys import find_join
+    from achilles.net.peer import dialer_to
+    from achilles.net.worker import Worker
+
+    settings = context.settings
+    join = find_join(home(), "worker", context.address())
+    capacity = settings["worker.slots"] or cores()
+    called = settings["worker.name"] or f"{hostname()}-{os.getpid()}"
+    running = Worker(
+        dialer_to(join),
+        slots=capacity,
+        name=called,
+        tags=settings["worker.tags"],
+        connect_timeout=settings["client.connect_timeout"],
+    )
+    stop.wake = running.loop.wake
+    is_first = True
+
+    def on_joined() -> None:
+        nonlocal is_first
+        if is_first:
+            _announce(called, join.address, capacity)
+        is_first = False
+
+    given_up = running.run(lambda: stop.count, on_joined)
+    if given_up and stop.count:
+        click.echo(f"achilles worker: gave up {count(given_up, 'running task')}", err=True)
+        sys.exit(stop.exit_code)
+
+
+def _announce(name: str, address: str, slots: int) -> None:
+    """Say where the worker has joined, how to connect and how to stop it."""
+    click.echo(
+        f"achilles worker {name} joined the broker at {address} with {count(slots, 'slot')}, pid {os.getpid()}\n"
+        f'  connect from Python:  DistributedExecutor(address="{address}")\n'
+        "  stop it:              Ctrl-C (finishes what runs), twice to stop at once",
+        err=True,
+    )

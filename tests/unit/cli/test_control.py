@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from click.testing import CliRunner
+
+from achilles import DistributedExecutor
+from achilles.cli import main
+from tests import commands
+from tests.brokers import RunningBroker, raw_peer
+
+
+def invoke(*arguments: str, text: str = "") -> tuple[int, str]:
+    done = CliRunner().invoke(main, arguments, input=text)
+    return done.exit_code, done.output
+
+
+def test_the_status_is_a_table_or_json(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home) as broker:
+        code, output = invoke("status")
+        assert code == 0
+        assert output == (
+            f"broker {broker.addresses.clients}: 0 workers, 0 slots | tasks: 0 queued, 0 running, "
+            "0 done, 0 failed, 0 reassigned, 0 late\n"
+        )
+        with raw_peer(broker, "worker") as one, raw_peer(broker, "worker") as other:
+            one.hello("worker", name="alpha", slots=2, pid=7)
+            other.hello("worker", name="alpha", slots=3, pid=8)
+            code, output = invoke("status")
+            assert code == 0
+            assert "2 workers, 5 slots" in output
+            rows = [line.split() for line in output.splitlines()[2:]]
+            assert sorted(row[0] for row in rows) == ["alpha", "alpha"], output
+            code, output = invoke("status", "-o", "json")
+            values = json.loads(output)
+            assert values["address"] == str(broker.addresses.clients)
+            assert len(values["workers_by_name"]) == 2, "workers of one name are told apart"
+
+
+def test_the_status_of_a_busy_broker(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home, credit=100_000):
+        executor = DistributedExecutor(address="auto")
+        for _ in range(20_000):
+            executor.submit(pow, 2, 3)
+        code, output = invoke("status")
+        assert code == 0
+        assert " queued, 0 running" in output
+        executor.kill_workers()
+
+
+@pytest.mark.parametrize("command", [["status"], ["shutdown", "--yes"], ["shutdown"]])
+def test_no_broker_is_a_named_error(command: list[str]) -> None:
+    code, output = invoke(*command)
+    assert code == 69
+    assert output.startswith("achilles: no achilles broker of yours is running")
+    assert "start one with: achilles broker" in output
+
+
+def test_a_broker_that_hangs_is_a_named_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACHILLES_CLIENT_CONNECT_TIMEOUT", "300ms")
+    with commands.broker() as broker:
+        broker.process.send_signal(signal.SIGSTOP)
+        began = monotonic()
+        code, output = invoke("status")
+        assert monotonic() - began < 5
+        broker.process.send_signal(signal.SIGCONT)
+        assert broker.stop() == 0
+    assert code == 69
+    assert "never spoke our protocol" in output
+
+
+def test_a_shutdown_ends_all_and_waits_for_it(achilles_home: Path) -> None:
+    with commands.broker() as broker, commands.worker() as worker:
+        assert invoke("shutdown", "--yes")[0] == 0
+        assert os.listdir(achilles_home / "run") == []
+        assert broker.wait() == 0
+        assert worker.wait() == 0
+    with commands.broker() as another:
+        assert another.stop() == 0
+
+
+def test_a_shutdown_says_what_would_be_lost_and_asks(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home) as broker:
+        address = broker.addresses.clients
+        executor = DistributedExecutor(address="auto")
+        executor.submit(pow, 2, 3)
+        while not executor.status()["queued"]:
+            pass
+        question = f"End the broker at {address} and its 0 workers; 1 task without a result will"
+        for answer in ("n\n", "\n", ""):
+            code, output = invoke("shutdown", text=answer)
+            assert code == 1
+            assert question in output
+            assert "Aborted" in output
+        code, output = invoke("status")
+        assert "1 queued" in output
+        code, output = invoke("shutdown", text="y\n")
+        assert code == 0
+        assert "has ended" in output
+        executor.shutdown(cancel_futures=True)
+    assert broker.open_tasks == 1
