@@ -1,0 +1,124 @@
+"""CPython's own tests of `concurrent.futures` pass, but for what ``docs/conformance.md`` lists, which must fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.cluster import Cluster
+from tests.conformance.cpython_suite import GROUPS
+from tests.modes import CLUSTER, EMBEDDED
+
+ROOT = Path(__file__).parents[2]
+SUITE = ROOT / "tests" / "conformance" / "cpython_suite.py"
+SUITE_SECONDS = 100
+ROW = re.compile(r"^\| `(\w+\.\w+)` \| ([\w, ]+) \| (.+) \|$", re.M)
+VERSION = sys.version.split()[0]
+
+Outcomes = dict[str, str]
+
+pytestmark = pytest.mark.timeout(SUITE_SECONDS + 30)
+
+
+def deviations(mode: str) -> dict[str, str]:
+    """The tests that fail, and why, as documented."""
+    table = (ROOT / "docs" / "conformance.md").read_text("utf-8")
+    return {test: reason for test, modes, reason in ROW.findall(table) if mode in modes.split(", ")}
+
+
+def installed_tests() -> str | None:
+    """ "" if this interpreter has its tests, or a directory with them by a package `test`; None if there are none."""
+    if find_spec("test") is not None and find_spec("test.test_concurrent_futures") is not None:
+        return ""
+    extra = os.environ.get("CPYTHON_TESTS", "")
+    return extra if extra and Path(extra, "test_concurrent_futures.py").exists() else None
+
+
+@pytest.fixture(scope="module")
+def reports() -> Iterator[dict[str, Outcomes]]:
+    """What the tests' outcomes were, by mode; both modes run at once, as the tests sleep most of the time."""
+    found = installed_tests()
+    if found is None:
+        pytest.skip(
+            f"Python {VERSION} is installed without test.test_concurrent_futures, so none of its tests of this group "
+            "ran (Debian has them in libpython3.11-testsuite; $CPYTHON_TESTS may name their directory)"
+        )
+    with tempfile.TemporaryDirectory(prefix="ach-") as folder:
+        environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        if found:  # a package `test` of these and of what the interpreter has
+            package = Path(folder, "test")
+            package.mkdir()
+            paths = [found, str(Path(sysconfig.get_path("stdlib"), "test"))]
+            Path(package, "__init__.py").write_text(f"__path__ += {paths!r}\n")
+            environ |= {"PYTHONPATH": folder, "CPYTHON_TESTS": folder}
+        yield _run(Path(folder), environ)
+
+
+def _run(folder: Path, environ: dict[str, str]) -> dict[str, Outcomes]:
+    processes: dict[str, subprocess.Popen[str]] = {}
+    with Cluster(workers=1, slots=5, environ=environ) as cluster:
+        homes = {
+            EMBEDDED: {"ACHILLES_HOME": str(folder / "home")},
+            CLUSTER: {"ACHILLES_HOME": cluster.home, "ACHILLES_ADDRESS": cluster.address},
+        }
+        try:
+            for mode, home in homes.items():
+                processes[mode] = subprocess.Popen(
+                    [sys.executable, str(SUITE), str(folder / f"{mode}.json")],
+                    cwd=folder,
+                    env={**environ, **home},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            return {mode: _outcomes(folder, mode, process) for mode, process in processes.items()}
+        finally:
+            for process in processes.values():
+                process.kill()
+                process.wait()
+
+
+def _outcomes(folder: Path, mode: str, process: subprocess.Popen[str]) -> Outcomes:
+    _, errors = process.communicate(timeout=SUITE_SECONDS)
+    print(errors)
+    assert process.returncode == 0, errors
+    report: dict[str, Any] = json.loads((folder / f"{mode}.json").read_text())
+    assert report["python"] == VERSION
+    outcomes: Outcomes = report["outcomes"]
+    return outcomes
+
+
+@pytest.mark.parametrize("mode", [EMBEDDED, CLUSTER])
+@pytest.mark.parametrize("group", GROUPS)
+def test_group(reports: dict[str, Outcomes], group: str, mode: str) -> None:
+    """Each test of the group passes, or is listed with its reason."""
+    outcomes = {
+        test: outcome for test, outcome in reports[mode].items() if test.startswith(f"{group}.")
+    }
+    assert outcomes, "no test of this group was found"
+    failed = {test: outcome for test, outcome in outcomes.items() if outcome != "passed"}
+    listed = deviations(mode)
+    unlisted = {test: outcome for test, outcome in failed.items() if test not in listed}
+    assert not unlisted, (
+        "these differ from the standard library, and are not in docs/conformance.md"
+    )
+    outdated = [test for test in listed if outcomes.get(test) == "passed"]
+    assert not outdated, "docs/conformance.md says that these fail, but they pass"
+
+
+def test_deviations_name_tests_that_exist() -> None:
+    for mode in (EMBEDDED, CLUSTER):
+        for test in deviations(mode):
+            assert test.partition(".")[0] in GROUPS
+    assert deviations(EMBEDDED)

@@ -1,0 +1,298 @@
+"""Programs as users write them: functions of `__main__`, no guard, and every way to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import tasks
+from tests.modes import CLUSTER, EMBEDDED, OURS, PROCESSES, Maker, of_modes, wait_until
+
+RUN_SECONDS = 30.0
+IMPORTS = """import os, sys, time
+from achilles import DistributedExecutor
+NOTES = os.path.abspath("notes")
+"""
+
+
+def environ(make: Maker) -> dict[str, str]:
+    variables = dict(os.environ)
+    if make.mode == CLUSTER:
+        assert make.cluster is not None
+        variables["ACHILLES_ADDRESS"] = make.cluster.address
+    return variables
+
+
+def run(make: Maker, folder: Path, text: str, *, returncode: int = 0) -> tuple[str, str]:
+    """What a program prints; it must end by itself, and in time."""
+    program = folder / "program.py"
+    imports = IMPORTS
+    if make.mode == PROCESSES:
+        imports = IMPORTS.replace("achilles", "concurrent.futures").replace(
+            "DistributedExecutor", "ProcessPoolExecutor as DistributedExecutor"
+        )
+    program.write_text(imports + text)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(program)],
+        cwd=folder,
+        env=environ(make),
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
+    assert done.returncode == returncode, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+@of_modes(*OURS)
+def test_without_a_main_guard(make: Maker, tmp_path: Path) -> None:
+    text = """
+base = 40
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+def inner(n):
+    return base + n
+
+def work(n):
+    return Point(inner(n))
+
+print("started")
+executor = DistributedExecutor(2)
+print([point.x for point in executor.map(work, range(3))])
+print(executor.submit(lambda point: point.x, Point(7)).result())
+base = 50
+print(executor.submit(inner, 1).result())
+try:
+    executor.submit(lambda: 1 / 0).result()
+except ZeroDivisionError as error:
+    print("program.py" in str(error.__cause__), "1 / 0" in str(error.__cause__))
+"""
+    out, err = run(make, tmp_path, text)
+    assert out.splitlines()[:4] == ["started", "[40, 41, 42]", "7", "51"]
+    assert out.splitlines()[4].startswith("True")
+    assert err == ""
+
+
+@of_modes(*OURS)
+def test_stdin_and_command_line_programs(make: Maker, tmp_path: Path) -> None:
+    text = IMPORTS + "f = lambda n: n * 2\nprint(list(DistributedExecutor(1).map(f, range(3))))\n"
+    for arguments, given in ((["-"], text), (["-c", text], "")):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", *arguments],
+            cwd=tmp_path,
+            env=environ(make),
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=RUN_SECONDS,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 2, 4]\n", "")
+
+
+@of_modes(PROCESSES, *OURS)
+@pytest.mark.parametrize("ending", ["", "executor.shutdown(wait=False)", "del executor, futures"])
+def test_the_end_waits_for_what_was_submitted(make: Maker, tmp_path: Path, ending: str) -> None:
+    text = f"""
+def work(n):
+    time.sleep(0.1)
+    with open(NOTES, "a") as file:
+        file.write(f"{{n}}\\n")
+
+if __name__ == "__main__":
+    executor = DistributedExecutor(1)
+    futures = [executor.submit(work, n) for n in range(4)]
+    {ending}
+"""
+    if make.mode == PROCESSES and ending:
+        pytest.skip("ProcessPoolExecutor hangs here, or loses its queue, on some versions")
+    _, err = run(make, tmp_path, text)
+    assert tasks.notes(tmp_path / "notes") == list("0123")
+    assert err == ""
+
+
+@of_modes(PROCESSES, *OURS)
+def test_the_end_waits_for_callbacks(make: Maker, tmp_path: Path) -> None:
+    text = """
+def slow(future):
+    time.sleep(0.2)
+    print("called", future.result())
+
+if __name__ == "__main__":
+    executor = DistributedExecutor(1)
+    executor.submit(pow, 2, 3).add_done_callback(slow)
+"""
+    assert run(make, tmp_path, text) == ("called 8\n", "")
+
+
+@of_modes(*OURS)
+def test_a_forked_child_ends_by_itself(make: Maker, tmp_path: Path) -> None:
+    text = """
+import multiprocessing
+
+def child():
+    global executor
+    del executor
+
+if __name__ == "__main__":
+    executor = DistributedExecutor(1)
+    print(executor.submit(pow, 2, 3).result())
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(10)
+    print(process.exitcode, executor.submit(pow, 2, 4).result())
+"""
+    text = text.replace(
+        "process.start()", "import warnings; warnings.simplefilter('ignore'); process.start()"
+    )
+    assert run(make, tmp_path, text) == ("8\n0 16\n", "")
+
+
+@of_modes(*OURS)
+def test_the_end_with_an_error_of_the_program(make: Maker, tmp_path: Path) -> None:
+    text = """
+executor = DistributedExecutor(1)
+future = executor.submit(time.sleep, 0.1)
+raise LookupError("of the program")
+"""
+    _, err = run(make, tmp_path, text, returncode=1)
+    assert err.strip().endswith("LookupError: of the program")
+    assert err.count("Traceback") == 1
+
+
+@of_modes(PROCESSES, *OURS)
+def test_submitting_at_the_end(make: Maker, tmp_path: Path) -> None:
+    text = """
+import atexit
+
+def late():
+    try:
+        executor.submit(int)
+    except RuntimeError as error:
+        print(error)
+
+if __name__ == "__main__":
+    atexit.register(late)
+    executor = DistributedExecutor(1)
+    print(executor.submit(int).result())
+"""
+    out, err = run(make, tmp_path, text)
+    assert out.splitlines()[0] == "0"
+    assert "cannot schedule new futures after" in out
+    assert err == ""
+
+
+@of_modes(*OURS)
+def test_submitting_from_another_thread_at_the_end(make: Maker, tmp_path: Path) -> None:
+    text = """
+import threading
+
+executor = DistributedExecutor(1)
+
+def submit():
+    try:
+        while True:
+            executor.submit(int).result()
+    except RuntimeError as error:
+        print(error)
+
+thread = threading.Thread(target=submit)
+thread.start()
+time.sleep(0.3)
+"""
+    out, err = run(make, tmp_path, text)
+    assert "cannot schedule new futures after" in out
+    assert err == ""
+
+
+@of_modes(*OURS)
+def test_an_interrupt_ends_the_program(make: Maker, tmp_path: Path) -> None:
+    """Ctrl-C: the program's own KeyboardInterrupt, once, and no runner is left."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        IMPORTS
+        + """
+def work(n):
+    with open(NOTES, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(0.5)
+
+executor = DistributedExecutor(1)
+futures = [executor.submit(work, n) for n in range(30)]
+try:
+    futures[-1].result()
+except KeyboardInterrupt:
+    executor.shutdown(wait=True, cancel_futures=True)
+    print(sum(future.cancelled() for future in futures))
+    raise
+"""
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(program)],
+        cwd=tmp_path,
+        env=environ(make),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: tasks.notes(tmp_path / "notes"), "a task runs")
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT
+    assert int(out) >= 26
+    assert err.count("KeyboardInterrupt") == 1
+
+
+@of_modes(EMBEDDED)
+def test_a_killed_program_leaves_no_runner(make: Maker, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        IMPORTS
+        + """
+def work(n):
+    while True:
+        with open(NOTES, "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        time.sleep(0.05)
+
+DistributedExecutor(1).submit(work, 0).result()
+"""
+    )
+    process = subprocess.Popen([sys.executable, str(program)], cwd=tmp_path, env=environ(make))
+    wait_until(lambda: tasks.notes(tmp_path / "notes"), "the task runs")
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 25
+    before = -1
+    while before != (now := len(tasks.notes(tmp_path / "notes"))):
+        assert time.monotonic() < deadline, "the task runs on"
+        before = now
+        time.sleep(0.3)
+
+
+@of_modes(*OURS)
+def test_print_and_logging_of_a_task_do_no_harm(make: Maker, tmp_path: Path) -> None:
+    text = """
+import logging
+
+def work(n):
+    print("from a task", n, flush=True)
+    print("and an error", file=sys.stderr)
+    logging.getLogger("user").warning("a warning")
+    return n
+
+print(list(DistributedExecutor(1).map(work, range(3))))
+"""
+    out, _ = run(make, tmp_path, text)
+    assert "[0, 1, 2]" in out

@@ -1,0 +1,206 @@
+"""Task functions for tests: importable by runners, which find them by name, and quick to import there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def add(a: int, b: int = 1) -> int:
+    return a + b
+
+
+def echo(value: Any) -> Any:
+    return value
+
+
+def capture(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs
+
+
+def fail(text: str = "as wanted") -> NoReturn:
+    raise ValueError(text)  # a comment that the traceback shows
+
+
+def fail_at(value: int, bad: int) -> int:
+    if value == bad:
+        raise ValueError(f"bad {value}")
+    return value
+
+
+def pause(seconds: float, value: Any = None) -> Any:
+    time.sleep(seconds)
+    return value
+
+
+def pause_on(value: int, slow: int, seconds: float) -> int:
+    if value == slow:
+        time.sleep(seconds)
+    return value
+
+
+def pid(_: object = None) -> int:
+    return os.getpid()
+
+
+def parent_pid(_: object = None) -> int:
+    return os.getppid()
+
+
+def pause_pid(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def repeat(data: bytes) -> bytes:
+    return data[::-1]
+
+
+def zeros(size: int) -> bytes:
+    return bytes(size)
+
+
+def exit_with(code: int) -> NoReturn:
+    sys.exit(code)
+
+
+def interrupt() -> NoReturn:
+    raise KeyboardInterrupt("by the task itself")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def segfault() -> None:
+    ctypes.string_at(0)
+
+
+def note(path: str, line: object) -> None:
+    """Append a line to a file, in one write."""
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
+
+
+def note_and_pause(path: str, line: object, seconds: float) -> int:
+    """Append to a file, then sleep: tells a test that this attempt has started, and where."""
+    note(path, f"{line} {os.getpid()}")
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def die_once(path: str, value: Any) -> Any:
+    """Kill the own process at the first attempt, return the value at the second."""
+    if not Path(path).exists():
+        Path(path).touch()
+        die()
+    return value
+
+
+def notes(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+class Custom(Exception):
+    """Needs two arguments, so that its default pickle cannot be loaded again."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+        self.code = code
+
+
+class KeywordOnly(Exception):
+    def __init__(self, *, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def raise_custom() -> NoReturn:
+    raise Custom(7, "seven")
+
+
+def raise_keyword_only() -> NoReturn:
+    raise KeywordOnly(code=7)
+
+
+class Holding(Exception):
+    """Holds what cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("holds a lambda")
+        self.held = lambda: None
+
+
+def raise_holding() -> NoReturn:
+    raise Holding
+
+
+def raise_chained() -> NoReturn:
+    try:
+        fail("the first")
+    except ValueError as error:
+        raise KeyError("the second") from error
+
+
+class Unpicklable:
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("will not be pickled")
+
+    def __repr__(self) -> str:
+        return "<Unpicklable>"
+
+
+def return_unpicklable() -> Unpicklable:
+    return Unpicklable()
+
+
+class BadToLoad:
+    """Pickles well, and raises when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (fail, ("will not be loaded",))
+
+
+def return_bad_to_load() -> BadToLoad:
+    return BadToLoad()
+
+
+class Adder:
+    """A callable with a state that a call changes."""
+
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
+
+    def __call__(self, value: int) -> int:
+        self.total += value
+        return self.total
+
+    def method(self, value: int) -> int:
+        return self.total + value
+
+
+_state: Any = None
+
+
+def set_state(value: Any) -> None:
+    global _state
+    _state = value
+
+
+def get_state(_: object = None) -> Any:
+    return _state
+
+
+def note_state(path: str) -> None:
+    """An initializer that leaves one line for each runner."""
+    set_state("noted")
+    note(path, os.getpid())
+
+
+def fail_to_start() -> NoReturn:
+    raise RuntimeError("the initializer has failed")
