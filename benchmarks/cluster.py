@@ -1,0 +1,112 @@
+"""A broker and workers as processes of this machine, with an ``ACHILLES_HOME`` of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+START_SECONDS = 20.0
+
+
+class Cluster:
+    """``workers`` workers of ``slots`` slots each; a context manager that leaves nothing behind.
+
+    ``tcp``: meet over TCP with CURVE instead of ipc. ``environ``: variables beyond this process's own.
+    """
+
+    def __init__(
+        self,
+        workers: int = 1,
+        slots: int = 2,
+        *,
+        tcp: bool = False,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.home = tempfile.mkdtemp(prefix="achilles-")
+        self.environ = {**os.environ, **(environ or {}), "ACHILLES_HOME": self.home}
+        for name in ("ACHILLES_ADDRESS", "ACHILLES_CONFIG"):
+            self.environ.pop(name, None)
+        self.broker: subprocess.Popen[str] | None = None
+        self.workers: list[subprocess.Popen[str]] = []
+        self._counts = (workers, slots)
+        self._tcp = tcp
+        self.address = ""
+
+    def __enter__(self) -> Cluster:
+        workers, slots = self._counts
+        command = ["broker", "--bind", "tcp://127.0.0.1:0", "--print-address"]
+        if self._tcp:
+            command.append("--no-ipc")
+        self.broker = self._spawn(*command, stdout=subprocess.PIPE)
+        assert self.broker.stdout is not None
+        self.address = self.broker.stdout.readline().strip()
+        for _ in range(workers):
+            self.add_worker(slots)
+        self.wait_until(lambda status: status["workers"] == workers)
+        return self
+
+    def add_worker(self, slots: int) -> subprocess.Popen[str]:
+        """Start one more worker."""
+        worker = self._spawn("worker", self.address, "--slots", str(slots))
+        self.workers.append(worker)
+        return worker
+
+    def status(self) -> dict[str, Any]:
+        """What ``achilles status`` says."""
+        done = subprocess.run(
+            [sys.executable, "-m", "achilles", "status", "-o", "json"],
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"achilles status exited with {done.returncode}: {done.stderr}")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def wait_until(self, holds: Callable[[dict[str, Any]], bool]) -> None:
+        """Wait for the status to be as wanted.
+
+        Raises:
+            TimeoutError: it is not, for too long.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while not holds(status := self.status()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the cluster is not as wanted: {status}")
+            time.sleep(0.05)
+
+    def __exit__(self, *exc: object) -> None:
+        processes = [*self.workers, *([self.broker] if self.broker else [])]
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def _spawn(self, *arguments: str, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "achilles", "--log-level", "error", *arguments],
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )

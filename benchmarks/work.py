@@ -1,0 +1,28 @@
+"""What the benchmarks' tasks do. A module of its own, so that functions travel by name."""
+
+from __future__ import annotations
+
+import os
+import time
+
+
+def noop(value: object = None) -> object:
+    """Return the argument."""
+    return value
+
+
+def spin(seconds: float) -> float:
+    """Keep a core busy."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+    return seconds
+
+
+def tell_and_wait(directory: str, seconds: float) -> int:
+    """Leave a file named by this process and the moment, then sleep: shows when and where a task began."""
+    path = os.path.join(directory, f"{os.getpid()}-{time.monotonic_ns()}")
+    with open(path, "x"):
+        pass
+    time.sleep(seconds)
+    return os.getpid()
