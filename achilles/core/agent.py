@@ -240,9 +240,9 @@ class Agent:
 
     def _choose(self, tasks: int, sends: list[Send]) -> Runner | None:
         candidates = [runner for runner in self._runners.values() if not runner.is_retiring]
-        idle = next((runner for runner in candidates if not runner.chunks), None)
-        if idle is not None and self._fits(idle, tasks, sends):
-            return idle
+        for runner in candidates:
+            if not runner.chunks and self._fits(runner, tasks, sends):
+                return runner
         if len(self._runners) < self._slots:
             runner = self._runners[self._next_runner] = Runner(self._next_runner)
             self._next_runner += 1
@@ -333,9 +333,10 @@ class Agent:
         runner = self._runners.pop(message.runner, None)
         if runner is None:
             return []
-        unstarted = message.unstarted
+        unstarted = message.unstarted + _crossed(runner.chunks, message.last_seq)
         held = sum(len(chunk.open) for chunk in runner.chunks)
-        is_stillborn = bool(message.reason) and not runner.results
+        had_work = bool(message.unstarted) or not message.last_seq
+        is_stillborn = bool(message.reason) and not runner.results and had_work
         if is_stillborn and sum(count for _, count in unstarted) == held:
             unstarted = _without_first(unstarted)
         sends = self._take_back(runner, unstarted)
@@ -371,6 +372,15 @@ class Agent:
         if self._queue:
             free = [r for r in self._runners.values() if not r.chunks and not r.is_retiring]
             assert not free, "a runner idles while a chunk waits"
+
+
+def _crossed(chunks: Iterable[Chunk], last_seq: int) -> list[tuple[int, int]]:
+    """The chunks that were sent to a runner later than the last one that its host was given."""
+    return [
+        (chunk.seq, len(chunk.run.ids))
+        for chunk in chunks
+        if 0 < (chunk.seq - last_seq) % 255 < 128
+    ]
 
 
 def _without_first(unstarted: list[tuple[int, int]]) -> list[tuple[int, int]]:

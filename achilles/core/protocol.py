@@ -375,11 +375,16 @@ class RunnerRecalled(Message, tag="runner-recalled"):
 
 
 class RunnerDied(Message, tag="runner-died"):
-    """A runner ended; every result it wrote came before. ``reason`` is empty where it was asked to."""
+    """A runner ended; every result it wrote came before. ``reason`` is empty where it was asked to.
+
+    ``last_seq`` names the last chunk that the host was told to give it (0: none). What the agent sent
+    later crossed with this event, and was not begun either.
+    """
 
     runner: int
     reason: str
     unstarted: list[tuple[int, int]]
+    last_seq: int
 
 
 RunnerCommand: TypeAlias = Spawn | Load | Unload | Execute | Recall | Kill | Retire

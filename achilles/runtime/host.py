@@ -158,7 +158,7 @@ class RunnerHost:
             runner = _Runner(self, number)
         except OSError as error:
             reason = f"could not be started: {error} (the limit of processes or of open files?)"
-            self.events.append(RunnerDied(number, reason, []))
+            self.events.append(RunnerDied(number, reason, [], 0))
             return
         self.runners[number] = runner
         runner.send(("setup", self.setup))
@@ -204,6 +204,7 @@ class _Runner:
         self.is_write_watched = False
         self.is_unwatched = False
         self.is_gone = False
+        self.last_seq = 0
         self.fault = ""  # what it did, or suffered, that made us kill it
         self.deadline: float | None = None  # when it is killed if it has not exited by then
         self.process = process = RunnerProcess(host.life_read, host.environ)
@@ -221,7 +222,7 @@ class _Runner:
 
     def execute(self, effect: Execute) -> None:
         """Send a chunk and its tokens."""
-        seq = effect.seq
+        seq = self.last_seq = effect.seq
         if self.is_retired or self.is_syncing or seq in self.stale or len(self.stale) > STALE_MAX:
             self.held.append(effect)
             if not self.is_retired and not self.is_syncing:
@@ -531,7 +532,8 @@ class _Runner:
         self._read_last()
         unstarted = self.recall()
         self.is_gone = True
-        self.host.events.append(RunnerDied(self.number, self._reason(code), unstarted))
+        reason = self._reason(code)
+        self.host.events.append(RunnerDied(self.number, reason, unstarted, self.last_seq))
         self._unwatch()
         if self.process.pidfd >= 0:
             self.host.unregister(self.process.pidfd)

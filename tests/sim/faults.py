@@ -118,7 +118,10 @@ class Faults:
             runner = chance.choice(runners)
             if not runner.is_dead:
                 self._world.note(f"runner {runner.number} of {worker.name} crashes")
-                worker.host.end(runner, "was killed by SIGKILL", is_asked=False)
+                if runner.is_busy and chance.random() < 0.5:
+                    runner.is_doomed = True
+                else:
+                    worker.host.end(runner, is_asked=False)
 
     def _worker(self, chance: random.Random) -> Worker | None:
         workers = [worker for worker in self._world.workers if worker.is_up]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Frames = list[p.Buffer]
 
+LOOP_SECONDS = 0.005  # from when a runner's end could be seen until the worker acts on it
 NEVER = float("inf")
 
 
@@ -343,6 +344,7 @@ class Worker(Peer):
         )
         self._sends: list[Any] = []
         self._runs: dict[int, p.Run] = {}
+        self._events: list[p.RunnerEvent] = []
 
     def _set_timer(self, seconds: float, function: Callable[[Any], None], argument: Any) -> None:
         self.world.at(self.world.now + seconds, self._on_timer, (function, argument))
@@ -352,9 +354,16 @@ class Worker(Peer):
             what[0](what[1])
 
     def on_runner(self, runner: Runner) -> None:
-        for event in self.host.collect(runner):
-            self._sends += self.agent.receive(event, self.world.now)
-        self.act()
+        """A runner's channel is ready. Before its events are handled, a message of the broker may be."""
+        is_end = runner.is_dead and not self.world.plan.is_calm
+        self._events += self.host.collect(runner)
+        if is_end:
+            self.world.at(self.world.now + LOOP_SECONDS, self._on_loop, None)
+        else:
+            self.act()
+
+    def _on_loop(self, _: None) -> None:
+        self.deliver(lambda _: self.act(), None)
 
     def on_message(self, message: p.Wire) -> None:
         match message:
@@ -383,6 +392,9 @@ class Worker(Peer):
                 return
             self._sends += self.agent.drain()
         now = self.world.now
+        for event in self._events:
+            self._sends += self.agent.receive(event, now)
+        self._events.clear()
         self._sends += self.agent.tick(now)
         sends, outgoing = deque(self._sends), []
         self._sends.clear()

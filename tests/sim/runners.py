@@ -56,6 +56,8 @@ class Runner:
         self.is_ready = False
         self.is_dead = False
         self.is_retiring = False
+        self.is_doomed = False  # it dies as soon as it has nothing to do
+        self.last_seq = 0
         self.is_stillborn = (
             False  # it died before it got to work: that is charged to its first task
         )
@@ -166,7 +168,7 @@ class Host:
                 self._take_all(runner)
                 return [p.RunnerRecalled(runner.number, counts)]
             case p.Kill():
-                return self.end(runner, "was killed", is_asked=True)
+                return self.end(runner, is_asked=True)
             case p.Retire():
                 runner.is_retiring = True
                 self._exit_if_over(runner)
@@ -185,10 +187,10 @@ class Host:
                 self._oracle.crashed(runner.queue[0].truth)
             self._take_all(runner)
             reason = "" if runner.is_retiring else "was killed by SIGSEGV"
-            events.append(p.RunnerDied(runner.number, reason, counts))
+            events.append(p.RunnerDied(runner.number, reason, counts, runner.last_seq))
         return events
 
-    def end(self, runner: Runner, reason: str, *, is_asked: bool) -> list[p.RunnerEvent]:
+    def end(self, runner: Runner, *, is_asked: bool) -> list[p.RunnerEvent]:
         """The runner dies now; what it wrote before can still be read."""
         was_busy = runner.is_busy
         runner.is_dead = True
@@ -217,6 +219,7 @@ class Host:
     def _execute(self, runner: Runner, command: p.Execute) -> None:
         now = self._clock()
         was_busy = runner.is_busy
+        runner.last_seq = command.seq
         for index, payload in enumerate(command.payloads):
             truth = self._oracle.of_payload(payload)
             runner.queue.append(Entry(command, index, truth, now))
@@ -246,7 +249,7 @@ class Host:
     def _poisoned(self, what: tuple[Runner, Entry]) -> None:
         runner, entry = what
         if runner.current is entry:
-            self.end(runner, "was killed by SIGSEGV", is_asked=False)
+            self.end(runner, is_asked=False)
 
     def _finished(self, what: tuple[Runner, Entry]) -> None:
         runner, entry = what
@@ -259,6 +262,9 @@ class Host:
         seconds = entry.truth.seconds
         runner.outbox.append((entry.seq, entry.index, status, seconds, payload))
         runner.has_shown_life = True
+        if runner.is_doomed and not runner.queue:
+            self.end(runner, is_asked=False)
+            return
         if entry.is_last or seconds >= QUICK:
             self._notify(runner)
         elif not runner.is_polled:

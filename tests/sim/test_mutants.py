@@ -104,6 +104,12 @@ MUTANTS = [
         "sends: list[Send] = []\n        reason",
     ),
     Mutant(
+        "work that crossed with its runner's death is charged",
+        "agent",
+        "message.unstarted + _crossed(runner.chunks, message.last_seq)",
+        "message.unstarted",
+    ),
+    Mutant(
         "revokes are not heeded",
         "agent",
         "chunk = self._chunks.get(lease)\n        if chunk is None:",

@@ -209,7 +209,7 @@ def test_a_death_is_told_after_all_results(
     driver.execute(1, add, (1,), (2,), (3,))
     driver.execute(2, die, (argument,), (argument,))
     driver.execute(3, add, (4,))
-    assert driver.death() == RunnerDied(1, reason, [(2, 1), (3, 1)])
+    assert driver.death() == RunnerDied(1, reason, [(2, 1), (3, 1)], 3)
     assert driver.results.keys() == {(1, 1, 0), (1, 1, 1), (1, 1, 2)}
     assert driver.host.pids() == {}
     assert driver.host.next_deadline(0.0) is None
@@ -229,7 +229,7 @@ def test_a_task_that_closes_our_descriptors_ends_its_runner_only(
     driver: Driver, function: Any, hint: str
 ) -> None:
     driver.execute(1, driver.load(function), ())
-    assert driver.death() == RunnerDied(1, hint, [])
+    assert driver.death() == RunnerDied(1, hint, [], 1)
 
 
 def test_kill_ends_a_busy_runner_and_what_it_started(driver: Driver, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_kill_ends_a_busy_runner_and_what_it_started(driver: Driver, tmp_path: P
     driver.execute(1, driver.load(tasks.spin_noted), (str(tmp_path / "log"),), ("",))
     driver.until((tmp_path / "log").exists)
     driver.apply(Kill(1))
-    assert driver.death() == RunnerDied(1, "was killed", [(1, 1)])
+    assert driver.death() == RunnerDied(1, "was killed", [(1, 1)], 1)
     _await_end(pid)
 
 
@@ -266,7 +266,7 @@ def test_retire_lets_a_runner_finish(driver: Driver, gate: Gate) -> None:
     driver.until(gate.is_reached)
     driver.apply(Retire(1), Retire(1))
     gate.open()
-    assert driver.death() == RunnerDied(1, "", [])
+    assert driver.death() == RunnerDied(1, "", [], 2)
     assert driver.outcome(2) == 1
 
 
@@ -279,7 +279,7 @@ def test_what_a_retired_runner_is_given_comes_back(driver: Driver, gate: Gate) -
     driver.apply(Retire(1))
     driver.execute(3, driver.load(tasks.add), (1,))
     gate.open()
-    assert driver.death() == RunnerDied(1, "", [(2, 1), (3, 1)])
+    assert driver.death() == RunnerDied(1, "", [(2, 1), (3, 1)], 3)
 
 
 def test_a_runner_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
