@@ -13,17 +13,17 @@ import operator
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from achilles.core.status import status_dict
 from achilles.errors import BrokerLostError, ExecutorForkedError
-from achilles.futures import Future, MapRun, as_completed
-from achilles.mailbox import FAILED, INIT_BLOB, Mailbox
+from achilles.futures import Future, as_completed
+from achilles.mailbox import INIT_BLOB, Mailbox
+from achilles.maps import MapCall, name_of, results
 from achilles.runtime.functions import FunctionTable
-from achilles.runtime.serialize import dumps, dumps_call, join_inline, load_outcome
+from achilles.runtime.serialize import dumps, dumps_call, join_inline
 
 if TYPE_CHECKING:
     from achilles.core import protocol as p
@@ -110,10 +110,6 @@ def _count(name: str, value: object, wanted: str) -> int | None:
     if number < 1:
         raise ValueError(f"{name} must be {wanted}")
     return number
-
-
-def _name_of(fn: Callable[..., Any]) -> str:
-    return getattr(fn, "__qualname__", None) or type(fn).__qualname__
 
 
 class DistributedExecutor(concurrent.futures.Executor):
@@ -206,7 +202,7 @@ class DistributedExecutor(concurrent.futures.Executor):
             BrokenProcessPool: it is broken (a failed initializer, a broker that did not come back).
         """
         self._check_usable()
-        name = _name_of(fn)
+        name = name_of(fn)
         try:
             payload = dumps_call(args, kwargs, fn)
             with self._table_lock:
@@ -253,7 +249,7 @@ class DistributedExecutor(concurrent.futures.Executor):
             raise ValueError("buffersize must be None or > 0")
         self._check_usable()
         deadline = None if timeout is None else monotonic() + timeout
-        call = _MapCall(self, fn, operator.index(chunksize))
+        call = MapCall(self, fn, operator.index(chunksize))
         items = zip(*iterables)
         first = items if buffersize is None else itertools.islice(items, buffersize)
         try:
@@ -262,7 +258,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         except BaseException:
             call.cancel()
             raise
-        return _results(call, iter(()) if buffersize is None else items, deadline)
+        return results(call, iter(()) if buffersize is None else items, deadline)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, and free what the executor holds when those that it has are done.
@@ -370,78 +366,3 @@ class DistributedExecutor(concurrent.futures.Executor):
                 )
             )
         self.shutdown(wait=False, cancel_futures=True)
-
-
-class _MapCall:
-    """One call of `map`: what was submitted of it, in order."""
-
-    def __init__(
-        self, executor: DistributedExecutor, fn: Callable[..., Any], chunksize: int
-    ) -> None:
-        self.executor = executor  # which must not be collected while its results are taken
-        self.mailbox = executor._mailbox
-        self.run = MapRun(_read_outcome)
-        self.run.name = _name_of(fn)
-        self._fn = fn
-        self.ids: deque[int] = deque()  # of the items that were not taken yet; 0: never submitted
-        self._error: Exception | None = None
-        self._count = 0
-        limits = [
-            limit for limit in (executor._max_tasks, chunksize if chunksize > 1 else 0) if limit
-        ]
-        chunk_max = min(limits, default=0)
-        try:
-            with executor._table_lock:
-                number, self._blob = executor._functions.encode(fn, shared=True)
-            self._group = self.mailbox.group(number, executor._init, chunk_max)
-        except Exception as error:
-            self._error = error
-
-    def submit(self, args: tuple[Any, ...]) -> None:
-        """Submit the next item; what cannot be pickled fails when it is its turn."""
-        index = self._count
-        self._count += 1
-        error = self._error
-        payload: Any = b""
-        if error is None:
-            try:
-                payload = dumps_call(args, {}, self._fn)
-            except Exception as caught:
-                error = caught
-        if error is not None:
-            self.mailbox.put_error(self.run, index, error)
-            self.ids.append(0)
-            return
-        self.ids.append(self.mailbox.submit_item(self._group, self._blob, payload, self.run, index))
-        if not self.executor._core.is_started:
-            self.executor._start()
-
-    def cancel(self) -> None:
-        """Nobody takes the rest."""
-        self.mailbox.cancelled([id for id in self.ids if id])
-        self.ids.clear()
-
-
-def _read_outcome(status: int, payload: Any) -> tuple[Any, BaseException | None]:
-    if status == FAILED:
-        return None, payload
-    return load_outcome(status, payload)
-
-
-def _results(
-    call: _MapCall, rest: Iterator[tuple[Any, ...]], deadline: float | None
-) -> Iterator[Any]:
-    """Yield results in order, submitting one of the rest for each that is taken."""
-    index = 0
-    take = call.run.take
-    try:
-        while call.ids:
-            value = [take(index, deadline)]  # nothing here may keep it once it was given out
-            call.ids.popleft()
-            index += 1
-            for args in rest:
-                call.submit(args)
-                break
-            yield value.pop()
-    finally:
-        call.cancel()

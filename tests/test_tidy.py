@@ -33,6 +33,7 @@ HEIGHTS = {
     "futures": 2,
     "mailbox": 2,
     "local": 3,
+    "maps": 3,
     "net": 3,
     "executor": 4,
     "pool": 5,

@@ -1,73 +1,16 @@
 from __future__ import annotations
 
 import concurrent.futures
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from achilles import executor as module
-from achilles.core import protocol as p
 from achilles.errors import BrokerLostError, ConfigError
 from achilles.executor import DistributedExecutor
-from achilles.mailbox import Batch, Mailbox
-from achilles.runtime.serialize import dumps
 from tests import tasks
-
-
-class Backend:
-    """Answers nothing by itself: tests say what the outcomes are."""
-
-    def __init__(self, slots: int, *, tasks_max: int = 0) -> None:
-        self.mailbox = Mailbox(lambda: None)
-        self.thread: threading.Thread | None = None
-        self.batches: list[Batch] = []
-        self.tasks_max = tasks_max
-        self.starts = 0
-
-    def start(self) -> None:
-        self.starts += 1
-
-    def status(self) -> p.Status:
-        raise NotImplementedError
-
-    def cancel_pending(self) -> None:
-        self.drain()
-        self.mailbox.cancel_pending()
-
-    def kill(self, make_error: Callable[[], BaseException]) -> None:
-        self.drain()
-        self.mailbox.fail_all(make_error)
-
-    def drain(self) -> tuple[list[int], list[int]]:
-        """The ids that were submitted since, and those that were cancelled."""
-        batches, cancels = self.mailbox.drain()
-        self.batches += batches
-        self.mailbox.drop(cancels)
-        return [id for batch in batches for id in batch.ids], cancels
-
-    def answer(self, *ids: int) -> None:
-        statuses = bytes([p.VALUE] * len(ids))
-        self.mailbox.receive(p.Results(list(ids), statuses, [dumps(id * 10) for id in ids]))
-
-    def __repr__(self) -> str:
-        return "silent"
-
-
-@pytest.fixture
-def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Backend]]:
-    made: list[Backend] = []
-
-    def make(slots: int, *, tasks_max: int = 0) -> Backend:
-        made.append(Backend(slots, tasks_max=tasks_max))
-        return made[-1]
-
-    monkeypatch.setattr("achilles.local.LocalCluster", make)
-    yield made
-    for backend in made:
-        backend.kill(lambda: BrokerLostError("the test is over"))
+from tests.unit.silent import Backend
 
 
 def test_nothing_starts_before_the_first_task(backends: list[Backend]) -> None:
@@ -101,67 +44,6 @@ def test_arguments_are_of_the_moment_of_the_call(backends: list[Backend]) -> Non
     backends[0].drain()
     first, second = backends[0].batches[0].payloads
     assert first != second
-
-
-def test_a_map_consumes_its_inputs_at_the_call(backends: list[Backend]) -> None:
-    executor = DistributedExecutor(2)
-    results = executor.map(tasks.add, iter(range(5)))
-    assert backends[0].drain()[0] == [1, 2, 3, 4, 5]
-    backends[0].answer(2, 1, 3, 4, 5)
-    assert list(results) == [10, 20, 30, 40, 50]
-
-
-def test_a_buffered_map_holds_no_more_than_its_window(backends: list[Backend]) -> None:
-    executor = DistributedExecutor(2)
-    inputs = iter(range(100))
-    results = executor.map(tasks.add, inputs, buffersize=3)
-    assert backends[0].drain()[0] == [1, 2, 3]
-    backends[0].answer(1, 2, 3)
-    assert next(results) == 10
-    assert backends[0].drain()[0] == [4]
-    assert next(results) == 20
-    assert next(results) == 30
-    assert backends[0].drain()[0] == [5, 6]
-    assert next(inputs) == 6
-    results.close()  # type: ignore[attr-defined]
-    assert backends[0].drain() == ([], [4, 5, 6])
-
-
-def test_an_iterator_that_is_dropped_cancels_the_rest(backends: list[Backend]) -> None:
-    executor = DistributedExecutor(2)
-    results = executor.map(tasks.add, range(5))
-    backends[0].drain()
-    backends[0].answer(1)
-    assert next(results) == 10
-    del results
-    assert backends[0].drain() == ([], [2, 3, 4, 5])
-    unused = executor.map(tasks.add, range(3))
-    del unused
-    assert backends[0].drain() == ([6, 7, 8], [])
-
-
-def test_an_input_that_raises_cancels_what_was_submitted(backends: list[Backend]) -> None:
-    def inputs() -> Iterator[int]:
-        yield 1
-        raise LookupError
-
-    executor = DistributedExecutor(2)
-    with pytest.raises(LookupError):
-        executor.map(tasks.add, inputs())
-    assert backends[0].drain() == ([1], [1])
-
-
-@pytest.mark.parametrize(
-    ("chunksize", "tasks_max", "expected"), [(1, None, 0), (5, None, 5), (5, 3, 3), (1, 3, 3)]
-)
-def test_bounds_of_chunks(
-    backends: list[Backend], chunksize: int, tasks_max: int | None, expected: int
-) -> None:
-    executor = DistributedExecutor(2, max_tasks_per_child=tasks_max)
-    executor.map(tasks.add, [1], chunksize=chunksize)
-    backends[0].drain()
-    assert backends[0].batches[0].group.chunk_max == expected
-    assert backends[0].tasks_max == (tasks_max or 0)
 
 
 def test_after_shutdown(backends: list[Backend]) -> None:
