@@ -16,6 +16,8 @@
         ├── BrokerLostError           the broker went away and did not come back           (BrokenProcessPool too)
         ├── TaskCrashedError          a task ended its runner as often as it was allowed to (BrokenProcessPool too)
         ├── WorkerLostError           a task was on too many workers that vanished         (BrokenProcessPool too)
+        ├── TaskTimeoutError          a task ran longer than its options allow             (TimeoutError too)
+        ├── TerminatedError           the executor's tasks were ended by terminate_workers (BrokenProcessPool too)
         └── InitializerError          the executor's initializer raised on a runner        (BrokenProcessPool too)
 
 Those of ``achilles.task_errors`` are reachable from here as well, loaded on first use: their standard-library bases
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
         ResultPickleError,
         ResultUnpickleError,
         TaskCrashedError,
+        TaskTimeoutError,
+        TerminatedError,
         WorkerLostError,
     )
 
@@ -55,6 +59,8 @@ __all__ = [
     "ResultPickleError",
     "ResultUnpickleError",
     "TaskCrashedError",
+    "TaskTimeoutError",
+    "TerminatedError",
     "WorkerLostError",
 ]
 

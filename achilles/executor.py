@@ -18,10 +18,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from achilles.core.status import status_dict
-from achilles.errors import BrokerLostError, ExecutorForkedError
+from achilles.errors import ExecutorForkedError, TerminatedError
 from achilles.futures import Future, as_completed
 from achilles.mailbox import INIT_BLOB, Mailbox
 from achilles.maps import MapCall, name_of, results
+from achilles.options import merge_options
 from achilles.runtime.functions import FunctionTable
 from achilles.runtime.serialize import dumps, dumps_call, join_inline
 
@@ -56,6 +57,7 @@ class _Core:
         self.backend = backend
         self.lock = threading.Lock()
         self.is_started = False
+        self.is_shut_down = False
         self._pid = os.getpid()
 
     def finish(self) -> None:
@@ -158,10 +160,12 @@ class DistributedExecutor(concurrent.futures.Executor):
         self._pid = os.getpid()
         self._functions = FunctionTable()
         self._table_lock = threading.RLock()
-        self._shutdown = False
+        self._options: p.Options | None = None
+        self._base: DistributedExecutor | None = None  # of a view, what it is a view of
         self._init = INIT_BLOB if initializer is not None else 0
         self._max_tasks = max_tasks_per_child or 0
         self._max_workers_given = max_workers
+        self._is_embedded = not address
         backend: Backend
         if address:
             from achilles.net.client import connection
@@ -211,7 +215,7 @@ class DistributedExecutor(concurrent.futures.Executor):
             return self._failed(error, name)
         if not number:
             payload = join_inline(blob, payload)
-        group = self._mailbox.group(number, self._init, self._max_tasks)
+        group = self._group(number, self._max_tasks)
         future = self._mailbox.submit(group, blob, payload, name)
         if not self._core.is_started:
             self._start()
@@ -269,7 +273,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         """
         if os.getpid() != self._pid:
             return
-        self._shutdown = True
+        self._core.is_shut_down = True
         if cancel_futures and self._core.is_started:
             self._core.backend.cancel_pending()
         self._finalizer()
@@ -292,7 +296,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         ``workers_by_name`` holds a row for each worker.
         """
         self._check_process()
-        if not self._core.is_started and not self._shutdown:
+        if not self._core.is_started and not self._core.is_shut_down:
             self._start()
         return status_dict(self._core.backend.status())
 
@@ -323,13 +327,56 @@ class DistributedExecutor(concurrent.futures.Executor):
         return str(broken) or repr(broken) if broken is not None else False
 
     def __repr__(self) -> str:
-        state = "shut down" if self._shutdown else f"{self._mailbox.unresolved} tasks"
+        state = "shut down" if self._core.is_shut_down else f"{self._mailbox.unresolved} tasks"
         return f"<DistributedExecutor {self._core.backend!r} | {state}>"
+
+    def with_options(
+        self,
+        *,
+        timeout: float | None = None,
+        retries: int | None = None,
+        at_most_once: bool | None = None,
+        priority: int | None = None,
+        tags: str | Iterable[str] | None = None,
+    ) -> DistributedExecutor:
+        """The same executor with other options for what is submitted through it; None leaves one as it is here.
+
+        It shares everything else: the tasks of both are one executor's, and a shutdown is one for both.
+
+        Args:
+            timeout: seconds that an attempt of a task may run; then its runner is killed and the task
+                fails with a `TaskTimeoutError`, or has a retry. 0: no limit.
+            retries: how often a task that raised, or took too long, is run again before it fails.
+            at_most_once: a task of which nobody knows whether it ran, because its runner, worker or broker was
+                lost, fails with a `TaskCrashedError` or `WorkerLostError` rather than runs again.
+            priority: of this executor's waiting tasks those with the highest priority start first; 0 by default.
+            tags: tasks run only on workers that were started with all of these tags; an embedded executor,
+                whose only worker is this program, has every tag.
+
+        Raises:
+            TypeError, ValueError: an option that cannot be.
+        """
+        given = {
+            "timeout": timeout,
+            "retries": retries,
+            "at_most_once": at_most_once,
+            "priority": priority,
+            "tags": tags,
+        }
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._base = self  # which must not be collected before its view
+        view._options = merge_options(
+            self._options,
+            {name: value for name, value in given.items() if value is not None},
+            has_tags=not self._is_embedded,
+        )
+        return view
 
     # --- Inside -----------------------------------------------------------------------------------
 
     def _check_usable(self) -> None:
-        if self._shutdown:
+        if self._core.is_shut_down:
             raise RuntimeError("cannot schedule new futures after shutdown")
         if _is_exiting:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
@@ -345,6 +392,9 @@ class DistributedExecutor(concurrent.futures.Executor):
                 "create one after the fork"
             )
 
+    def _group(self, fn: int, chunk_max: int) -> p.Group:
+        return self._mailbox.group(fn, self._init, chunk_max, self._options)
+
     def _start(self) -> None:
         with self._core.lock:
             if not self._core.is_started:
@@ -359,9 +409,11 @@ class DistributedExecutor(concurrent.futures.Executor):
         return future
 
     def _kill(self, how: str) -> None:
-        if self._core.is_started and not (self._shutdown and self._core.backend.thread is None):
+        if self._core.is_started and not (
+            self._core.is_shut_down and self._core.backend.thread is None
+        ):
             self._core.backend.kill(
-                lambda: BrokerLostError(
+                lambda: TerminatedError(
                     f"the executor's runners were {how} before the task was done"
                 )
             )

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
 
-from achilles.core import agent, scheduler, submission
+from achilles.core import agent, dispatch, scheduler, submission
 from achilles.core import protocol as p
 from achilles.mailbox import Mailbox
 from achilles.runtime.host import RunnerHost
@@ -47,7 +47,7 @@ class LocalCluster:
             path=list(sys.path),
             cwd=None,
         )
-        self._sends: deque[submission.Send | scheduler.Send | agent.Send] = deque()
+        self._sends: deque[submission.Send | dispatch.Send | agent.Send] = deque()
         self._requests: deque[Callable[[], None]] = deque()
         self._slots = slots
         self._name = name

@@ -15,10 +15,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from achilles.core import protocol as p
-from achilles.core.submission import Group, Send, Submission
+from achilles.core.protocol import Group
+from achilles.core.submission import Send, Submission
 from achilles.futures import Future, MapRun
 from achilles.runtime.serialize import load_outcome, loads
 
@@ -48,7 +49,7 @@ class Mailbox:
         self._cancels: deque[int] = deque()
         self._sinks: dict[int, Sink] = {}
         self._running_items: set[int] = set()  # tasks of maps; a future knows it by itself
-        self._groups: dict[tuple[int, int, int], Group] = {}
+        self._groups: dict[tuple[Any, ...], Group] = {}
         self._callbacks: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
         self.callback_thread: threading.Thread | None = None
         self._io_thread: threading.Thread | None = None
@@ -92,9 +93,16 @@ class Mailbox:
         run.put(index, FAILED, error)
         run.notify()
 
-    def group(self, fn: int, init: int, chunk_max: int) -> Group:
+    def group(
+        self,
+        fn: int,
+        init: int,
+        chunk_max: int = 0,
+        options: p.Options | None = None,
+        blobs: tuple[int, ...] = (),
+    ) -> Group:
         """The group of that key, one object a key."""
-        key = (fn, init, chunk_max)
+        key = (fn, init, chunk_max, options, blobs)
         group = self._groups.get(key)
         if group is None:
             if len(self._groups) > 10_000:
@@ -274,7 +282,7 @@ class Mailbox:
 
     def _fail(self, message: p.Failed) -> None:
         """The broker gives a task up."""
-        from achilles.errors import TaskCrashedError, WorkerLostError
+        from achilles.errors import TaskCrashedError, TaskTimeoutError, WorkerLostError
 
         sink = self._sinks.get(message.id)
         if sink is None:
@@ -287,6 +295,8 @@ class Mailbox:
         error: BaseException
         if message.kind == p.CRASHED:
             error = TaskCrashedError(f"{task} ended the process that ran it too often. {story}")
+        elif message.kind == p.TIMEOUT:
+            error = TaskTimeoutError(f"{task} took longer than it may. {story}")
         else:
             error = WorkerLostError(f"{task} was on too many workers that vanished. {story}")
         self.deliver_error(message.id, error)

@@ -43,7 +43,7 @@ class MapCall:
         try:
             with executor._table_lock:
                 number, self._blob = executor._functions.encode(fn, shared=True)
-            self._group = self.mailbox.group(number, executor._init, chunk_max)
+            self._group = executor._group(number, chunk_max)
         except Exception as error:
             self._error = error
 

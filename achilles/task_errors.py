@@ -6,6 +6,7 @@ breaks the executor: it stays usable after each.
 
 from __future__ import annotations
 
+from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from pickle import PicklingError, UnpicklingError
 
@@ -38,6 +39,17 @@ class TaskCrashedError(AchillesError, BrokenProcessPool):
 
 class WorkerLostError(AchillesError, BrokenProcessPool):
     """A task had started on too many workers that vanished."""
+
+
+class TaskTimeoutError(AchillesError, TimeoutError):
+    """A task ran for longer than ``with_options(timeout=...)`` allows; its runner was killed.
+
+    The timeout error of `concurrent.futures`, which is not the built-in one on Python 3.10.
+    """
+
+
+class TerminatedError(AchillesError, BrokenProcessPool):
+    """The executor's tasks were ended by `terminate_workers` or `kill_workers` before this one was done."""
 
 
 class InitializerError(AchillesError, BrokenProcessPool):

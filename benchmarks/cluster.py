@@ -53,9 +53,9 @@ class Cluster:
         self.wait_until(lambda status: status["workers"] == workers)
         return self
 
-    def add_worker(self, slots: int) -> subprocess.Popen[str]:
-        """Start one more worker."""
-        worker = self._spawn("worker", self.address, "--slots", str(slots))
+    def add_worker(self, slots: int, *options: str) -> subprocess.Popen[str]:
+        """Start one more worker; ``options`` are its command's."""
+        worker = self._spawn("worker", self.address, "--slots", str(slots), *options)
         self.workers.append(worker)
         return worker
 

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from achilles import current_attempt
+
 
 def add(a: int, b: int = 1) -> int:
     return a + b
@@ -42,6 +44,17 @@ def pause_on(value: int, slow: int, seconds: float) -> int:
     if value == slow:
         time.sleep(seconds)
     return value
+
+
+def fail_until(directory: str, attempt: int) -> int:
+    """Fail on all attempts before this one; which attempt it was, as the task is told and as it counts."""
+    marks = Path(directory)
+    count = len(list(marks.iterdir())) + 1
+    (marks / str(count)).touch()
+    assert current_attempt() == count
+    if count < attempt:
+        raise ValueError(f"attempt {count}")
+    return count
 
 
 def pid(_: object = None) -> int:
@@ -92,6 +105,23 @@ def note_and_pause(path: str, line: object, seconds: float) -> int:
     note(path, f"{line} {os.getpid()}")
     time.sleep(seconds)
     return os.getpid()
+
+
+def note_pid_and_pause(path: str, seconds: float) -> None:
+    note(path, os.getpid())
+    time.sleep(seconds)
+
+
+def note_and_die(path: str) -> None:
+    note(path, "begun")
+    die()
+
+
+def await_file(path: str) -> None:
+    deadline = time.monotonic() + 60
+    while not os.path.exists(path):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def die_once(path: str, value: Any) -> Any:

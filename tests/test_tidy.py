@@ -21,7 +21,9 @@ GENERATED = {".git", ".venv", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__
 
 FILE_LINES = 600
 FUNCTION_LINES = 70
-LONG_FILES: dict[str, str] = {}  # path: why it is longer
+LONG_FILES = {  # path: why it is longer
+    "achilles/core/protocol.py": "the vocabulary and its bounds: whoever adds a message sees what is checked of it",
+}
 LONG_FUNCTIONS: dict[str, str] = {}  # path::qualified.name: why it is longer
 
 # Rooms by height. A room may import its own modules and lower ones; rooms of one height do not know each other.
@@ -34,6 +36,7 @@ HEIGHTS = {
     "mailbox": 2,
     "local": 3,
     "maps": 3,
+    "options": 3,
     "net": 3,
     "executor": 4,
     "pool": 5,
@@ -115,6 +118,7 @@ ALLOWED_TEXTS: dict[tuple[str, str], str] = {}  # (module, text): why it may nam
 UNTESTED = {
     "achilles/__main__.py": "three lines, which every test of a command runs",
     "achilles/core/agent.py": "the simulation (tests/sim) runs it in every seed, and mutants of it are caught there",
+    "achilles/core/dispatch.py": "the scheduler's tests and the simulation, of which it is the half that gives out",
     "achilles/core/submission.py": "the simulation (tests/sim) runs it in every seed, and mutants of it are caught there",
     "achilles/core/sessions.py": "the simulation (tests/sim) and the hostile peers of tests/security run it",
     "achilles/core/tables.py": "the scheduler's tests, whose data it is",

@@ -4,7 +4,9 @@ Rules
     1. Each task of a lease is reported once: done, returned, or crashed.
     2. A runner holds at most two chunks: the one that it runs and one behind it.
     3. Nothing waits behind one task for more than `STUCK_SECONDS`: what has not started goes back.
-    4. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies before it
+    4. A task is ended (it took too long, or nobody wants it any more) when it is alone on its runner: then its
+       runner is killed, and no neighbour with it.
+    5. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies before it
        finished anything, in spite of having work, charges its first task: or nothing would ever end.
 
 Picture
@@ -55,11 +57,14 @@ class Runner:
 
     __slots__ = (
         "chunks",
+        "condemned",
         "given",
+        "is_killed",
         "is_retiring",
         "loaded",
         "number",
         "progress_at",
+        "recalled_at",
         "results",
         "seq",
     )
@@ -72,15 +77,29 @@ class Runner:
         self.given = 0
         self.results = 0
         self.progress_at = 0.0
+        self.recalled_at = 0.0
         self.is_retiring = False
+        self.condemned: dict[
+            tuple[int, int], str
+        ] = {}  # (seq, index) of tasks to be ended, and why
+        self.is_killed = False
 
     @property
     def stuck_at(self) -> float | None:
         """When what waits behind its running task has waited long enough; None if nothing does."""
         chunks = self.chunks
         if len(chunks) > 1 or (chunks and len(chunks[0].open) > 1):
-            return self.progress_at + (STUCK_SECONDS if self.results else START_SECONDS)
+            since = max(self.progress_at, self.recalled_at)
+            return since + (STUCK_SECONDS if self.results else START_SECONDS)
         return None
+
+    @property
+    def times_out_at(self) -> float | None:
+        """When its running task has run for longer than it may; None if nothing limits it."""
+        if not self.chunks or not self.chunks[0].run.timeout or self.condemned:
+            return None
+        start = 0.0 if self.results else START_SECONDS
+        return self.progress_at + self.chunks[0].run.timeout + start
 
 
 class Agent:
@@ -109,8 +128,8 @@ class Agent:
                 return []
             case p.Forget(client=client, blobs=blobs):
                 return self._forget(client, blobs)
-            case p.Revoke(lease=lease):
-                return self._revoke(lease)
+            case p.Revoke():
+                return self._revoke(message)
             case p.Drain():
                 return self.drain()
             case p.Goodbye():
@@ -123,19 +142,27 @@ class Agent:
                 return self._died(message, now)
 
     def tick(self, now: float) -> list[Send]:
-        """Call back what waits behind a task that runs long."""
+        """Call back what waits behind a task that runs long; end the task that ran for too long."""
         sends = []
         for runner in self._runners.values():
-            stuck_at = runner.stuck_at
-            if stuck_at is not None and now >= stuck_at:
-                runner.progress_at = now
-                sends.append(Send("host", p.Recall(runner.number)))
+            times_out_at, stuck_at = runner.times_out_at, runner.stuck_at
+            if times_out_at is not None and now >= times_out_at:
+                chunk = runner.chunks[0]
+                runner.condemned[chunk.seq, min(chunk.open)] = p.TIMEOUT
+            elif stuck_at is None or now < stuck_at:
+                continue
+            runner.recalled_at = now
+            sends.append(Send("host", p.Recall(runner.number)))
         return sends
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        stuck_ats = (runner.stuck_at for runner in self._runners.values())
-        return min((at for at in stuck_ats if at is not None), default=None)
+        wanted: float | None = None
+        for runner in self._runners.values():
+            for at in (runner.stuck_at, runner.times_out_at):
+                if at is not None and (wanted is None or at < wanted):
+                    wanted = at
+        return wanted
 
     def drain(self) -> list[Send]:
         """Take no more work, give back what has not started, say goodbye when the rest is done."""
@@ -195,23 +222,23 @@ class Agent:
                 sends.append(Send("host", p.Unload(runner.number, client, blobs)))
         return sends
 
-    def _revoke(self, lease: int) -> list[Send]:
-        """Give back what of the lease has not started.
+    def _revoke(self, revoke: p.Revoke) -> list[Send]:
+        """Give back what of the lease has not started, and end what runs if that is wanted.
 
         A runner's unstarted tasks can only be taken back together, so others may come back along with those
         that were asked for; the broker gives them out again.
         """
-        chunk = self._chunks.get(lease)
+        chunk = self._chunks.get(revoke.lease)
         if chunk is None:
             return []
         if chunk in self._queue:
             self._queue.remove(chunk)
             return self._give_back(chunk, chunk.open)
-        return [
-            Send("host", p.Recall(runner.number))
-            for runner in self._runners.values()
-            if chunk in runner.chunks
-        ]
+        runner = next(runner for runner in self._runners.values() if chunk in runner.chunks)
+        if revoke.kill:
+            for index in chunk.open.intersection(revoke.indexes):
+                runner.condemned.setdefault((chunk.seq, index), "")
+        return [Send("host", p.Recall(runner.number))]
 
     def _give_back(self, chunk: Chunk, indexes: Collection[int]) -> list[Send]:
         back = sorted(indexes)
@@ -239,7 +266,11 @@ class Agent:
         return sends
 
     def _choose(self, tasks: int, sends: list[Send]) -> Runner | None:
-        candidates = [runner for runner in self._runners.values() if not runner.is_retiring]
+        candidates = [
+            runner
+            for runner in self._runners.values()
+            if not runner.is_retiring and not runner.condemned
+        ]
         for runner in candidates:
             if not runner.chunks and self._fits(runner, tasks, sends):
                 return runner
@@ -272,12 +303,21 @@ class Agent:
         runner.chunks.append(chunk)
         runner.given += len(run.ids)
         sends = []
-        for blob in (run.fn, run.init):
+        for blob in (run.fn, run.init, *run.blobs):
             key = (run.client, blob)
             if blob and key not in runner.loaded and key in self._blobs:
                 runner.loaded.add(key)
                 sends.append(Send("host", p.Load(runner.number, *key, self._blobs[key])))
-        command = p.Execute(runner.number, runner.seq, run.client, run.fn, run.init, run.payloads)
+        command = p.Execute(
+            runner.number,
+            runner.seq,
+            run.client,
+            run.fn,
+            run.init,
+            run.payloads,
+            run.attempt,
+            run.blobs,
+        )
         sends.append(Send("host", command))
         if self._tasks_max and runner.given >= self._tasks_max:
             self._retire(runner, sends)
@@ -302,10 +342,25 @@ class Agent:
                 sends.append(Send("broker", done))
                 self._close(chunk, indexes)
         self._drop_finished(runner)
+        if runner.condemned:
+            sends += self._execute_sentence(runner)
         return [*sends, *self._assign(now), *self._goodbye_if_empty()]
 
     def _drop_finished(self, runner: Runner) -> None:
         runner.chunks = deque(chunk for chunk in runner.chunks if chunk.open)
+
+    def _execute_sentence(self, runner: Runner) -> list[Send]:
+        """Kill the runner if a condemned task is all that it has; forget those that have ended by themselves.
+
+        Until then its other started tasks have ended, which their results on the way will tell.
+        """
+        held = {(chunk.seq, index) for chunk in runner.chunks for index in chunk.open}
+        for key in runner.condemned.keys() - held:
+            del runner.condemned[key]
+        if len(held) != 1 or not runner.condemned or runner.is_killed:
+            return []
+        runner.is_killed = True
+        return [Send("host", p.Kill(runner.number))]
 
     def _recalled(
         self, runner: Runner | None, unstarted: list[tuple[int, int]], now: float
@@ -315,6 +370,8 @@ class Agent:
             return []
         sends = self._take_back(runner, unstarted)
         self._drop_finished(runner)
+        if runner.condemned:
+            sends += self._execute_sentence(runner)
         return [*sends, *self._assign(now), *self._goodbye_if_empty()]
 
     def _take_back(self, runner: Runner, unstarted: list[tuple[int, int]]) -> list[Send]:
@@ -343,10 +400,14 @@ class Agent:
         reason = message.reason or "exited before it was done"
         for chunk in runner.chunks:
             started = sorted(chunk.open)
-            if started:
-                crashed = p.Crashed(chunk.run.lease, started[0], reason)
+            why = runner.condemned.get((chunk.seq, started[0])) if started else None
+            if why == p.TIMEOUT:
+                text = f"ran for more than its {chunk.run.timeout:g} s"
+                sends.append(Send("broker", p.Crashed(chunk.run.lease, started[0], text, why)))
                 self._close(chunk, started[:1])
-                sends.append(Send("broker", crashed))
+            elif started and why is None:
+                sends.append(Send("broker", p.Crashed(chunk.run.lease, started[0], reason)))
+                self._close(chunk, started[:1])
             if chunk.open:
                 sends += self._give_back(chunk, chunk.open)
         return [*sends, *self._assign(now), *self._goodbye_if_empty()]

@@ -36,6 +36,8 @@ INLINE_MAX = 64 * 1024
 PART_MAX = 8 * 1024 * 1024
 PARTS_MAX = 4096
 TASKS_MAX = 10_000
+BLOBS_MAX = 64  # of one group
+TAGS_MAX = 64
 TEXT_MAX = 4096
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -73,12 +75,46 @@ INIT_FAILED = 2  # the initializer raised; payload as for ERROR
 
 STATUSES = frozenset({VALUE, ERROR, INIT_FAILED})
 
-CRASHED = "crashed"  # Failed.kind: the task ended its runner too often
-LOST = "lost"  # Failed.kind: the task started on too many workers that vanished
+# Why a task was given up (`Failed.kind`), or what ended its runner (`Crashed.kind`).
+CRASHED = "crashed"  # the task ended its runner, too often
+LOST = "lost"  # the task started on too many workers that vanished
+TIMEOUT = "timeout"  # the task ran longer than it was allowed to
 
 
 class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
     """Base of all messages."""
+
+
+class Options(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
+    """What the user wants of each of some tasks."""
+
+    timeout: float = 0.0  # seconds that one attempt may run; 0: no limit
+    retries: int = 0  # further attempts after one that raised or took too long
+    at_most_once: bool = False  # fails rather than runs again where nobody knows whether it ran
+    priority: int = 0  # among this client's tasks the highest go first
+    tags: tuple[str, ...] = ()  # of the workers that may run it
+
+    def but(self, **changes: Any) -> Options:
+        """The same, with other values for some."""
+        return msgspec.structs.replace(self, **changes)
+
+
+PLAIN = Options()
+
+
+class Group(NamedTuple):
+    """What tasks have in common, and can be sent together for."""
+
+    fn: int
+    init: int
+    chunk_max: int = 0
+    options: Options | None = None
+    blobs: tuple[int, ...] = ()
+
+    @property
+    def needs(self) -> tuple[int, ...]:
+        """The numbers of all blobs that a runner must have before such a task."""
+        return tuple(blob for blob in (self.fn, self.init, *self.blobs) if blob)
 
 
 # --- Sessions: either peer and the broker ---------------------------------------------------------
@@ -153,6 +189,12 @@ class Submit(Message, tag="submit"):
     ids: list[int]
     payloads: list[Payload]
     chunk_max: int = 0  # at most so many in a chunk; 0: the broker decides
+    options: Options | None = None
+    blobs: tuple[int, ...] = ()  # what else the payloads refer to
+
+    @property
+    def group(self) -> Group:
+        return Group(self.fn, self.init, self.chunk_max, self.options, self.blobs)
 
 
 class Blob(Message, tag="blob"):
@@ -174,9 +216,10 @@ class Forget(Message, tag="forget"):
 
 
 class Cancel(Message, tag="cancel"):
-    """The client wants no result of these tasks."""
+    """The client wants no result of these tasks; ``kill``: not even that those that run go on."""
 
     ids: list[int]
+    kill: bool = False
 
 
 class Running(Message, tag="running"):
@@ -267,13 +310,20 @@ class Run(Message, tag="run"):
     init: int
     ids: list[int]
     payloads: list[Payload]
+    timeout: float = 0.0  # seconds that each task may run; 0: no limit
+    attempt: int = 1
+    blobs: tuple[int, ...] = ()
 
 
 class Revoke(Message, tag="revoke"):
-    """Give back those of the lease's tasks that have not started, listed by their index."""
+    """Give back those of the lease's tasks that have not started, listed by their index.
+
+    ``kill``: and end the one among them that runs, which is given back then, too.
+    """
 
     lease: int
     indexes: list[int]
+    kill: bool = False
 
 
 class Done(Message, tag="done"):
@@ -294,11 +344,12 @@ class Returned(Message, tag="returned"):
 
 
 class Crashed(Message, tag="crashed"):
-    """The runner of this task of the lease died while it ran."""
+    """The runner of this task of the lease died while it ran, or was killed for its ``kind`` of fault."""
 
     lease: int
     index: int
     reason: str
+    kind: str = CRASHED
 
 
 class Drain(Message, tag="drain"):
@@ -340,6 +391,8 @@ class Execute(Message, tag="execute"):
     fn: int
     init: int
     payloads: list[Payload]
+    attempt: int = 1
+    blobs: tuple[int, ...] = ()
 
 
 class Recall(Message, tag="recall"):
@@ -513,6 +566,10 @@ def _check(message: Wire, frames: Sequence[Buffer]) -> None:
         case Submit(ids=ids) | Run(ids=ids):
             _check_columns(len(ids), len(message.payloads))
             _check_range(ids)
+            if len(message.blobs) > BLOBS_MAX or any(blob < 1 for blob in message.blobs):
+                raise ProtocolError("too many blobs, or one with a number below 1")
+            if isinstance(message, Submit) and message.options is not None:
+                _check_options(message.options)
         case Results(ids=ids) | Done(indexes=ids):
             _check_columns(len(ids), len(message.payloads), len(message.statuses))
             _check_range(ids)
@@ -524,9 +581,11 @@ def _check(message: Wire, frames: Sequence[Buffer]) -> None:
             _check_range(ids)
         case ClientHello() | WorkerHello():
             _check_hello(message)
-        case Crashed(index=index, reason=text):
+        case Crashed(index=index, reason=text, kind=kind):
             _check_range([index])
             _check_text("reason", text)
+            if kind not in (CRASHED, TIMEOUT):
+                raise ProtocolError("an unknown kind of crash")
         case Goodbye(reason=text) | Refused(reason=text):
             _check_text("reason", text)
         case Welcome():
@@ -566,6 +625,19 @@ def _check_text(field: str, text: str) -> None:
         raise ProtocolError(f"{field} of {len(text)} characters; the limit is {TEXT_MAX}")
 
 
+def _check_options(options: Options) -> None:
+    if not 0 <= options.timeout < inf:
+        raise ProtocolError(f"a timeout of {options.timeout} s")
+    if options.retries < 0:
+        raise ProtocolError("a negative number of retries")
+    _check_tags(options.tags)
+
+
+def _check_tags(tags: Sequence[str]) -> None:
+    if len(tags) > TAGS_MAX or any(len(tag) > 64 or not tag.isprintable() for tag in tags):
+        raise ProtocolError("too many, over-long or unprintable tags")
+
+
 def _check_hello(hello: ClientHello | WorkerHello) -> None:
     if len(hello.incarnation) != 16:
         raise ProtocolError("an incarnation that is not 16 bytes long")
@@ -576,7 +648,6 @@ def _check_hello(hello: ClientHello | WorkerHello) -> None:
     if isinstance(hello, WorkerHello):
         if not 1 <= hello.slots <= 4096:
             raise ProtocolError(f"{hello.slots} slots; from 1 to 4096 are possible")
-        if len(hello.tags) > 64 or any(len(t) > 64 or not t.isprintable() for t in hello.tags):
-            raise ProtocolError("too many, over-long or unprintable tags")
+        _check_tags(hello.tags)
     elif hello.role not in ("client", "admin") or hello.slots_max < 0:
         raise ProtocolError("an unknown role, or a negative number of slots")

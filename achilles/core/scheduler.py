@@ -15,19 +15,18 @@ Picture
                         └──────── Returned, Crashed, lost ───────┘ └─ Done ─▶ Results ─▶ client
 
 Theory
-    Slots are given to the client that holds fewest, so that a long queue is no advantage; within a client the
-    oldest task goes first. A worker takes one chunk for each slot, and one more for each slot in advance if its
-    tasks are short (`chunking`). A task that was charged before travels alone, so that the next crash is its own.
+    What becomes of tasks is decided here; where they run, in `dispatch`. A task that ended its runner, or was on a worker that
+    vanished, runs again, until it has done so too often: then it is the task. One that may run at most once
+    is given up as soon as nobody knows whether it ran. What raised, or took too long, has its retries.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from achilles.core import protocol as p
-from achilles.core.chunking import chunk_size
+from achilles.core.dispatch import PREFETCH_PAUSE, Dispatcher, Send
 from achilles.core.tables import (
     DRAINING,
     READY,
@@ -44,15 +43,10 @@ from achilles.errors import ProtocolError
 
 CRASHES_MAX = 3
 LOSSES_MAX = 5
-ANNOUNCE_SECONDS = 0.005  # most tasks are done before anybody could ask whether they run
-PREFETCH_PAUSE = 0.5  # after tasks came back from behind a long one, seconds
 
 
-class Send(NamedTuple):
-    """A message on its way to a peer."""
-
-    to: PeerId
-    message: p.ToClient | p.ToWorker
+CRASHES_MAX = 3
+LOSSES_MAX = 5
 
 
 class Scheduler:
@@ -64,15 +58,8 @@ class Scheduler:
         self._started_at = now
         self._clients: dict[PeerId, Client] = {}
         self._workers: dict[PeerId, Worker] = {}
-        self._idle: dict[PeerId, Worker] = {}  # ready, with a free slot
-        self._room: dict[
-            PeerId, Worker
-        ] = {}  # ready, slots taken, with room for one more in advance
-        self._waiting: dict[PeerId, Client] = {}  # with queued tasks
-        self._unannounced: deque[tuple[float, Lease]] = deque()
-        self._next_lease = 1
+        self._desk = Dispatcher()
         self._next_client = 1
-        self._slots = 0
         self._done = self._failed = self._reassigned = self._late = 0
 
     # --- Sessions ---------------------------------------------------------------------------------
@@ -83,9 +70,8 @@ class Scheduler:
             case p.WorkerHello():
                 worker = Worker(peer, hello, now)
                 self._workers[peer] = worker
-                self._slots += worker.slots
-                self._place(worker)
-                return [*self._cluster_changed(), *self._dispatch(now)]
+                self._desk.add(worker)
+                return [*self._cluster_changed(), *self._desk.dispatch(now)]
             case p.ClientHello():
                 client = Client(peer, self._next_client, hello)
                 self._next_client += 1
@@ -111,7 +97,7 @@ class Scheduler:
         worker = self._workers.get(peer)
         if worker and worker.state == READY:
             worker.state = SUSPECT
-            self._place(worker)
+            self._desk.place(worker)
 
     def resume(self, peer: PeerId, now: float) -> list[Send]:
         """A suspect worker was heard again."""
@@ -119,8 +105,8 @@ class Scheduler:
         if worker is None or worker.state != SUSPECT:
             return []
         worker.state = READY
-        self._place(worker)
-        return self._dispatch(now)
+        self._desk.place(worker)
+        return self._desk.dispatch(now)
 
     # --- The core's contract ----------------------------------------------------------------------
 
@@ -139,19 +125,12 @@ class Scheduler:
         return self._from_client(client, message, now)
 
     def tick(self, now: float) -> list[Send]:
-        """Tell clients which of their tasks were dispatched a moment ago and are not done yet."""
-        sends: list[Send] = []
-        unannounced = self._unannounced
-        while unannounced and unannounced[0][0] <= now:
-            _, lease = unannounced.popleft()
-            ids = [task.id for task in lease.tasks if task is not None and task.queue is not None]
-            if lease.left and ids:
-                sends.append(Send(lease.client.peer, p.Running(ids)))
-        return sends
+        """Tell clients what is worth telling by now."""
+        return self._desk.announce(now)
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        return self._unannounced[0][0] if self._unannounced else None
+        return self._desk.next_deadline()
 
     def status(self, now: float) -> p.Status:
         """The state in numbers."""
@@ -180,7 +159,7 @@ class Scheduler:
         match message:
             case p.Submit():
                 self._submit(client, message)
-                return self._dispatch(now)
+                return self._desk.dispatch(now)
             case p.Blob(blob=blob, payload=payload):
                 if blob < 1:
                     raise ProtocolError("a blob's number is at least 1")
@@ -188,8 +167,8 @@ class Scheduler:
                 return []
             case p.Forget(blobs=blobs):
                 return self._forget(client, blobs)
-            case p.Cancel(ids=ids):
-                return self._cancel(client, ids)
+            case p.Cancel(ids=ids, kill=kill):
+                return self._cancel(client, ids, kill)
             case p.StatusRequest():
                 return [Send(client.peer, self.status(now))]
             case p.Goodbye(reason=reason):
@@ -200,13 +179,13 @@ class Scheduler:
     def _submit(self, client: Client, message: p.Submit) -> None:
         if self._credit and len(client.tasks) + len(message.ids) > self._credit:
             raise ProtocolError(f"more than {self._credit} unresolved tasks")
-        for blob in (message.fn, message.init):
-            if blob and blob not in client.blobs:
+        group = message.group
+        queue = client.queues.get(group)
+        for blob in queue.needs if queue is not None else group.needs:
+            if blob not in client.blobs:
                 raise ProtocolError(f"a task names blob {blob}, which was not sent")
-        key = (message.fn, message.init, message.chunk_max)
-        queue = client.queues.get(key)
         if queue is None:
-            queue = client.queues[key] = TaskQueue(client, *key)
+            queue = client.queues[group] = TaskQueue(client, group)
         was_empty = queue.live == 0
         tasks = client.tasks
         append = queue.tasks.append
@@ -219,21 +198,24 @@ class Scheduler:
         queue.live += added
         client.live += added
         if added:
-            self._waiting[client.peer] = client
+            self._desk.waiting[client.peer] = client
             if was_empty:
                 client.enqueue(queue)
 
     def _forget(self, client: Client, blobs: list[int]) -> list[Send]:
-        for key, queue in client.queues.items():
-            if (key[0] in blobs or key[1] in blobs) and self._is_wanted(queue):
+        using = [
+            queue for queue in client.queues.values() if not set(blobs).isdisjoint(queue.needs)
+        ]
+        for queue in using:
+            if self._is_wanted(queue):
                 raise ProtocolError(
-                    f"blobs {key[:2]} cannot be forgotten: unresolved tasks name them"
+                    f"blobs {queue.needs} cannot be forgotten: unresolved tasks name them"
                 )
+        for queue in using:
+            if not queue.tasks and not queue.leases:
+                del client.queues[queue.group]
         for blob in blobs:
             client.blobs.pop(blob, None)
-            for key in [key for key in client.queues if blob in key[:2]]:
-                if not client.queues[key].tasks and not client.queues[key].leases:
-                    del client.queues[key]
         sends = []
         for worker in self._workers.values():
             held = [blob for blob in blobs if (client.number, blob) in worker.blobs]
@@ -254,7 +236,7 @@ class Scheduler:
             for task in lease.tasks
         )
 
-    def _cancel(self, client: Client, ids: Iterable[int]) -> list[Send]:
+    def _cancel(self, client: Client, ids: Iterable[int], kill: bool) -> list[Send]:
         sends = []
         for id in ids:
             task = client.tasks.pop(id, None)
@@ -265,11 +247,11 @@ class Scheduler:
                 self._unqueue(task)
             else:
                 index = lease.tasks.index(task)
-                sends.append(Send(lease.worker.peer, p.Revoke(lease.number, [index])))
+                sends.append(Send(lease.worker.peer, p.Revoke(lease.number, [index], kill)))
             task.queue = None
             task.payload = None
         if client.live == 0:
-            self._waiting.pop(client.peer, None)
+            self._desk.waiting.pop(client.peer, None)
         return sends
 
     def _unqueue(self, task: Task) -> None:
@@ -279,7 +261,7 @@ class Scheduler:
             queue.client.live -= 1
 
     def _client_left(self, client: Client, now: float) -> list[Send]:
-        self._waiting.pop(client.peer, None)
+        self._desk.waiting.pop(client.peer, None)
         sends = []
         for task in client.tasks.values():
             task.queue = None
@@ -292,9 +274,8 @@ class Scheduler:
         for worker in self._workers.values():
             for lease in worker.leases.values():
                 if lease.client is client:
-                    sends.append(
-                        Send(worker.peer, p.Revoke(lease.number, list(range(len(lease.tasks)))))
-                    )
+                    everything = list(range(len(lease.tasks)))
+                    sends.append(Send(worker.peer, p.Revoke(lease.number, everything, kill=True)))
             if any(number == client.number for number, _ in worker.blobs):
                 worker.blobs = {key for key in worker.blobs if key[0] != client.number}
                 sends.append(Send(worker.peer, p.Forget(client.number, [])))
@@ -310,11 +291,11 @@ class Scheduler:
                 return self._results(worker, message, now)
             case p.Returned(lease=number, indexes=indexes):
                 return self._returned(worker, number, indexes, now)
-            case p.Crashed(lease=number, index=index, reason=reason):
-                return self._crashed(worker, number, index, reason, now)
+            case p.Crashed():
+                return self._crashed(worker, message, now)
             case p.Drain():
                 worker.state = DRAINING
-                self._place(worker)
+                self._desk.place(worker)
                 return self._cluster_changed()
             case p.Goodbye(reason=reason):
                 return self.leave(worker.peer, now, reason, charge=False)
@@ -331,17 +312,19 @@ class Scheduler:
         statuses = message.statuses
         payloads = message.payloads
         tasks = lease.client.tasks
-        for index, task in zip(message.indexes, held, strict=True):
+        for index in message.indexes:
             lease.tasks[index] = None
-            if task.queue is not None:
-                ids.append(task.id)
-                del tasks[task.id]
         lease.left -= len(held)
         worker.done += len(held)
-        if len(ids) != len(held):  # some were cancelled meanwhile
-            kept = [at for at, task in enumerate(held) if task.queue is not None]
-            statuses = bytes(statuses[at] for at in kept)
-            payloads = [payloads[at] for at in kept]
+        again = self._retry(lease.queue, held, statuses) if lease.queue.options.retries else set()
+        for task in held:
+            if task.queue is not None and task not in again:
+                ids.append(task.id)
+                del tasks[task.id]
+        if len(ids) != len(held):  # some were cancelled meanwhile, or run again
+            wanted = [task.queue is not None and task not in again for task in held]
+            statuses = bytes(itertools.compress(statuses, wanted))
+            payloads = list(itertools.compress(payloads, wanted))
         if held:
             lease.queue.estimate.observe(len(held), message.seconds)
         self._done += len(ids)
@@ -350,8 +333,18 @@ class Scheduler:
         if ids:
             sends.append(Send(lease.client.peer, p.Results(ids, statuses, payloads)))
         self._close_if_done(lease)
-        sends += self._dispatch(now)
+        sends += self._desk.dispatch(now)
         return sends
+
+    def _retry(self, queue: TaskQueue, held: list[Task], statuses: bytes) -> set[Task]:
+        """Requeue those that raised and may try again."""
+        again = [
+            task
+            for task, status in zip(held, statuses, strict=True)
+            if status == p.ERROR and task.queue is not None and _may_retry(task, queue)
+        ]
+        self._requeue(queue, again)
+        return set(again)
 
     def _held(self, lease: Lease, indexes: list[int]) -> list[Task]:
         """The lease's tasks of these indexes, each of which must be open and named once.
@@ -377,186 +370,101 @@ class Scheduler:
         lease.queue.pause_until = now + PREFETCH_PAUSE
         self._requeue(lease.queue, held)
         self._close_if_done(lease)
-        return self._dispatch(now)
+        return self._desk.dispatch(now)
 
-    def _crashed(
-        self, worker: Worker, number: int, index: int, reason: str, now: float
-    ) -> list[Send]:
-        lease = worker.leases.get(number)
+    def _crashed(self, worker: Worker, message: p.Crashed, now: float) -> list[Send]:
+        lease = worker.leases.get(message.lease)
         if lease is None:
             return []
-        (task,) = self._held(lease, [index])
-        lease.tasks[index] = None
+        (task,) = self._held(lease, [message.index])
+        lease.tasks[message.index] = None
         lease.left -= 1
-        sends = self._charge(task, f"its runner {reason} on worker {worker.name}", is_crash=True)
+        if message.kind == p.TIMEOUT:
+            sends = self._too_slow(task, f"{message.reason} on worker {worker.name}")
+        else:
+            text = f"its runner {message.reason} on worker {worker.name}"
+            sends = self._charge(task, text, is_crash=True)
         self._close_if_done(lease)
-        return [*sends, *self._dispatch(now)]
+        return [*sends, *self._desk.dispatch(now)]
+
+    def _too_slow(self, task: Task, text: str) -> list[Send]:
+        """A task was ended because it took longer than it may: it has its retries, and no more."""
+        queue = task.queue
+        if queue is None:
+            return []
+        if not _may_retry(task, queue):
+            return [self._give_up(task, queue, p.TIMEOUT, text)]
+        _blame(task).story.append(text[: p.TEXT_MAX])
+        self._requeue(queue, [task])
+        return []
 
     def _charge(self, task: Task, text: str, *, is_crash: bool) -> list[Send]:
         """Put a crash or a loss on a task's account, and requeue it or give it up."""
         queue = task.queue
         if queue is None:
             return []
-        blame = task.blame = task.blame or Blame()
-        blame.story.append(text[: p.TEXT_MAX])
+        blame = _blame(task)
         if is_crash:
             blame.crashes += 1
         else:
             blame.losses += 1
-        if blame.crashes < CRASHES_MAX and blame.losses < LOSSES_MAX:
-            self._requeue(queue, [task], is_reassigned=True)
-            return []
+        kind = p.CRASHED if is_crash else p.LOST
+        if queue.options.at_most_once:
+            return [self._give_up(task, queue, kind, f"{text}; it may run at most once")]
+        if blame.crashes >= CRASHES_MAX or blame.losses >= LOSSES_MAX:
+            return [self._give_up(task, queue, kind, text)]
+        blame.story.append(text[: p.TEXT_MAX])
+        self._requeue(queue, [task], is_reassigned=True)
+        return []
+
+    def _give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> Send:
+        """The task fails; ``text`` is the last line of its story."""
+        story = [*_blame(task).story, text[: p.TEXT_MAX]]
         del queue.client.tasks[task.id]
         self._failed += 1
-        kind = p.CRASHED if blame.crashes >= CRASHES_MAX else p.LOST
-        return [Send(queue.client.peer, p.Failed(task.id, kind, blame.story))]
+        return Send(queue.client.peer, p.Failed(task.id, kind, story))
 
     def _requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:
         """Put leased tasks back to the front of their queue, without those that nobody waits for.
 
         ``is_reassigned``: a runner or worker failed them, which the status counts.
         """
-        client = queue.client
+        waiting = 0
         for task in reversed(tasks):
             task.lease = None
             if task.queue is not None:
                 queue.tasks.appendleft(task)
-                queue.live += 1
-                client.live += 1
-                self._reassigned += is_reassigned
-        if queue.live:
-            self._waiting[client.peer] = client
-            client.enqueue(queue)
+                waiting += 1
+        self._reassigned += waiting * is_reassigned
+        self._desk.requeue(queue, waiting)
+
+    def _may_have_started(self, lease: Lease) -> bool:
+        """Whether the lease's first open task had perhaps begun when its worker was lost.
+
+        What was sent ahead had perhaps, too, which matters only to tasks that may run at most once (and come alone).
+        """
+        return lease.in_slot or lease.queue.options.at_most_once
+
+    def _close_if_done(self, lease: Lease) -> None:
+        if lease.left == 0:
+            self._desk.close(lease)
 
     def _worker_left(self, worker: Worker, now: float, reason: str, charge: bool) -> list[Send]:
-        self._idle.pop(worker.peer, None)
-        self._room.pop(worker.peer, None)
-        self._slots -= worker.slots
+        self._desk.remove(worker)
         sends: list[Send] = []
         # The youngest first: what was sent ahead is not promoted to a slot meanwhile, and the oldest end up in front.
         for lease in reversed(list(worker.leases.values())):
             open_tasks = [task for task in lease.tasks if task is not None]
             lease.left = 0
-            self._close(lease)
-            started = open_tasks[:1] if charge and lease.in_slot else []
+            self._desk.close(lease)
+            started = open_tasks[:1] if charge and self._may_have_started(lease) else []
             self._requeue(lease.queue, open_tasks[len(started) :], is_reassigned=True)
             for task in started:
                 task.lease = None
                 sends += self._charge(
                     task, f"worker {worker.name} was lost: {reason}", is_crash=False
                 )
-        return [*sends, *self._cluster_changed(), *self._dispatch(now)]
-
-    # --- Places -----------------------------------------------------------------------------------
-
-    def _place(self, worker: Worker) -> None:
-        """Note whether the worker has a free slot, room for a chunk in advance, or neither."""
-        self._idle.pop(worker.peer, None)
-        self._room.pop(worker.peer, None)
-        if worker.state == READY and worker.peer in self._workers:
-            if len(worker.leases) < worker.slots:
-                self._idle[worker.peer] = worker
-            elif len(worker.leases) < 2 * worker.slots:
-                self._room[worker.peer] = worker
-
-    def _close_if_done(self, lease: Lease) -> None:
-        if lease.left == 0:
-            self._close(lease)
-
-    def _close(self, lease: Lease) -> None:
-        """End a lease; the oldest one that waited behind it moves into its slot."""
-        worker = lease.worker
-        del worker.leases[lease.number]
-        unannounced = self._unannounced
-        while unannounced and not unannounced[0][1].left:
-            unannounced.popleft()
-        lease.queue.leases -= 1
-        if not lease.in_slot:
-            lease.client.prefetched -= 1
-        else:
-            lease.client.running -= 1
-            for other in worker.leases.values():
-                if not other.in_slot:
-                    other.in_slot = True
-                    other.client.prefetched -= 1
-                    other.client.running += 1
-                    break
-        self._place(worker)
-
-    def _dispatch(self, now: float) -> list[Send]:
-        """Give out work while there is both work and a place for it."""
-        sends: list[Send] = []
-        while self._waiting and self._idle:
-            queue = self._next_queue_for_slot()
-            if queue is None:
-                break
-            worker = next(iter(self._idle.values()))
-            self._lease(worker, queue, True, now, sends)
-        while self._waiting and self._room and not self._idle:
-            queue = self._next_queue_for_prefetch(now)
-            if queue is None:
-                break
-            worker = next(iter(self._room.values()))
-            self._lease(worker, queue, False, now, sends)
-        return sends
-
-    def _next_queue_for_slot(self) -> TaskQueue | None:
-        best: Client | None = None
-        for client in self._waiting.values():
-            if client.has_all_its_slots:
-                continue
-            if best is None or client.running < best.running:
-                best = client
-        return best.next_queue() if best else None
-
-    def _next_queue_for_prefetch(self, now: float) -> TaskQueue | None:
-        best: TaskQueue | None = None
-        for client in self._waiting.values():
-            queue = client.next_queue()
-            if queue is None or queue.pause_until > now or client.has_all_its_slots:
-                continue
-            # An unknown function may send one task ahead, or a client that came later would never start
-            # where others keep every slot busy.
-            if not queue.estimate.is_short and (queue.estimate.seconds is not None or queue.leases):
-                continue
-            if best is None or (
-                client.running + client.prefetched < best.client.running + best.client.prefetched
-            ):
-                best = queue
-        return best
-
-    def _lease(
-        self, worker: Worker, queue: TaskQueue, in_slot: bool, now: float, sends: list[Send]
-    ) -> None:
-        client = queue.client
-        size = chunk_size(queue.estimate, queue.live, self._slots, queue.chunk_max)
-        tasks = queue.take(size)
-        client.live -= len(tasks)
-        if client.live == 0:
-            self._waiting.pop(client.peer, None)
-        else:  # clients with equal claims take turns
-            self._waiting[client.peer] = self._waiting.pop(client.peer)
-        number = self._next_lease
-        self._next_lease += 1
-        lease = worker.leases[number] = Lease(number, worker, queue, tasks, in_slot, now)
-        for task in tasks:
-            task.lease = lease
-        queue.leases += 1
-        if in_slot:
-            client.running += 1
-        else:
-            client.prefetched += 1
-        self._place(worker)
-        for blob in (queue.fn, queue.init):
-            if blob and (client.number, blob) not in worker.blobs:
-                worker.blobs.add((client.number, blob))
-                sends.append(Send(worker.peer, p.Blob(client.number, blob, client.blobs[blob])))
-        ids = [task.id for task in tasks]
-        payloads = [task.payload for task in tasks if task.payload is not None]
-        sends.append(
-            Send(worker.peer, p.Run(number, client.number, queue.fn, queue.init, ids, payloads))
-        )
-        self._unannounced.append((now + ANNOUNCE_SECONDS, lease))
+        return [*sends, *self._cluster_changed(), *self._desk.dispatch(now)]
 
     # --- Telling ----------------------------------------------------------------------------------
 
@@ -572,28 +480,33 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""
+        workers = list(self._workers.values())
+        leases = [lease for worker in workers for lease in worker.leases.values()]
         held: dict[int, int] = {}
-        for worker in self._workers.values():
-            assert len(worker.leases) <= 2 * worker.slots, f"{worker.name} holds too many leases"
-            in_slots = sum(lease.in_slot for lease in worker.leases.values())
-            assert in_slots == min(len(worker.leases), worker.slots), "a slot leaks"
-            is_idle = worker.state == READY and len(worker.leases) < worker.slots
-            assert is_idle == (worker.peer in self._idle), "the idle workers are not the idle ones"
-            for lease in worker.leases.values():
-                open_tasks = [task for task in lease.tasks if task is not None]
-                assert lease.left == len(open_tasks) > 0, "a lease miscounts its tasks"
-                assert all(task.lease is lease for task in open_tasks), "a task has two leases"
-                for task in open_tasks:
-                    held[id(task)] = held.get(id(task), 0) + 1
+        for lease in leases:
+            open_tasks = [task for task in lease.tasks if task is not None]
+            assert lease.left == len(open_tasks) > 0, "a lease miscounts its tasks"
+            assert all(task.lease is lease for task in open_tasks), "a task has two leases"
+            for task in open_tasks:
+                held[id(task)] = held.get(id(task), 0) + 1
         for client in self._clients.values():
-            leases = [
-                lease
-                for worker in self._workers.values()
-                for lease in worker.leases.values()
-                if lease.client is client
-            ]
-            client.check_invariants(held, leases)
-            assert (client.live > 0) == (client.peer in self._waiting), "a client waits in vain"
-            if client.live and self._idle and not client.slots_max:
-                raise AssertionError("a slot idles while a task waits")
-        assert self._slots == sum(worker.slots for worker in self._workers.values())
+            client.check_invariants(held, [lease for lease in leases if lease.client is client])
+            is_waiting = client.peer in self._desk.waiting
+            assert (client.live > 0) == is_waiting, "a client waits in vain"
+        assert self._desk.waiting.keys() <= self._clients.keys(), "a client that left waits"
+        self._desk.check_invariants(workers)
+
+
+def _blame(task: Task) -> Blame:
+    if task.blame is None:
+        task.blame = Blame()
+    return task.blame
+
+
+def _may_retry(task: Task, queue: TaskQueue) -> bool:
+    """Whether a task that failed has a retry left, which is then taken."""
+    blame = _blame(task)
+    if blame.retries >= queue.options.retries:
+        return False
+    blame.retries += 1
+    return True

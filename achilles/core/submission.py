@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from typing import Literal, NamedTuple, TypeAlias
 
 from achilles.core import protocol as p
+from achilles.core.protocol import Group
 
 BLOBS_KEPT = 256  # unused blobs that stay at the broker, for functions that come back
 
@@ -26,14 +27,6 @@ class Send(NamedTuple):
 
     to: To
     message: p.FromClient | p.ToClient
-
-
-class Group(NamedTuple):
-    """What tasks have in common."""
-
-    fn: int
-    init: int
-    chunk_max: int
 
 
 class _Blob:
@@ -63,9 +56,23 @@ class Submission:
         """A new session: the broker knows nothing. ``credit`` 0 means no limit."""
         self._credit = credit
         self._sent_blobs.clear()
+        doubtful = self._doubtful()
         self._backlog = deque(sorted(self._tasks))
         self._at_broker = 0
-        return self._advance()
+        return [*doubtful, *self._advance()]
+
+    def _doubtful(self) -> list[Send]:
+        """Fail the tasks that may run at most once, and that the broker which is gone may have started."""
+        unsent = set(self._backlog)
+        doubtful = [
+            id
+            for id, (group, _) in self._tasks.items()
+            if group.options is not None and group.options.at_most_once and id not in unsent
+        ]
+        story = ["the broker was lost, and nobody knows whether the task had started"]
+        for id in doubtful:
+            self._forget(id)
+        return [Send("user", p.Failed(id, p.LOST, story)) for id in doubtful]
 
     def disconnect(self) -> None:
         """The session is over; tasks stay until another one begins."""
@@ -86,9 +93,8 @@ class Submission:
         tasks = self._tasks
         for id, payload in zip(ids, payloads, strict=True):
             tasks[id] = (group, payload)
-        for blob in (group.fn, group.init):
-            if blob:
-                self._blobs[blob].tasks += len(ids)
+        for blob in group.needs:
+            self._blobs[blob].tasks += len(ids)
         if self._credit is None:
             self._backlog.extend(ids)
             return []
@@ -97,13 +103,13 @@ class Submission:
             self._backlog.extend(ids)
             return self._advance()
         self._at_broker += len(ids)
-        return [
-            *self._new_blobs(group),
-            Send("broker", p.Submit(*group[:2], ids, payloads, group[2])),
-        ]
+        return [*self._new_blobs(group), _submit(group, ids, payloads)]
 
-    def cancel(self, ids: list[int]) -> list[Send]:
-        """The user wants no outcome of these tasks; unknown ones are passed over."""
+    def cancel(self, ids: list[int], *, kill: bool = False) -> list[Send]:
+        """The user wants no outcome of these tasks; unknown ones are passed over.
+
+        ``kill``: nor should those that run go on.
+        """
         at_broker = []
         waiting = set(self._backlog) if self._backlog else frozenset[int]()
         dropped = set()
@@ -118,7 +124,7 @@ class Submission:
         self._at_broker -= len(at_broker)
         if self._credit is None or not at_broker:
             return []
-        return [Send("broker", p.Cancel(at_broker)), *self._advance()]
+        return [Send("broker", p.Cancel(at_broker, kill)), *self._advance()]
 
     # --- The core's contract ----------------------------------------------------------------------
 
@@ -178,11 +184,13 @@ class Submission:
         entry = self._tasks.pop(id, None)
         if entry is None:
             return False
-        fn, init, _ = entry[0]
+        fn, init, _, _, blobs = entry[0]
         if fn:
             self._blobs[fn].tasks -= 1
         if init:
             self._blobs[init].tasks -= 1
+        for blob in blobs:
+            self._blobs[blob].tasks -= 1
         return True
 
     def _room(self, wanted: int) -> int:
@@ -209,19 +217,18 @@ class Submission:
                 room -= 1
             self._at_broker += len(ids)
             sends += self._new_blobs(group)
-            sends.append(Send("broker", p.Submit(*group[:2], ids, payloads, group[2])))
+            sends.append(_submit(group, ids, payloads))
         if not backlog and self._credit is not None:
             sends += self._drop_blobs()
         return sends
 
     def _new_blobs(self, group: Group) -> list[Send]:
         sends = []
-        for blob in (group.fn, group.init):
-            if blob:
-                self._blobs.move_to_end(blob)
-                if blob not in self._sent_blobs:
-                    self._sent_blobs.add(blob)
-                    sends.append(Send("broker", p.Blob(0, blob, self._blobs[blob].payload)))
+        for blob in group.needs:
+            self._blobs.move_to_end(blob)
+            if blob not in self._sent_blobs:
+                self._sent_blobs.add(blob)
+                sends.append(Send("broker", p.Blob(0, blob, self._blobs[blob].payload)))
         return sends
 
     def _drop_blobs(self) -> list[Send]:
@@ -245,9 +252,13 @@ class Submission:
             assert not self._credit or self._at_broker <= self._credit, "credit overdrawn"
         counts: dict[int, int] = {}
         for group, _ in self._tasks.values():
-            for blob in (group.fn, group.init):
-                if blob:
-                    counts[blob] = counts.get(blob, 0) + 1
+            for blob in group.needs:
+                counts[blob] = counts.get(blob, 0) + 1
         for blob, entry in self._blobs.items():
             assert entry.tasks == counts.get(blob, 0), "a blob's tasks are miscounted"
         assert self._sent_blobs <= self._blobs.keys(), "a forgotten blob counts as sent"
+
+
+def _submit(group: Group, ids: list[int], payloads: list[p.Payload]) -> Send:
+    fn, init, chunk_max, options, blobs = group
+    return Send("broker", p.Submit(fn, init, ids, payloads, chunk_max, options, blobs))

@@ -17,6 +17,8 @@ from achilles.core import protocol as p
 from achilles.core.chunking import Estimate
 
 PeerId: TypeAlias = Hashable
+Rank: TypeAlias = "tuple[int, int]"
+Tags: TypeAlias = "tuple[str, ...]"
 
 READY, SUSPECT, DRAINING = "ready", "suspect", "draining"
 
@@ -24,12 +26,18 @@ READY, SUSPECT, DRAINING = "ready", "suspect", "draining"
 class Blame:
     """What a task was charged with."""
 
-    __slots__ = ("crashes", "losses", "story")
+    __slots__ = ("crashes", "losses", "retries", "story")
 
     def __init__(self) -> None:
         self.crashes = 0
         self.losses = 0
+        self.retries = 0
         self.story: list[str] = []
+
+    @property
+    def attempts(self) -> int:
+        """How often the task was begun, so far as is known."""
+        return self.crashes + self.losses + self.retries
 
 
 class Task:
@@ -46,32 +54,43 @@ class Task:
 
 
 class TaskQueue:
-    """A client's tasks of one function, oldest first. ``live`` counts those that are not cancelled."""
+    """A client's tasks of one group, oldest first. ``live`` counts those that are not cancelled."""
 
     __slots__ = (
-        "chunk_max",
         "client",
         "entry",
         "estimate",
-        "fn",
-        "init",
+        "group",
         "leases",
         "live",
+        "needs",
+        "options",
         "pause_until",
         "tasks",
     )
 
-    def __init__(self, client: Client, fn: int, init: int, chunk_max: int) -> None:
+    def __init__(self, client: Client, group: p.Group) -> None:
         self.client = client
-        self.fn = fn
-        self.init = init
-        self.chunk_max = chunk_max
-        self.entry: int | None = None  # the id under which it stands in its client's order
+        self.group = group
+        self.needs = group.needs
+        self.options = group.options or p.PLAIN
+        self.entry: Rank | None = None  # under which it stands in its client's order
         self.estimate = Estimate()
         self.tasks: deque[Task] = deque()
         self.live = 0
         self.leases = 0
         self.pause_until = 0.0
+
+    @property
+    def rank(self) -> Rank | None:
+        """Where it stands among its client's queues: by priority, then by its oldest task."""
+        head = self.head()
+        return None if head is None else (-self.options.priority, head.id)
+
+    @property
+    def chunk_max(self) -> int:
+        """At most so many tasks may travel together; 0: no limit."""
+        return 1 if self.options.at_most_once else self.group.chunk_max
 
     def head(self) -> Task | None:
         """The oldest task that is not cancelled."""
@@ -108,10 +127,9 @@ class Client:
         self.slots_max = hello.slots_max
         self.tasks: dict[int, Task] = {}
         self.blobs: dict[int, p.Payload] = {}
-        self.queues: dict[tuple[int, int, int], TaskQueue] = {}
-        self.order: list[
-            tuple[int, int, TaskQueue]
-        ] = []  # a heap by the head's id; stale entries are skipped
+        self.queues: dict[p.Group, TaskQueue] = {}
+        # A heap of queues by rank for each set of wanted tags; stale entries are skipped.
+        self.orders: dict[Tags, list[tuple[Rank, int, TaskQueue]]] = {}
         self._entries = 0
         self.live = 0
         self.running = 0  # leases in slots
@@ -119,39 +137,39 @@ class Client:
         self.done = 0
 
     @property
+    def places(self) -> int:
+        """How many leases the client holds."""
+        return self.running + self.prefetched
+
+    @property
     def has_all_its_slots(self) -> bool:
         """Whether one more lease could make more of its tasks run at once than it wants.
 
         One in advance counts: it runs as soon as the worker has a free runner, which may be now.
         """
-        return 0 < self.slots_max <= self.running + self.prefetched
+        return 0 < self.slots_max <= self.places
 
-    def next_queue(self) -> TaskQueue | None:
-        """The queue with the oldest task."""
-        order = self.order
-        while order:
-            entry, number, queue = order[0]
-            if entry != queue.entry:
-                heapq.heappop(order)
+    def next_queue(self, tags: frozenset[str]) -> TaskQueue | None:
+        """The queue of the highest rank whose tasks may run on a worker with these tags."""
+        best: tuple[Rank, TaskQueue] | None = None
+        for wanted in tuple(self.orders):
+            if wanted and not tags.issuperset(wanted):
                 continue
-            head = queue.head()
-            if head is None:
-                queue.entry = None
-                heapq.heappop(order)
-            elif head.id != entry:
-                queue.entry = head.id
-                heapq.heapreplace(order, (head.id, number, queue))
-            else:
-                return queue
-        return None
+            first = _first(self.orders[wanted])
+            if first is None:
+                del self.orders[wanted]
+            elif best is None or first[0] < best[0]:
+                best = first
+        return best[1] if best else None
 
     def enqueue(self, queue: TaskQueue) -> None:
         """Note that a queue has tasks, or an older head than before."""
-        head = queue.head()
-        if head is not None and (queue.entry is None or head.id < queue.entry):
-            queue.entry = head.id
+        rank = queue.rank
+        if rank is not None and (queue.entry is None or rank < queue.entry):
+            queue.entry = rank
             self._entries += 1
-            heapq.heappush(self.order, (head.id, self._entries, queue))
+            order = self.orders.setdefault(queue.options.tags, [])
+            heapq.heappush(order, (rank, self._entries, queue))
 
     def status(self) -> p.ClientStatus:
         """This client in numbers."""
@@ -172,6 +190,25 @@ class Client:
         assert self.prefetched == len(leases) - self.running, "prefetched miscounted"
 
 
+def _first(order: list[tuple[Rank, int, TaskQueue]]) -> tuple[Rank, TaskQueue] | None:
+    """The queue of the highest rank, and its rank; entries that are out of date are put right on the way."""
+    while order:
+        entry, number, queue = order[0]
+        if entry != queue.entry:
+            heapq.heappop(order)
+            continue
+        rank = queue.rank
+        if rank is None:
+            queue.entry = None
+            heapq.heappop(order)
+        elif rank != entry:
+            queue.entry = rank
+            heapq.heapreplace(order, (rank, number, queue))
+        else:
+            return rank, queue
+    return None
+
+
 class Worker:
     """A worker's session and the leases that it holds, oldest first."""
 
@@ -180,7 +217,9 @@ class Worker:
         self.name = hello.name
         self.slots = hello.slots
         self.pid = hello.pid
+        self.tags = frozenset(hello.tags)
         self.state = READY
+        self.is_gone = False
         self.leases: dict[int, Lease] = {}
         self.blobs: set[tuple[int, int]] = set()
         self.heard_at = now

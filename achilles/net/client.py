@@ -143,11 +143,11 @@ class Connection:
         self.call(cancel_soon)
 
     def kill(self, make_error: Callable[[], BaseException]) -> None:
-        """Fail what is unresolved now; the broker is told to drop it."""
+        """Fail what is unresolved now; what runs of it is ended where it runs."""
 
         def kill() -> None:
             self._cancel_pending()
-            self._cancel(self.mailbox.fail_all(make_error))
+            self._cancel(self.mailbox.fail_all(make_error), kill=True)
 
         self.call(kill)
 
@@ -271,10 +271,10 @@ class Connection:
                 self._cancel(self.mailbox.receive(message))  # type: ignore[arg-type]
         peer.send(outgoing)
 
-    def _cancel(self, ids: Sequence[int]) -> None:
+    def _cancel(self, ids: Sequence[int], *, kill: bool = False) -> None:
         if ids:
             self.mailbox.drop(ids)
-            self._sends += self._submission.cancel(list(ids))
+            self._sends += self._submission.cancel(list(ids), kill=kill)
 
     def _watch(self, peer: Peer, now: float) -> None:
         """Give up a broker that is gone for long; say once why nothing happens where there is no worker.

@@ -238,7 +238,11 @@ class _Runner:
         self.chunks[seq] = _Chunk(self.sent, count)
         if count > 1:
             self.host.polled.add(self)
-        command = ("run", seq, effect.client, effect.fn, effect.init, sent)
+        command = (
+            "run",
+            *(seq, effect.client, effect.fn, effect.init),
+            *(sent, effect.attempt, effect.blobs),
+        )
         self.send(command, bytes((seq,)) * count)
 
     def load(self, client: int, blob: int, payload: Payload) -> None:

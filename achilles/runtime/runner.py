@@ -28,6 +28,7 @@ import sys
 from _struct import Struct
 from time import perf_counter
 
+from achilles.runtime import context
 from achilles.runtime.serialize import (
     ERROR,
     INIT_FAILED,
@@ -55,7 +56,8 @@ READ_MAX = 1 << 16
 HOT_SECONDS = 0.0003  # a wait for a token that is shorter than this is worth a core
 CHANNEL_LOST = 74  # exit code (EX_IOERR): the host is gone, or a task closed our descriptors
 
-Chunk: TypeAlias = "tuple[int, int, int, int, list[Any]]"  # seq, client, fn, init, payloads
+# seq, client, fn, init, payloads, attempt, blobs
+Chunk: TypeAlias = "tuple[int, int, int, int, list[Any], int, tuple[int, ...]]"
 
 
 class Runner:
@@ -136,7 +138,7 @@ class Runner:
         self.rest = data[size:]
         match marshal.loads(memoryview(data)[4:size]):
             case ("run", *chunk):
-                payloads = chunk[-1]
+                payloads = chunk[4]
                 if None in payloads:
                     payloads[:] = [self._receive() if one is None else one for one in payloads]
                 return tuple(chunk)
@@ -152,7 +154,7 @@ class Runner:
             case ("setup", {"path": path, "cwd": cwd}):
                 _setup(path, cwd)
             case ("sync",):
-                return (0, 0, 0, 0, [])
+                return (0, 0, 0, 0, [], 1, ())
             case unknown:
                 raise OSError(f"not a command: {str(unknown)[:200]}")
         return None
@@ -190,12 +192,22 @@ class Runner:
 
     # --- Tasks ---
 
-    def _run(self, seq: int, client: int, fn: int, init: int, payloads: list[Any]) -> bytes:
+    def _run(
+        self,
+        seq: int,
+        client: int,
+        fn: int,
+        init: int,
+        payloads: list[Any],
+        attempt: int,
+        blobs: tuple[int, ...],
+    ) -> bytes:
         """Run the chunk's tasks while tokens are its own; the first token that is not (empty at the end)."""
         read, write, pack, clock = os.read, os.write, RECORD.pack, perf_counter
         tokens, stream = self.tokens, self.stream
         own = bytes((seq,))
         last = len(payloads) - 1
+        context.attempt = attempt
         failed_init = self._initialize(client, init) if init else None
         shared = self.functions.get((client, fn))
         call: Any = shared

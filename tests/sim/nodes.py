@@ -11,8 +11,9 @@ from achilles.core import submission
 from achilles.core.agent import Agent
 from achilles.core.dialer import JOINED, Dialer
 from achilles.core.link import Packet
+from achilles.core.protocol import Group
 from achilles.core.sessions import Send, Sessions
-from achilles.core.submission import Group, Submission
+from achilles.core.submission import Submission
 from tests.sim.oracle import (
     ABANDONED,
     CANCELLED,

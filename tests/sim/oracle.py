@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from achilles.core import protocol as p
-from achilles.core.scheduler import CRASHES_MAX, LOSSES_MAX, Scheduler, Send
+from achilles.core.dispatch import Send
+from achilles.core.scheduler import CRASHES_MAX, LOSSES_MAX, Scheduler
 
 OPEN, DONE, CANCELLED, ABANDONED = "open", "done", "cancelled", "abandoned"
 

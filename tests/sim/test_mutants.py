@@ -33,7 +33,7 @@ MUTANTS = [
     Mutant(
         "a client gets more slots than it wants",
         "tables",
-        "<= self.running + self.prefetched",
+        "<= self.places",
         "<= self.running",
     ),
     Mutant(
@@ -51,7 +51,7 @@ MUTANTS = [
     Mutant(
         "a task is retried for ever",
         "scheduler",
-        "if blame.crashes < CRASHES_MAX and",
+        "if blame.crashes >= CRASHES_MAX or",
         "if",
     ),
     Mutant(
@@ -64,8 +64,8 @@ MUTANTS = [
     Mutant(
         "a client that left is not revoked",
         "scheduler",
-        "if lease.client is client:\n                    sends",
-        "if not lease:\n                    sends",
+        "if lease.client is client:\n                    everything",
+        "if not lease:\n                    everything",
     ),
     Mutant(
         "a forgotten blob counts as sent",
@@ -112,14 +112,14 @@ MUTANTS = [
     Mutant(
         "revokes are not heeded",
         "agent",
-        "chunk = self._chunks.get(lease)\n        if chunk is None:",
-        "chunk = self._chunks.get(lease)\n        if chunk:",
+        "chunk = self._chunks.get(revoke.lease)\n        if chunk is None:",
+        "chunk = self._chunks.get(revoke.lease)\n        if chunk:",
     ),
     Mutant(
         "nothing is called back from behind a long task",
         "agent",
-        "if stuck_at is not None and now >= stuck_at:\n                runner.progress_at = now",
-        "if stuck_at is not None and now >= stuck_at:\n                runner.progress_at = now + 9",
+        "runner.recalled_at = now\n",
+        "runner.recalled_at = now + 9\n            continue\n",
     ),
     Mutant(
         "runners keep forgotten blobs in their account",

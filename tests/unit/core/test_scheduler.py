@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from achilles.core import protocol as p
-from achilles.core.scheduler import ANNOUNCE_SECONDS, CRASHES_MAX, LOSSES_MAX
+from achilles.core.dispatch import ANNOUNCE_SECONDS
+from achilles.core.scheduler import CRASHES_MAX, LOSSES_MAX
 from achilles.errors import ProtocolError
 from tests.unit.core.bench import CLIENT, OTHER, SECOND, WORKER, SchedulerBench, of, runs
 
@@ -168,7 +169,7 @@ def test_a_client_that_leaves_leaves_nothing_behind() -> None:
     bench = SchedulerBench()
     (run,) = runs(bench.submit(1, 2))
     sends = bench.leave(CLIENT)
-    assert sends == [(WORKER, p.Revoke(run.lease, [0])), (WORKER, p.Forget(1, []))]
+    assert sends == [(WORKER, p.Revoke(run.lease, [0], True)), (WORKER, p.Forget(1, []))]
     bench.say(WORKER, p.Returned(run.lease, [0]))
     status = bench.core.status(bench.now)
     assert (status.queued, status.running, status.clients) == (0, 0, [])

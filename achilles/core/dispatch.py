@@ -1,0 +1,217 @@
+"""Who gets which slot: leases are made and ended here.
+
+Rules
+    1. A worker holds at most one lease for each slot, and one more in advance for each.
+    2. A slot goes to the client that holds fewest; of a client's tasks, to those of the highest priority, then to the oldest.
+    3. No slot idles while a task waits that may run there (tags, and the client's own limit).
+    4. A task that was charged before travels alone, so that the next crash is its own.
+
+Theory
+    Workers are kept by their tags, of which there are few sets, so that a dispatch looks at each set and not at each
+    worker. Those with the fewest tags come first: what anybody can run does not keep the rare ones busy.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple, TypeAlias
+
+from achilles.core import protocol as p
+from achilles.core.chunking import chunk_size
+from achilles.core.tables import READY, Client, Lease, PeerId, TaskQueue, Worker
+
+ANNOUNCE_SECONDS = 0.005  # most tasks are done before anybody could ask whether they run
+PREFETCH_PAUSE = 0.5  # after tasks came back from behind a long one, seconds
+
+Places: TypeAlias = "dict[frozenset[str], dict[PeerId, Worker]]"
+
+
+class Send(NamedTuple):
+    """A message on its way to a peer."""
+
+    to: PeerId
+    message: p.ToClient | p.ToWorker
+
+
+class Dispatcher:
+    """The workers' places, the clients who wait for them, and the leases that bring the two together."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[PeerId, Client] = {}  # with queued tasks
+        self.slots = 0
+        self._idle: Places = {}  # ready, with a free slot
+        self._room: Places = {}  # ready, slots taken, with room for one more in advance
+        self._unannounced: deque[tuple[float, Lease]] = deque()
+        self._next_lease = 1
+
+    # --- Places -----------------------------------------------------------------------------------
+
+    def add(self, worker: Worker) -> None:
+        """A worker has come."""
+        self.slots += worker.slots
+        self.place(worker)
+
+    def remove(self, worker: Worker) -> None:
+        """A worker has gone; its leases are still to be closed."""
+        self.slots -= worker.slots
+        worker.is_gone = True
+        self.place(worker)
+
+    def place(self, worker: Worker) -> None:
+        """Note whether the worker has a free slot, room for a chunk in advance, or neither."""
+        for places in (self._idle, self._room):
+            group = places.get(worker.tags)
+            if group is not None and worker.peer in group:
+                del group[worker.peer]
+                if not group:
+                    del places[worker.tags]
+        if worker.state != READY or worker.is_gone:
+            return
+        if len(worker.leases) < worker.slots:
+            self._idle.setdefault(worker.tags, {})[worker.peer] = worker
+        elif len(worker.leases) < 2 * worker.slots:
+            self._room.setdefault(worker.tags, {})[worker.peer] = worker
+
+    # --- Leases -----------------------------------------------------------------------------------
+
+    def dispatch(self, now: float) -> list[Send]:
+        """Give out work while there is both work and a place for it."""
+        sends: list[Send] = []
+        if self.waiting and self._idle:
+            self._fill(self._idle, True, now, sends)
+        if self.waiting and self._room:
+            self._fill(self._room, False, now, sends)
+        return sends
+
+    def _fill(self, places: Places, in_slot: bool, now: float, sends: list[Send]) -> None:
+        sets = sorted(places, key=len) if len(places) > 1 else list(places)
+        for tags in sets:
+            while self.waiting and (group := places.get(tags)):
+                queue = self._for_slot(tags) if in_slot else self._in_advance(tags, now)
+                if queue is None:
+                    break
+                self._lease(next(iter(group.values())), queue, in_slot, now, sends)
+
+    def _for_slot(self, tags: frozenset[str]) -> TaskQueue | None:
+        best: TaskQueue | None = None
+        for client in self.waiting.values():
+            if client.has_all_its_slots or (best and best.client.running <= client.running):
+                continue
+            best = client.next_queue(tags) or best
+        return best
+
+    def _in_advance(self, tags: frozenset[str], now: float) -> TaskQueue | None:
+        best: TaskQueue | None = None
+        for client in self.waiting.values():
+            if client.has_all_its_slots or (best and best.client.places <= client.places):
+                continue
+            queue = client.next_queue(tags)
+            if queue is None or queue.pause_until > now:
+                continue
+            # An unknown function may send one task ahead, or a client that came later would never start
+            # where others keep every slot busy.
+            if queue.estimate.is_short or (queue.estimate.seconds is None and not queue.leases):
+                best = queue
+        return best
+
+    def _lease(
+        self, worker: Worker, queue: TaskQueue, in_slot: bool, now: float, sends: list[Send]
+    ) -> None:
+        client, group = queue.client, queue.group
+        tasks = queue.take(chunk_size(queue.estimate, queue.live, self.slots, queue.chunk_max))
+        client.live -= len(tasks)
+        if client.live == 0:
+            self.waiting.pop(client.peer, None)
+        else:  # clients with equal claims take turns
+            self.waiting[client.peer] = self.waiting.pop(client.peer)
+        number = self._next_lease
+        self._next_lease += 1
+        lease = worker.leases[number] = Lease(number, worker, queue, tasks, in_slot, now)
+        for task in tasks:
+            task.lease = lease
+        queue.leases += 1
+        if in_slot:
+            client.running += 1
+        else:
+            client.prefetched += 1
+        self.place(worker)
+        for blob in queue.needs:
+            if (client.number, blob) not in worker.blobs:
+                worker.blobs.add((client.number, blob))
+                sends.append(Send(worker.peer, p.Blob(client.number, blob, client.blobs[blob])))
+        run = p.Run(
+            number,
+            client.number,
+            group.fn,
+            group.init,
+            [task.id for task in tasks],
+            [task.payload for task in tasks if task.payload is not None],
+            queue.options.timeout,
+            1 if tasks[0].blame is None else tasks[0].blame.attempts + 1,
+            group.blobs,
+        )
+        sends.append(Send(worker.peer, run))
+        self._unannounced.append((now + ANNOUNCE_SECONDS, lease))
+
+    def close(self, lease: Lease) -> None:
+        """End a lease; the oldest one that waited behind it moves into its slot."""
+        worker = lease.worker
+        del worker.leases[lease.number]
+        unannounced = self._unannounced
+        while unannounced and not unannounced[0][1].left:
+            unannounced.popleft()
+        lease.queue.leases -= 1
+        if not lease.in_slot:
+            lease.client.prefetched -= 1
+        else:
+            lease.client.running -= 1
+            for other in worker.leases.values():
+                if not other.in_slot:
+                    other.in_slot = True
+                    other.client.prefetched -= 1
+                    other.client.running += 1
+                    break
+        self.place(worker)
+
+    def requeue(self, queue: TaskQueue, waiting: int) -> None:
+        """``waiting`` tasks were put at the front of the queue."""
+        queue.live += waiting
+        queue.client.live += waiting
+        if queue.live:
+            self.waiting[queue.client.peer] = queue.client
+            queue.client.enqueue(queue)
+
+    # --- Announcements ----------------------------------------------------------------------------
+
+    def announce(self, now: float) -> list[Send]:
+        """Tell clients which of their tasks were dispatched a moment ago and are not done yet."""
+        sends: list[Send] = []
+        unannounced = self._unannounced
+        while unannounced and unannounced[0][0] <= now:
+            _, lease = unannounced.popleft()
+            ids = [task.id for task in lease.tasks if task is not None and task.queue is not None]
+            if lease.left and ids:
+                sends.append(Send(lease.client.peer, p.Running(ids)))
+        return sends
+
+    def next_deadline(self) -> float | None:
+        """When `announce` wants to be called."""
+        return self._unannounced[0][0] if self._unannounced else None
+
+    # --- Invariants -------------------------------------------------------------------------------
+
+    def check_invariants(self, workers: list[Worker]) -> None:
+        """Assert the rules of this module; tests call it after every step."""
+        assert self.slots == sum(worker.slots for worker in workers), "slots miscounted"
+        idle = {peer for group in self._idle.values() for peer in group}
+        for worker in workers:
+            assert len(worker.leases) <= 2 * worker.slots, f"{worker.name} holds too many leases"
+            in_slots = sum(lease.in_slot for lease in worker.leases.values())
+            assert in_slots == min(len(worker.leases), worker.slots), "a slot leaks"
+            is_idle = worker.state == READY and len(worker.leases) < worker.slots
+            assert is_idle == (worker.peer in idle), "the idle workers are not the idle ones"
+        assert idle <= {worker.peer for worker in workers}, "a worker that left has a place"
+        for client in self.waiting.values():
+            for tags in self._idle:
+                if not client.has_all_its_slots and client.next_queue(tags):
+                    raise AssertionError("a slot idles while a task waits")
