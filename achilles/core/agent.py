@@ -140,6 +140,8 @@ class Agent:
                 return self._recalled(self._runners.get(number), unstarted, now)
             case p.RunnerDied():
                 return self._died(message, now)
+            case p.FromRunner():
+                return []
 
     def tick(self, now: float) -> list[Send]:
         """Call back what waits behind a task that runs long; end the task that ran for too long."""

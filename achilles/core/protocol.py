@@ -413,6 +413,24 @@ class Retire(Message, tag="retire"):
     runner: int
 
 
+class ToRunner(Message, tag="to-runner"):
+    """A letter on a runner's side channel; the kinds are those of ``runtime.side``."""
+
+    runner: int
+    client: int
+    kind: int
+    body: bytes
+
+
+class FromRunner(Message, tag="from-runner"):
+    """The same from a runner. It may be anything: user code can write there."""
+
+    runner: int
+    client: int
+    kind: int
+    body: bytes
+
+
 class RunnerDone(Message, tag="runner-done"):
     """Results, each ``(seq, index, status, seconds, payload)``."""
 
@@ -440,8 +458,8 @@ class RunnerDied(Message, tag="runner-died"):
     last_seq: int
 
 
-RunnerCommand: TypeAlias = Spawn | Load | Unload | Execute | Recall | Kill | Retire
-RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied
+RunnerCommand: TypeAlias = Spawn | Load | Unload | Execute | Recall | Kill | Retire | ToRunner
+RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied | FromRunner
 
 # What may cross the wire, by who sends it. The broker refuses the rest by role (default deny).
 FromClient: TypeAlias = Submit | Blob | Forget | Cancel | StatusRequest | Goodbye

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from achilles.runtime.side import RunnerSide
+
 attempt = 0
+client = 0  # the host's number for the client whose task runs; 0: this is no runner, or it has not run any
+side: RunnerSide | None = None  # a runner's side channel; None elsewhere
 
 
 def current_attempt() -> int:

@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 
 from achilles.core.protocol import (
     Execute,
+    FromRunner,
     Kill,
     Load,
     Parts,
@@ -37,6 +38,7 @@ from achilles.core.protocol import (
     RunnerEvent,
     RunnerRecalled,
     Spawn,
+    ToRunner,
     Unload,
     size_of,
 )
@@ -111,6 +113,8 @@ class RunnerHost:
                     runner.kill()
                 case Retire():
                     runner.retire()
+                case ToRunner(client=client, kind=kind, body=body):
+                    runner.write(kind, client, body)
         return self._take_events()
 
     def collect(self) -> list[RunnerEvent]:
@@ -211,7 +215,9 @@ class _Runner:
         self.pid = process.pid
         self.sock = process.sock
         self.tokens = process.tokens
+        self.side = process.side
         host.register(self.sock.fileno(), self.read)
+        host.register(self.side.fd, self.read_side)
         if process.pidfd >= 0:
             host.register(process.pidfd, self.bury)
 
@@ -359,7 +365,25 @@ class _Runner:
         if not self.outbox:
             self.tokens.end()
 
+    def write(self, kind: int, client: int, body: bytes) -> None:
+        """Send a letter on the side channel."""
+        self.side.send(kind, client, body)
+        if self.side.is_full and not self.is_unwatched:
+            self.host.register(self.side.fd, self.read_side, write=True)
+
     # --- From the runner ---
+
+    def read_side(self) -> None:
+        """The side channel is ready."""
+        if self.side.is_full:
+            self.side.flush()
+            if not self.side.is_full and not self.is_unwatched:
+                self.host.register(self.side.fd, self.read_side)
+        letters = self.side.receive()
+        if letters is None:  # a task may have closed it
+            self.host.unregister(self.side.fd)
+        for kind, client, body in letters or ():
+            self.host.events.append(FromRunner(self.number, client, kind, body))
 
     def poll(self) -> None:
         """Do what no descriptor wakes the host for."""
@@ -555,11 +579,14 @@ class _Runner:
             if not data:
                 break
             self._take(data)
+        for kind, client, body in self.side.receive() or ():
+            self.host.events.append(FromRunner(self.number, client, kind, body))
 
     def _unwatch(self) -> None:
         if not self.is_unwatched:
             self.is_unwatched = True
             self.host.unregister(self.sock.fileno())
+            self.host.unregister(self.side.fd)
 
     def _reason(self, code: int | None) -> str:
         """How it ended, for people; empty where it was asked to."""

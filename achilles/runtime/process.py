@@ -13,6 +13,7 @@ import sys
 import achilles
 from achilles.runtime.runner import CHANNEL_LOST
 from achilles.runtime.shared import Handoff
+from achilles.runtime.side import HostSide
 
 READ_MAX = 1 << 18
 
@@ -40,7 +41,12 @@ class RunnerProcess:
             self.tokens = TokenPipe(ours, theirs)
             self.stream, stream = _pipe(ours, theirs)
             os.set_blocking(self.stream, False)
-            fds = (sock.fileno(), self.tokens.read_end, stream, far_handoff.fileno(), life)
+            side, far_side = _sockets(ours, theirs)
+            self.side = HostSide(side.fileno())
+            fds = (
+                *(sock.fileno(), self.tokens.read_end, stream),
+                *(far_handoff.fileno(), far_side.fileno(), life),
+            )
             self._process = _popen(fds, environ)
             self._is_reaped = False
             self.pid = self._process.pid

@@ -5,6 +5,7 @@
          ◀── socket: records ──              wakes the host: a chunk's last result, or news after a slow task
          ◀── stream: records ──              does not wake the host: the results in between
          ◀── handoff: memory ──▶             large payloads, in the order in which the other channels name them
+         ◀── side: letters ──▶               all else: see `side`
          ── life ──▶                         closed when the host dies
 
 Rules
@@ -40,6 +41,7 @@ from achilles.runtime.serialize import (
     loads,
     split_inline,
 )
+from achilles.runtime.side import RunnerSide
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all the rest
 if TYPE_CHECKING:
@@ -94,6 +96,8 @@ class Runner:
                 os.close(fd)
             except OSError:
                 pass
+        if context.side is not None:
+            context.side.close()
 
     # --- Commands ---
 
@@ -207,7 +211,7 @@ class Runner:
         tokens, stream = self.tokens, self.stream
         own = bytes((seq,))
         last = len(payloads) - 1
-        context.attempt = attempt
+        context.client, context.attempt = client, attempt
         failed_init = self._initialize(client, init) if init else None
         shared = self.functions.get((client, fn))
         call: Any = shared
@@ -353,9 +357,9 @@ def _die_with_host(life: int) -> None:
     start_new_thread(watch, ())
 
 
-def main(sock: int, tokens: int, stream: int, handoff: int, life: int) -> None:
+def main(sock: int, tokens: int, stream: int, handoff: int, side: int, life: int) -> None:
     """Run tasks on these descriptors until the host closes the token pipe."""
-    for fd in (sock, tokens, stream, handoff, life):
+    for fd in (sock, tokens, stream, handoff, side, life):
         os.set_inheritable(fd, False)
     _die_with_host(life)
     os.set_blocking(stream, False)
@@ -366,6 +370,7 @@ def main(sock: int, tokens: int, stream: int, handoff: int, life: int) -> None:
     except Exception:
         pass  # no stderr to report to
     try:
+        context.side = RunnerSide(side)
         Runner(sock, tokens, stream, handoff).serve()
         os.close(sock)
     except OSError:

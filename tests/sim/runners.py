@@ -167,6 +167,8 @@ class Host:
                 counts = runner.counts()
                 self._take_all(runner)
                 return [p.RunnerRecalled(runner.number, counts)]
+            case p.ToRunner():
+                return []
             case p.Kill():
                 return self.end(runner, is_asked=True)
             case p.Retire():

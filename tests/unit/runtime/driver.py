@@ -12,6 +12,7 @@ from typing import Any
 
 from achilles.core.protocol import (
     Execute,
+    FromRunner,
     Load,
     Payload,
     RunnerCommand,
@@ -44,6 +45,7 @@ class Driver:
         self.seconds: dict[Key, float] = {}
         self.recalled: list[RunnerRecalled] = []
         self.died: dict[int, RunnerDied] = {}
+        self.letters: list[FromRunner] = []
         self.blobs = 0
 
     def apply(self, *commands: RunnerCommand) -> None:
@@ -111,6 +113,8 @@ class Driver:
                         assert (runner, seq, index) not in self.results
                         self.results[runner, seq, index] = (status, payload)
                         self.seconds[runner, seq, index] = seconds
+                case FromRunner():
+                    self.letters.append(event)
                 case RunnerRecalled():
                     self.recalled.append(event)
                 case RunnerDied(runner=runner):

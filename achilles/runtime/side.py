@@ -1,0 +1,154 @@
+"""The side channel between a runner and its host: what is neither a task nor a task's result.
+
+    runner ──▶ host: a task submits tasks of its own, an import needs a module, a task printed
+    runner ◀── host: the answers
+
+Both directions are a stream of letters, ``<I length of the body> <B kind> <I client> body``: of a kind that says who
+reads it, and of a client, because a runner works for one after the other.
+
+Rules
+    1. The host's end never blocks: what a runner does not read waits in the host.
+    2. In the runner one thread reads, from the first letter that is wanted on; any thread may write, and may have to wait.
+    3. It costs a runner nothing until it is used, and this module imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from _struct import Struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
+    Letter: TypeAlias = "tuple[int, int, bytes]"  # kind, client, body
+
+NESTED = 1  # tasks of a task, and what becomes of them
+IMPORT = 2  # modules of the client's that a runner lacks
+OUTPUT = 3  # what a task printed
+
+HEAD = Struct("<IBI")
+BODY_MAX = (1 << 32) - 1
+READ_MAX = 1 << 18
+
+
+def pack(kind: int, client: int, body: bytes) -> bytes:
+    """A letter as it travels."""
+    return HEAD.pack(len(body), kind, client) + body
+
+
+class Reader:
+    """Puts letters together from what is read."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[Letter]:
+        """The letters that are complete by now."""
+        rest = self._rest
+        rest += data
+        letters: list[Letter] = []
+        at = 0
+        while len(rest) - at >= HEAD.size:
+            size, kind, client = HEAD.unpack_from(rest, at)
+            end = at + HEAD.size + size
+            if len(rest) < end:
+                break
+            letters.append((kind, client, bytes(memoryview(rest)[at + HEAD.size : end])))
+            at = end
+        del rest[:at]
+        return letters
+
+
+class HostSide:
+    """The host's end of a runner's side channel, on a non-blocking socket."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._reader = Reader()
+        self._outbox = bytearray()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether something waits until the runner reads."""
+        return bool(self._outbox)
+
+    def send(self, kind: int, client: int, body: bytes) -> None:
+        """Send a letter, or keep what does not fit; `flush` when the socket can be written."""
+        self._outbox += pack(kind, client, body)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the runner takes."""
+        outbox = self._outbox
+        try:
+            while outbox:
+                del outbox[: os.write(self.fd, memoryview(outbox)[:READ_MAX].tobytes())]
+        except BlockingIOError:
+            pass
+        except OSError:
+            outbox.clear()  # the runner is gone, as its host will notice
+
+    def receive(self) -> list[Letter] | None:
+        """The letters that have come; None at the end of the channel."""
+        try:
+            data = os.read(self.fd, READ_MAX)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        return self._reader.feed(data) if data else None
+
+
+class RunnerSide:
+    """The runner's end. Handlers are called in the reading thread, with the client's number and the body."""
+
+    def __init__(self, fd: int) -> None:
+        from _thread import allocate_lock
+
+        self._fd = fd
+        self._lock = allocate_lock()
+        self._handlers: dict[int, Callable[[int, bytes], None]] = {}
+        self._is_reading = False
+
+    def handle(self, kind: int, handler: Callable[[int, bytes], None]) -> None:
+        """Have a handler called for each letter of a kind."""
+        from _thread import start_new_thread
+
+        with self._lock:
+            self._handlers[kind] = handler
+            if not self._is_reading:
+                self._is_reading = True
+                start_new_thread(self._read, ())
+
+    def send(self, kind: int, client: int, body: bytes) -> None:
+        """Send a letter.
+
+        Raises:
+            OSError: the host is gone, or this is a fork of the runner.
+        """
+        data = pack(kind, client, body)
+        with self._lock:
+            sent = os.write(self._fd, data)
+            while sent < len(data):
+                sent += os.write(self._fd, memoryview(data)[sent:])
+
+    def close(self) -> None:
+        """Close it in a fork of the runner, whose letters would mix with those of the runner itself."""
+        from _thread import allocate_lock
+
+        self._lock = allocate_lock()  # the old one is perhaps held by a thread that is not here
+        os.close(self._fd)
+        self._fd = -1
+
+    def _read(self) -> None:
+        reader = Reader()
+        try:
+            while data := os.read(self._fd, READ_MAX):
+                for kind, client, body in reader.feed(data):
+                    handler = self._handlers.get(kind)
+                    if handler is not None:
+                        handler(client, body)
+        except OSError:
+            pass  # the host is gone: the runner ends by other means

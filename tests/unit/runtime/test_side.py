@@ -1,0 +1,151 @@
+"""Letters arrive whole and in order, whatever the pieces that they are read in."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from achilles.core.protocol import ToRunner
+from achilles.runtime import context
+from achilles.runtime.side import HEAD, IMPORT, NESTED, OUTPUT, HostSide, Reader, RunnerSide, pack
+from tests.unit.runtime.driver import BOUND, CLIENT, Driver
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    with near, far:
+        yield near, far
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    driver = Driver()
+    driver.spawn()
+    yield driver
+    driver.close()
+
+
+@pytest.mark.parametrize("step", [1, 2, HEAD.size, 13, 1000])
+def test_letters_in_pieces(step: int) -> None:
+    letters = [(NESTED, 1, b""), (IMPORT, 7, b"body"), (OUTPUT, (1 << 32) - 1, bytes(300))]
+    data = b"".join(pack(*letter) for letter in letters)
+    reader = Reader()
+    read = [one for at in range(0, len(data), step) for one in reader.feed(data[at : at + step])]
+    assert read == letters
+
+
+def test_what_does_not_fit_waits(ends: tuple[socket.socket, socket.socket]) -> None:
+    near, far = ends
+    side = HostSide(near.fileno())
+    body = os.urandom(1 << 20)
+    side.send(NESTED, 1, body)
+    side.send(NESTED, 2, b"behind it")
+    assert side.is_full
+    reader = Reader()
+    letters: list[tuple[int, int, bytes]] = []
+    while len(letters) < 2:
+        letters += reader.feed(far.recv(1 << 16))
+        side.flush()
+    assert letters == [(NESTED, 1, body), (NESTED, 2, b"behind it")]
+    assert not side.is_full
+
+
+def test_the_end_is_told(ends: tuple[socket.socket, socket.socket]) -> None:
+    near, far = ends
+    side = HostSide(near.fileno())
+    assert side.receive() == []
+    far.sendall(pack(IMPORT, 1, b"last"))
+    far.close()
+    assert side.receive() == [(IMPORT, 1, b"last")]
+    assert side.receive() is None
+    side.send(IMPORT, 1, b"to nobody")
+    assert not side.is_full
+
+
+def test_a_runner_reads_by_kind(ends: tuple[socket.socket, socket.socket]) -> None:
+    near, far = ends
+    host, runner = HostSide(near.fileno()), RunnerSide(far.fileno())
+    seen: list[tuple[int, bytes]] = []
+    is_seen = threading.Event()
+
+    def read(client: int, body: bytes) -> None:
+        seen.append((client, body))
+        is_seen.set()
+
+    runner.handle(IMPORT, read)
+    host.send(OUTPUT, 1, b"of no concern")
+    host.send(IMPORT, 2, b"mine")
+    assert is_seen.wait(BOUND)
+    assert seen == [(2, b"mine")]
+    near.shutdown(socket.SHUT_WR)  # ends the reading thread
+
+
+def test_many_threads_write(ends: tuple[socket.socket, socket.socket]) -> None:
+    near, far = ends
+    host, runner = HostSide(near.fileno()), RunnerSide(far.fileno())
+    bodies = [bytes([n]) * 50_000 for n in range(8)]
+    threads = [threading.Thread(target=runner.send, args=(NESTED, 1, body)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    letters: list[tuple[int, int, bytes]] = []
+    while len(letters) < len(bodies):
+        letters += host.receive() or ()
+    for thread in threads:
+        thread.join()
+    assert sorted(body for _, _, body in letters) == bodies
+
+
+def _echo(body: bytes) -> tuple[int, bytes]:
+    """Send a letter, and wait for the answer."""
+    side = context.side
+    assert side is not None
+    answer: list[bytes] = []
+    is_there = threading.Event()
+
+    def take(_: int, body: bytes) -> None:
+        answer.append(body)
+        is_there.set()
+
+    side.handle(NESTED, take)
+    side.send(NESTED, context.client, body)
+    is_there.wait(BOUND)
+    return context.client, answer[0]
+
+
+def _send_and_die() -> None:
+    assert context.side is not None
+    context.side.send(OUTPUT, 1, b"last words")
+    os._exit(3)
+
+
+def _close_and_return() -> str:
+    assert context.side is not None
+    context.side.close()
+    return "done"
+
+
+def test_a_task_sends_a_letter_and_reads_the_answer(driver: Driver) -> None:
+    driver.execute(1, driver.load(_echo), (b"question",))
+    driver.until(lambda: driver.letters)
+    (letter,) = driver.letters
+    assert (letter.runner, letter.client, letter.kind, letter.body) == (1, CLIENT, 1, b"question")
+    large = os.urandom(1 << 20)  # more than fits at once
+    driver.apply(ToRunner(1, CLIENT, NESTED, large))
+    assert driver.outcome(1) == (CLIENT, large)
+
+
+def test_last_letters_are_read(driver: Driver) -> None:
+    driver.execute(1, driver.load(_send_and_die), ())
+    assert driver.death().reason == "exited with code 3"
+    assert [letter.body for letter in driver.letters] == [b"last words"]
+
+
+def test_a_task_may_close_it(driver: Driver) -> None:
+    assert driver.run(_close_and_return) == "done"
+    driver.apply(ToRunner(1, CLIENT, NESTED, b"nobody reads this"))
