@@ -1,0 +1,420 @@
+"""The agent's rules: one report a task, two chunks a runner, nothing stuck, and the right task blamed."""
+
+from __future__ import annotations
+
+from achilles.core import protocol as p
+from achilles.core.agent import START_SECONDS, STUCK_SECONDS
+from tests.unit.core.agents import (
+    HOST,
+    LOAD,
+    AgentBench,
+    busy,
+    crashed,
+    done,
+    execute,
+    recall,
+    returned,
+    started,
+)
+from tests.unit.core.bench import BROKER
+
+# --- Each task is reported once -------------------------------------------------------------------
+
+
+def test_a_lease_runs_and_is_reported() -> None:
+    """The runner is started for it, and gets the function first."""
+    bench = AgentBench()
+    bench.run(7, 1, 2)
+    assert bench.sent() == [(HOST, p.Spawn(runner=1)), LOAD, execute(1, 1, 1, 2)]
+    assert bench.core.running == 1
+    bench.finish(1, (1, 0), (1, 1))
+    assert bench.sent() == [done(7, (1, 0), (1, 1))]
+    assert bench.core.running == 0
+    assert repr(bench.core) == "<Agent 1/1 runners | 0 leases>"
+
+
+def test_results_are_reported_as_they_come() -> None:
+    """And each once: a runner that says one twice is heard once."""
+    bench = busy(1, 2, 3)
+    bench.finish(1, (1, 0))
+    assert bench.sent() == [done(1, (1, 0))]
+    bench.finish(1, (1, 0))
+    bench.finish(1, (1, 0), (1, 1))
+    assert bench.sent() == [done(1, (1, 1))]
+    bench.finish(1, (1, 2))
+    assert bench.sent() == [done(1, (1, 2))]
+    bench.finish(1, (1, 2))
+
+
+def test_results_of_two_chunks_are_two_reports() -> None:
+    """Each with its own statuses and its own time."""
+    bench = busy(1, 2)
+    bench.run(2, 3)
+    assert bench.sent() == [execute(1, 2, 3)]
+    rows = [(1, 0, 1, 0.25, b"a"), (1, 1, 0, 0.5, b"b"), (2, 0, 2, 1.0, b"c")]
+    bench.hear(p.RunnerDone(runner=1, results=rows))
+    first = p.Done(lease=1, indexes=[0, 1], statuses=b"\1\0", payloads=[b"a", b"b"], seconds=0.75)
+    second = p.Done(lease=2, indexes=[0], statuses=b"\2", payloads=[b"c"], seconds=1.0)
+    assert bench.sent() == [(BROKER, first), (BROKER, second)]
+
+
+def test_results_of_what_was_given_back_are_dropped() -> None:
+    """The broker has given the task to somebody else."""
+    bench = busy(1, 2)
+    bench.recalled(1, (1, 1))
+    assert bench.sent() == [returned(1, 1)]
+    bench.finish(1, (1, 0), (1, 1))
+    assert bench.sent() == [done(1, (1, 0))]
+
+
+def test_a_recall_that_crosses_the_results_takes_nothing_back() -> None:
+    """They were all on their way."""
+    bench = busy(1, 2, 3)
+    bench.finish(1, (1, 0))
+    bench.sent()
+    bench.tick_when_due()
+    assert bench.sent() == [recall(1)]
+    bench.finish(1, (1, 1), (1, 2))
+    assert bench.sent() == [done(1, (1, 1), (1, 2))]
+    bench.run(2, 3)
+    assert bench.sent() == [execute(1, 2, 3)]
+    bench.recalled(1, (1, 1))
+    bench.recalled(1)
+    bench.finish(1, (2, 0))
+    assert bench.sent() == [done(2, (2, 0))]
+
+
+def test_unknown_runners_are_passed_over() -> None:
+    """They died, or the session in which they lived is over."""
+    bench = AgentBench()
+    bench.finish(5, (1, 0))
+    bench.recalled(5, (1, 1))
+    bench.die(5, (1, 1), last_seq=1)
+    assert repr(bench.core) == "<Agent 0/1 runners | 0 leases>"
+
+
+def test_an_empty_lease_is_nothing() -> None:
+    """A broker of ours sends none, but a message may be one."""
+    bench = AgentBench()
+    bench.run(1)
+    assert repr(bench.core) == "<Agent 0/1 runners | 0 leases>"
+
+
+# --- Runners and their chunks ---------------------------------------------------------------------
+
+
+def test_a_runner_holds_two_chunks() -> None:
+    """A third waits until the first is done, wherever it is done."""
+    bench = AgentBench(slots=2)
+    for lease, sends in enumerate(
+        [started(1, 1), started(2, 2), [execute(1, 2, 3)], [execute(2, 2, 4)], [], []], 1
+    ):
+        bench.run(lease, lease)
+        assert bench.sent() == sends
+    bench.finish(2, (1, 0))
+    assert bench.sent() == [done(2, (1, 0)), execute(2, 3, 5)]
+    bench.finish(1, (1, 0), (2, 0))
+    assert bench.sent() == [done(1, (1, 0)), done(3, (2, 0)), execute(1, 3, 6)]
+
+
+def test_idle_runners_are_used_before_new_ones_are_started() -> None:
+    """A start is slow."""
+    bench = AgentBench(slots=2)
+    bench.run(1, 1)
+    bench.sent()
+    bench.finish(1, (1, 0))
+    bench.sent()
+    bench.run(2, 2)
+    assert bench.sent() == [execute(1, 2, 2)]
+
+
+def test_blobs_are_loaded_once_by_each_runner() -> None:
+    """Function and initializer alike; a task without either needs none."""
+    bench = AgentBench(slots=2)
+    bench.hear(p.Blob(client=1, blob=2, payload=b"b2"))
+    bench.run(1, 1, fn=1, init=2)
+    loads = [
+        (HOST, p.Load(runner=1, client=1, blob=1, payload=b"b1")),
+        (HOST, p.Load(runner=1, client=1, blob=2, payload=b"b2")),
+    ]
+    assert bench.sent() == [(HOST, p.Spawn(runner=1)), *loads, execute(1, 1, 1, init=2)]
+    bench.run(2, 2, fn=0)
+    assert bench.sent() == [(HOST, p.Spawn(runner=2)), execute(2, 1, 2, fn=0)]
+    bench.run(3, 3, fn=2, init=1)
+    assert bench.sent() == [execute(1, 2, 3, fn=2, init=1)]
+
+
+def test_a_blob_that_never_came_is_not_loaded() -> None:
+    """The runner says so in the task's outcome."""
+    bench = busy(1)
+    bench.run(2, 2, fn=9)
+    assert bench.sent() == [execute(1, 2, 2, fn=9)]
+
+
+def test_a_forgotten_blob_is_unloaded_where_it_was_loaded() -> None:
+    """And is loaded again when it comes again."""
+    bench = AgentBench(slots=2)
+    bench.hear(p.Blob(client=2, blob=1, payload=b"of another client"))
+    bench.run(1, 1)
+    bench.sent()
+    bench.run(2, 2, fn=0)
+    bench.sent()
+    bench.hear(p.Forget(client=1, blobs=[1, 5]))
+    assert bench.sent() == [(HOST, p.Unload(runner=1, client=1, blobs=[1, 5]))]
+    bench.hear(p.Forget(client=1, blobs=[1]))
+    bench.run(3, 3)
+    assert bench.sent() == [execute(1, 2, 3)]
+    bench.finish(1, (1, 0), (2, 0))
+    bench.sent()
+    bench.hear(p.Blob(client=1, blob=1, payload=b"b1"))
+    bench.run(4, 4)
+    assert bench.sent() == [LOAD, execute(1, 3, 4)]
+    bench.run(5, 5, client=2)
+    load, _ = bench.sent()
+    assert load == (HOST, p.Load(runner=1, client=2, blob=1, payload=b"of another client"))
+
+
+def test_only_the_blobs_that_are_named_are_forgotten() -> None:
+    """An empty list names all of the client's."""
+    bench = AgentBench()
+    bench.hear(p.Blob(client=1, blob=2, payload=b"b2"))
+    bench.hear(p.Blob(client=2, blob=3, payload=b"b3"))
+    bench.hear(p.Forget(client=1, blobs=[1]))
+    bench.run(1, 1, fn=1, init=2)
+    load = (HOST, p.Load(runner=1, client=1, blob=2, payload=b"b2"))
+    assert bench.sent() == [(HOST, p.Spawn(runner=1)), load, execute(1, 1, 1, init=2)]
+    bench.hear(p.Forget(client=1, blobs=[]))
+    assert bench.sent() == [(HOST, p.Unload(runner=1, client=1, blobs=[]))]
+    bench.run(2, 2, client=2, fn=3)
+    load, _ = bench.sent()
+    assert load == (HOST, p.Load(runner=1, client=2, blob=3, payload=b"b3"))
+
+
+def test_chunks_are_numbered_from_1_to_255_and_again() -> None:
+    """A token names its chunk in one byte, and 0 is none."""
+    bench = AgentBench()
+    seqs = []
+    for lease in range(1, 258):
+        bench.run(lease, 1)
+        *_, (_, command) = bench.sent()
+        seqs.append(command.seq)
+        bench.finish(1, (command.seq, 0))
+        bench.sent()
+    assert seqs == [*range(1, 256), 1, 2]
+
+
+# --- Nothing waits behind a long task -------------------------------------------------------------
+
+
+def test_what_waits_behind_a_long_task_is_called_back() -> None:
+    """Again and again, until the host has answered."""
+    bench = busy(1, 2)
+    bench.finish(1, (1, 0))
+    bench.sent()
+    bench.run(2, 3)
+    bench.sent()
+    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
+    bench.tick(STUCK_SECONDS / 2)
+    bench.tick_when_due()
+    assert bench.sent() == [recall(1)]
+    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
+    bench.tick_when_due()
+    assert bench.sent() == [recall(1)]
+    bench.recalled(1, (2, 1))
+    assert bench.sent() == [returned(2, 0)]
+    assert bench.core.next_deadline() is None
+    bench.tick(9.0)
+
+
+def test_what_waits_in_the_same_chunk_is_called_back_too() -> None:
+    """Its first task runs."""
+    bench = busy(1, 2, 3)
+    bench.finish(1, (1, 0))
+    bench.sent()
+    bench.tick_when_due()
+    assert bench.sent() == [recall(1)]
+    bench.recalled(1, (1, 1))
+    assert bench.sent() == [returned(1, 2)]
+    assert bench.core.next_deadline() is None
+
+
+def test_a_task_alone_may_take_its_time() -> None:
+    """Nothing waits behind it."""
+    bench = busy(1)
+    assert bench.core.next_deadline() is None
+    bench.tick(9.0)
+
+
+def test_a_runner_that_starts_has_more_time() -> None:
+    """Until its first result it may be importing."""
+    bench = busy(1, 2)
+    assert bench.core.next_deadline() == bench.now + START_SECONDS
+    bench.tick(STUCK_SECONDS)
+    bench.tick_when_due()
+    assert bench.sent() == [recall(1)]
+    bench.finish(1, (1, 0))
+    assert bench.sent() == [done(1, (1, 0))]
+    assert bench.core.next_deadline() is None
+
+
+def test_a_chunk_behind_the_running_one_gives_it_no_more_time() -> None:
+    """A result does, and work for an idle runner."""
+    bench = busy(1)
+    began = bench.now
+    bench.tick(0.1)
+    bench.run(2, 2)
+    bench.sent()
+    assert bench.core.next_deadline() == began + START_SECONDS
+    bench.finish(1, (1, 0))
+    bench.sent()
+    bench.run(3, 3)
+    bench.sent()
+    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
+    bench.finish(1, (2, 0), (3, 0))
+    bench.sent()
+    bench.tick(9.0)
+    bench.run(4, 4, 5)
+    bench.sent()
+    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
+
+
+def test_the_most_urgent_runner_sets_the_deadline() -> None:
+    """Each is called back for itself."""
+    bench = AgentBench(slots=3)
+    bench.run(3, 9)
+    bench.sent()
+    bench.run(1, 1, 2)
+    bench.sent()
+    first = bench.now + START_SECONDS
+    bench.tick(0.1)
+    bench.run(2, 3, 4)
+    bench.sent()
+    assert bench.core.next_deadline() == first
+    bench.tick_when_due()
+    assert bench.sent() == [recall(2)]
+
+
+def test_the_place_of_what_was_taken_back_is_filled() -> None:
+    """By the next lease that waits."""
+    bench = busy(1)
+    bench.run(2, 2)
+    assert bench.sent() == [execute(1, 2, 2)]
+    bench.run(3, 3)
+    bench.recalled(1, (2, 1))
+    assert bench.sent() == [returned(2, 0), execute(1, 3, 3)]
+
+
+# --- What the broker wants back -------------------------------------------------------------------
+
+
+def revoke(lease: int, *indexes: int) -> p.Revoke:
+    """The broker's wish."""
+    return p.Revoke(lease=lease, indexes=list(indexes))
+
+
+def test_a_revoked_lease_that_no_runner_has_is_given_back() -> None:
+    """It is not run any more."""
+    bench = AgentBench()
+    for lease in (1, 2, 3, 4):
+        bench.run(lease, lease, 10 + lease)
+        bench.sent()
+    bench.hear(revoke(3, 0))
+    assert bench.sent() == [returned(3, 0, 1)]
+    bench.finish(1, (1, 0), (1, 1))
+    assert bench.sent() == [done(1, (1, 0), (1, 1)), execute(1, 3, 4, 14)]
+
+
+def test_a_revoked_lease_at_a_runner_is_called_back_there() -> None:
+    """Only there; and a lease that is over is passed over."""
+    bench = AgentBench(slots=2)
+    for lease in (1, 2, 3):
+        bench.run(lease, lease)
+        bench.sent()
+    bench.hear(revoke(2, 0))
+    assert bench.sent() == [recall(2)]
+    bench.hear(revoke(3, 0))
+    assert bench.sent() == [recall(1)]
+    bench.recalled(2)
+    bench.finish(2, (1, 0))
+    assert bench.sent() == [done(2, (1, 0))]
+    bench.hear(revoke(2, 0))
+    bench.hear(revoke(99, 0))
+
+
+# --- The end --------------------------------------------------------------------------------------
+
+GOODBYE = (BROKER, p.Goodbye(reason="drained"))
+DRAIN = (BROKER, p.Drain())
+
+
+def test_an_idle_worker_drains_at_once() -> None:
+    """A second wish to drain is nothing new."""
+    bench = AgentBench()
+    assert not bench.core.is_drained
+    bench.hear(p.Drain())
+    assert bench.sent() == [DRAIN, GOODBYE]
+    assert bench.core.is_drained
+    bench.hear(p.Drain())
+
+
+def test_a_draining_worker_finishes_what_runs() -> None:
+    """The rest goes back, what comes later too; then it says goodbye, once."""
+    bench = busy(1, 2)
+    for lease in (2, 3):
+        bench.run(lease, 10 * lease)
+        bench.sent()
+    bench.hear(p.Drain())
+    assert bench.sent() == [DRAIN, returned(3, 0), recall(1)]
+    bench.run(4, 40)
+    assert bench.sent() == [returned(4, 0)]
+    bench.recalled(1, (1, 1), (2, 1))
+    assert bench.sent() == [returned(1, 1), returned(2, 0)]
+    assert not bench.core.is_drained
+    bench.finish(1, (1, 0))
+    assert bench.sent() == [done(1, (1, 0)), GOODBYE]
+    assert bench.core.is_drained
+    bench.die(1, last_seq=2)
+
+
+def test_a_drain_ends_when_all_came_back() -> None:
+    """The runner had not started anything."""
+    bench = busy(1)
+    bench.hear(p.Drain())
+    assert bench.sent() == [DRAIN, recall(1)]
+    bench.recalled(1, (1, 1))
+    assert bench.sent() == [returned(1, 0), GOODBYE]
+
+
+def test_a_drain_ends_when_the_last_runner_died() -> None:
+    """With the report of its task."""
+    bench = busy(1)
+    bench.hear(p.Drain())
+    assert bench.sent() == [DRAIN, recall(1)]
+    bench.die(1, last_seq=1)
+    assert bench.sent() == [crashed(1, 0), GOODBYE]
+
+
+def test_the_end_of_the_session_ends_all_work() -> None:
+    """Nothing of it is reported any more, and its blobs are unknown: numbers of clients begin anew."""
+    bench = AgentBench(slots=2)
+    for lease in (1, 2, 3, 4, 5):
+        bench.run(lease, lease)
+        bench.sent()
+    bench.hear(p.Goodbye(reason="the broker ends"))
+    assert bench.sent() == [(HOST, p.Kill(runner=1)), (HOST, p.Kill(runner=2))]
+    assert not bench.core.is_drained
+    bench.finish(1, (1, 0))
+    bench.die(1, last_seq=1)
+    assert bench.core.next_deadline() is None
+    bench.run(1, 1)
+    assert bench.sent() == [(HOST, p.Spawn(runner=3)), execute(3, 1, 1)]
+
+
+def test_the_end_of_the_session_ends_a_drain() -> None:
+    """Nobody is left to say goodbye to."""
+    bench = busy(1)
+    bench.hear(p.Drain())
+    bench.sent()
+    bench.step(bench.core.reset())
+    assert bench.sent() == [(HOST, p.Kill(runner=1))]
+    assert bench.core.is_drained
