@@ -24,12 +24,11 @@ class AgentBench(Bench):
         """A message of the broker, or an event of the runners' host."""
         self.step(self.core.receive(crossed(message), self.now))
 
-    def run(self, lease: int, *ids: int, client: int = 1, fn: int = 1, init: int = 0) -> None:
-        """A lease arrives."""
+    def run(self, lease: int, *ids: int, **fields: Any) -> None:
+        """A lease arrives; of blob 1 of client 1, unless ``fields`` say otherwise."""
         payloads: list[p.Payload] = [b"%d" % id for id in ids]
-        self.hear(
-            p.Run(lease=lease, client=client, fn=fn, init=init, ids=list(ids), payloads=payloads)
-        )
+        fields = {"client": 1, "fn": 1, "init": 0, **fields}
+        self.hear(p.Run(lease=lease, ids=list(ids), payloads=payloads, **fields))
 
     def finish(self, runner: int, *rows: tuple[int, int], seconds: float = 0.5) -> None:
         """A runner's values, each ``(seq, index)``."""
@@ -49,10 +48,10 @@ class AgentBench(Bench):
         )
 
 
-def busy(*ids: int, tasks_max: int = 0) -> AgentBench:
+def busy(*ids: int, tasks_max: int = 0, **fields: Any) -> AgentBench:
     """A bench whose only runner has lease 1 with these tasks."""
     bench = AgentBench(tasks_max=tasks_max)
-    bench.run(1, *ids)
+    bench.run(1, *ids, **fields)
     bench.sent()
     return bench
 
@@ -60,10 +59,11 @@ def busy(*ids: int, tasks_max: int = 0) -> AgentBench:
 LOAD = (HOST, p.Load(runner=1, client=1, blob=1, payload=b"b1"))
 
 
-def execute(runner: int, seq: int, *ids: int, fn: int = 1, init: int = 0) -> tuple[str, Any]:
+def execute(runner: int, seq: int, *ids: int, **fields: Any) -> tuple[str, Any]:
     """The command that gives a runner the bench's tasks."""
     payloads: list[p.Payload] = [b"%d" % id for id in ids]
-    return HOST, p.Execute(runner=runner, seq=seq, client=1, fn=fn, init=init, payloads=payloads)
+    fields = {"client": 1, "fn": 1, "init": 0, **fields}
+    return HOST, p.Execute(runner=runner, seq=seq, payloads=payloads, **fields)
 
 
 def started(runner: int, *ids: int) -> list[tuple[str, Any]]:
