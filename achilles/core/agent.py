@@ -271,7 +271,7 @@ class Agent:
         candidates = [
             runner
             for runner in self._runners.values()
-            if not runner.is_retiring and not runner.condemned
+            if not (runner.is_retiring or runner.condemned or runner.is_killed)
         ]
         for runner in candidates:
             if not runner.chunks and self._fits(runner, tasks, sends):
@@ -433,7 +433,8 @@ class Agent:
         assert len(placed) == len(self._chunks), "a lease is nowhere, or in two places"
         assert all(self._chunks.get(chunk.run.lease) is chunk for chunk in placed)
         if self._queue:
-            free = [r for r in self._runners.values() if not r.chunks and not r.is_retiring]
+            idle = [runner for runner in self._runners.values() if not runner.chunks]
+            free = [runner for runner in idle if not (runner.is_retiring or runner.is_killed)]
             assert not free, "a runner idles while a chunk waits"
 
 
