@@ -473,12 +473,33 @@ def test_blobs_that_payloads_refer_to_are_needed_too() -> None:
 
 
 def test_blobs_are_not_forgotten_while_tasks_wait() -> None:
-    """One of these may name the next."""
-    bench = used(BLOBS_KEPT)
+    """The next of them may name one that nobody named for long."""
+    bench = used(BLOBS_KEPT - 1)
     bench.connect(1)
-    bench.submit(1001)
-    bench.sent()
-    bench.submit(1002)
     bench.add_blob(1000)
+    bench.submit(1000, fn=1000)
+    bench.sent()
+    bench.submit(1001)
+    bench.submit(1002)
+    bench.hear(results(1000))
+    assert bench.sent() == [(USER, results(1000)), *blob(1), submit(1001)]
+    assert bench.core.knows_blob(2)
     bench.hear(results(1001))
     assert bench.sent() == [(USER, results(1001)), submit(1002)]
+    assert not bench.core.knows_blob(2)
+
+
+def test_blobs_are_not_forgotten_while_nobody_can_be_told() -> None:
+    """The next session begins with none at all."""
+    bench = used(BLOBS_KEPT - 1)
+    bench.add_blob(1000)
+    bench.submit(1000, fn=1000, blobs=(2,))
+    bench.sent()
+    bench.disconnect()
+    bench.hear(results(1000))
+    assert bench.sent() == [(USER, results(1000))]
+    assert bench.core.knows_blob(1)
+    bench.connect()
+    assert not bench.core.knows_blob(1)
+    bench.submit(1001, fn=1000)
+    assert bench.sent() == [*blob(1000), submit(1001, fn=1000)]
