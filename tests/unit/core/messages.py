@@ -1,0 +1,97 @@
+"""One valid message of each kind, with every field other than its default."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from achilles.core import protocol as p
+
+OPTIONS = p.Options(timeout=1.5, retries=2, at_most_once=True, priority=-3, tags=("gpu", "big"))
+
+WIRE: list[p.Wire] = [
+    p.ClientHello(
+        incarnation=b"i" * 16,
+        role="client",
+        version="0.1",
+        python="3.11",
+        name="laptop-7",
+        slots_max=3,
+    ),
+    p.WorkerHello(
+        incarnation=b"i" * 16,
+        version="0.1",
+        python="3.11",
+        name="node-1",
+        slots=4,
+        pid=42,
+        tags=["gpu"],
+    ),
+    p.Welcome(
+        token=b"t" * 16,
+        epoch=b"e" * 16,
+        name="laptop-7",
+        credit=1000,
+        heartbeat_interval=1.0,
+        lost_after=15.0,
+    ),
+    p.Refused(reason="the broker is shutting down"),
+    p.Gone(),
+    p.Heartbeat(),
+    p.Resync(),
+    p.Goodbye(reason="drained"),
+    p.Submit(
+        fn=1,
+        init=2,
+        ids=[7, 8],
+        payloads=[b"a", b""],
+        chunk_max=5,
+        options=OPTIONS,
+        blobs=(3, 4),
+    ),
+    p.Blob(client=1, blob=2, payload=b"function"),
+    p.Forget(client=1, blobs=[1, 2]),
+    p.Cancel(ids=[7, 8], kill=True),
+    p.Running(ids=[7, 8]),
+    p.Results(ids=[7, 8, 9], statuses=b"\0\1\2", payloads=[b"a", b"b", b""]),
+    p.Failed(id=7, kind=p.CRASHED, story=["it crashed", "again"]),
+    p.Cluster(workers=2, slots=8),
+    p.StatusRequest(),
+    p.Status(
+        workers=[p.WorkerStatus("node-1", "ready", 4, 1, 2, 0.5, 42)],
+        clients=[p.ClientStatus("laptop-7", 1, 2, 3)],
+        queued=1,
+        running=2,
+        done=3,
+        failed=4,
+        reassigned=5,
+        late=6,
+        uptime=7.5,
+    ),
+    p.Shutdown(),
+    p.ShuttingDown(),
+    p.Run(
+        lease=5,
+        client=1,
+        fn=1,
+        init=2,
+        ids=[7, 8],
+        payloads=[b"a", b""],
+        timeout=1.5,
+        attempt=2,
+        blobs=(3, 4),
+    ),
+    p.Revoke(lease=5, indexes=[0, 1], kill=True),
+    p.Done(lease=5, indexes=[0, 1], statuses=b"\0\1", payloads=[b"a", b"b"], seconds=0.5),
+    p.Returned(lease=5, indexes=[1]),
+    p.Crashed(lease=5, index=1, reason="was killed", kind=p.TIMEOUT),
+    p.Drain(),
+]
+
+assert {type(message) for message in WIRE} == set(get_args(p.Wire)), "a kind has no message here"
+assert len({type(message) for message in WIRE}) == len(WIRE)
+
+
+def example(kind: type) -> p.Wire:
+    """The message of that kind."""
+    (message,) = (message for message in WIRE if type(message) is kind)
+    return message
