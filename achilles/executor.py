@@ -8,20 +8,18 @@ and resolves the future.
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import operator
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from achilles.core.status import status_dict
 from achilles.errors import ExecutorForkedError, TerminatedError
 from achilles.futures import Future, as_completed
 from achilles.mailbox import INIT_BLOB, Mailbox
-from achilles.maps import MapCall, name_of, results
+from achilles.maps import name_of, results
 from achilles.options import merge_options
 from achilles.runtime.functions import FunctionTable
 from achilles.runtime.serialize import dumps, dumps_call, join_inline
@@ -231,8 +229,8 @@ class DistributedExecutor(concurrent.futures.Executor):
     ) -> Iterator[T]:
         """Like `map`, in parallel, with results in order.
 
-        The inputs are consumed at the call, unless ``buffersize`` is given: then at most so many items are
-        under way or waiting to be taken, and huge or endless inputs will do.
+        The inputs are consumed at the call, unless ``buffersize`` is given: then at most so many items (times
+        ``chunksize``) are under way or waiting to be taken, and huge or endless inputs will do.
 
         Args:
             timeout: seconds from the call to the last result, or None.
@@ -243,26 +241,9 @@ class DistributedExecutor(concurrent.futures.Executor):
             TypeError: a ``buffersize`` that is no integer.
             concurrent.futures.TimeoutError: from the iterator, when the time is over.
         """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None and (
-            isinstance(buffersize, bool) or not isinstance(buffersize, int)
-        ):
-            raise TypeError("buffersize must be an integer or None")
-        if buffersize is not None and buffersize < 1:
-            raise ValueError("buffersize must be None or > 0")
-        self._check_usable()
-        deadline = None if timeout is None else monotonic() + timeout
-        call = MapCall(self, fn, operator.index(chunksize))
-        items = zip(*iterables)
-        first = items if buffersize is None else itertools.islice(items, buffersize)
-        try:
-            for args in first:
-                call.submit(args)
-        except BaseException:
-            call.cancel()
-            raise
-        return results(call, iter(()) if buffersize is None else items, deadline)
+        return results(
+            self, fn, zip(*iterables), timeout=timeout, chunksize=chunksize, buffersize=buffersize
+        )
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, and free what the executor holds when those that it has are done.
@@ -282,13 +263,53 @@ class DistributedExecutor(concurrent.futures.Executor):
 
     # --- Beyond it --------------------------------------------------------------------------------
 
+    def map_unordered(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Like `map`, with results as they come: a slow item holds up no other."""
+        return results(
+            self,
+            fn,
+            zip(*iterables),
+            timeout=timeout,
+            chunksize=chunksize,
+            buffersize=buffersize,
+            is_ordered=False,
+        )
+
+    def starmap(
+        self,
+        fn: Callable[..., T],
+        iterable: Iterable[Iterable[Any]],
+        *,
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Like `map`, with the arguments of each call together: ``fn(*item)`` for each item."""
+        return results(
+            self,
+            fn,
+            map(tuple, iterable),
+            timeout=timeout,
+            chunksize=chunksize,
+            buffersize=buffersize,
+        )
+
     def as_completed(
         self,
         futures: Iterable[concurrent.futures.Future[T]],
         timeout: float | None = None,
+        *,
+        buffersize: int = 1000,
     ) -> Iterator[concurrent.futures.Future[T]]:
         """The futures as they are done; see `achilles.as_completed`."""
-        return as_completed(futures, timeout)
+        return as_completed(futures, timeout, buffersize=buffersize)
 
     def status(self) -> dict[str, Any]:
         """The cluster in numbers: workers, slots, and tasks queued, running, done, failed, reassigned, late.

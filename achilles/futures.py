@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sized
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -170,14 +172,15 @@ class Future(_Base):
 class MapRun:
     """The outcomes of one `map` call by index, as they come, without a future for each.
 
-    One thread takes them out; the I/O thread puts them in.
+    One thread takes them out, in order; the I/O thread puts them in.
     """
 
     def __init__(self, read: Callable[[int, Any], tuple[Any, BaseException | None]]) -> None:
         self._read = read
         self._outcomes: dict[int, tuple[int, Any]] = {}
         self._condition = threading.Condition(threading.Lock())
-        self._wanted = -1
+        self._next = 0  # of all the first that was not taken
+        self._is_waited_for = False
         self.name = ""
 
     def put(self, index: int, status: int, payload: Any) -> None:
@@ -186,30 +189,43 @@ class MapRun:
 
     def notify(self) -> None:
         """Wake the reader if what it waits for is there."""
-        if self._wanted in self._outcomes:
+        if self._is_waited_for and self.peek() is not None:
             with self._condition:
                 self._condition.notify_all()
 
-    def take(self, index: int, deadline: float | None) -> Any:
-        """The value of the item of that index.
+    def peek(self) -> int | None:
+        """The index of the item whose turn it is, if its outcome is there."""
+        return self._next if self._next in self._outcomes else None
+
+    def wait(self, deadline: float | None) -> int:
+        """The index of the item whose turn it is, as soon as its outcome is there.
 
         Raises:
-            concurrent.futures.TimeoutError: it did not come before the deadline (`time.monotonic`).
-            BaseException: whatever the item raised.
+            concurrent.futures.TimeoutError: that was not before the deadline (`time.monotonic`).
         """
-        outcome = self._outcomes.pop(index, None)
-        if outcome is None:
-            with self._condition:
-                self._wanted = index
-                while index not in self._outcomes:
+        index = self.peek()
+        if index is not None:
+            return index
+        with self._condition:
+            self._is_waited_for = True
+            try:
+                while (index := self.peek()) is None:
                     left = None if deadline is None else deadline - monotonic()
                     if left is not None and left <= 0:
-                        self._wanted = -1
                         raise concurrent.futures.TimeoutError()
                     self._condition.wait(left)
-                self._wanted = -1
-                outcome = self._outcomes.pop(index)
-        value, error = self._read(*outcome)
+            finally:
+                self._is_waited_for = False
+        return index
+
+    def take(self, index: int) -> Any:
+        """The value of an item that `wait` has named.
+
+        Raises:
+            BaseException: whatever the item raised.
+        """
+        self._next = index + 1
+        value, error = self._read(*self._outcomes.pop(index))
         if error is not None:
             try:
                 raise error
@@ -218,12 +234,112 @@ class MapRun:
         return value
 
 
+class UnorderedRun(MapRun):
+    """The same, taken out in the order in which they come."""
+
+    def __init__(self, read: Callable[[int, Any], tuple[Any, BaseException | None]]) -> None:
+        super().__init__(read)
+        self._arrivals: deque[int] = deque()
+
+    def put(self, index: int, status: int, payload: Any) -> None:
+        """An outcome has come; `notify` must follow."""
+        super().put(index, status, payload)
+        self._arrivals.append(index)
+
+    def peek(self) -> int | None:
+        """The index of the item whose outcome came first."""
+        return self._arrivals[0] if self._arrivals else None
+
+    def take(self, index: int) -> Any:
+        """The value of the item that `wait` has named."""
+        self._arrivals.popleft()
+        return super().take(index)
+
+
 def as_completed(
-    futures: Iterable[concurrent.futures.Future[T]], timeout: float | None = None
+    futures: Iterable[concurrent.futures.Future[T]],
+    timeout: float | None = None,
+    *,
+    buffersize: int = 1000,
 ) -> Iterator[concurrent.futures.Future[T]]:
-    """Yield futures as they are done; like the standard function, and a generator of futures will do.
+    """Yield futures as they are done.
+
+    A list, set or other collection is treated as by the standard function: each future once, those first that are
+    done. An iterator may be huge or endless, and may submit as it goes: futures are taken from it until one
+    is done, then one or two for each that is yielded, and never more than ``buffersize`` beyond those. One that
+    it gives again is yielded again, unless it was not yielded yet.
+
+    Args:
+        timeout: seconds from the call to the last future, or None.
 
     Raises:
-        concurrent.futures.TimeoutError: not all were done ``timeout`` seconds after the call.
+        ValueError: ``buffersize`` below 1.
+        concurrent.futures.TimeoutError: from the iterator, when the time is over.
     """
-    return concurrent.futures.as_completed(futures, timeout)
+    if buffersize < 1:
+        raise ValueError("buffersize must be > 0")
+    if isinstance(futures, Sized):
+        return concurrent.futures.as_completed(futures, timeout)
+    deadline = None if timeout is None else monotonic() + timeout
+    return _as_completed_lazily(iter(futures), deadline, buffersize)
+
+
+class Waiter:
+    """What futures call, in the thread that resolves them, when they are done: the standard library's protocol for it."""
+
+    def __init__(self, when_done: Callable[[concurrent.futures.Future[Any]], object]) -> None:
+        self.add_result = self.add_exception = self.add_cancelled = when_done
+
+    def join(self, future: Any) -> bool:
+        """Wait for the future; False if it is done already."""
+        with future._condition:
+            if future._state in (CANCELLED_AND_NOTIFIED, FINISHED):
+                return False
+            future._waiters.append(self)
+        return True
+
+    def leave(self, future: Any) -> None:
+        """Wait for it no more."""
+        with future._condition:
+            if self in future._waiters:
+                future._waiters.remove(self)
+
+
+def _as_completed_lazily(
+    futures: Iterator[concurrent.futures.Future[T]], deadline: float | None, buffersize: int
+) -> Iterator[concurrent.futures.Future[T]]:
+    done: queue.SimpleQueue[concurrent.futures.Future[T]] = queue.SimpleQueue()
+    waiter = Waiter(done.put)
+    held: set[concurrent.futures.Future[T]] = set()  # taken from the input, and not yielded yet
+    is_more = True
+    total = 0
+    try:
+        while True:
+            taken = 0  # more than one for each that is yielded, so that a buffer can build up
+            while is_more and len(held) < buffersize and (taken < 2 or done.empty()):
+                future = next(futures, None)
+                taken += 1
+                if future is None:
+                    is_more = False
+                elif future not in held:
+                    held.add(future)
+                    total += 1
+                    if not waiter.join(future):
+                        done.put(future)
+            if not held:
+                return
+            try:
+                left = None if deadline is None else max(0.0, deadline - monotonic())
+                future = done.get(timeout=left)
+            except queue.Empty:
+                raise concurrent.futures.TimeoutError(
+                    f"{len(held)} (of {total}) futures unfinished"
+                ) from None
+            held.remove(future)
+            waiter.leave(future)
+            box = [future]  # nothing here may keep it once it was given out
+            del future
+            yield box.pop()
+    finally:
+        for future in held:
+            waiter.leave(future)

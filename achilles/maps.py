@@ -1,20 +1,35 @@
 """The family of `DistributedExecutor.map`: calls of one function on many items, without a future for each.
 
-A `MapCall` submits the items of one call, in order; what it gives back, `results` yields.
+A `MapCall` submits the items of one call; its `run` (`futures.MapRun`) gathers their outcomes. Whoever takes one
+out makes room for one more of the input:
+
+    while call.is_open:
+        index = call.run.wait(deadline)     the item whose turn it is
+        call.advance(index)                 submits another one
+        value = call.run.take(index)        or raises what the item raised
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from achilles.futures import MapRun
+from achilles.futures import MapRun, UnorderedRun
 from achilles.mailbox import FAILED
 from achilles.runtime.serialize import dumps_call, load_outcome
 
 if TYPE_CHECKING:
     from achilles.executor import DistributedExecutor
+
+
+def read_outcome(status: int, payload: Any) -> tuple[Any, BaseException | None]:
+    """The value or the error of an item, for a `MapRun`."""
+    if status == FAILED:
+        return None, payload
+    return load_outcome(status, payload)
 
 
 def name_of(fn: Callable[..., Any]) -> str:
@@ -23,31 +38,105 @@ def name_of(fn: Callable[..., Any]) -> str:
 
 
 class MapCall:
-    """One call of `map`: what was submitted of it, in order."""
+    """One call of a function on each of ``items``, which are tuples of arguments.
+
+    All are submitted here, unless ``buffersize`` is given: then that many, times ``chunksize``, and one more at
+    each `advance`.
+
+    Raises:
+        ValueError: ``chunksize`` or ``buffersize`` below 1.
+        TypeError: one of them is no integer.
+        RuntimeError: the executor was shut down.
+        Exception: whatever the input raises.
+    """
 
     def __init__(
-        self, executor: DistributedExecutor, fn: Callable[..., Any], chunksize: int
+        self,
+        executor: DistributedExecutor,
+        fn: Callable[..., Any],
+        items: Iterable[tuple[Any, ...]],
+        *,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        run: MapRun | None = None,
     ) -> None:
-        self.executor = executor  # which must not be collected while its results are taken
-        self.mailbox = executor._mailbox
-        self.run = MapRun(_read_outcome)
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and (
+            isinstance(buffersize, bool) or not isinstance(buffersize, int)
+        ):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        executor._check_usable()
+        self._executor = executor  # which must not be collected while its results are taken
+        self._mailbox = executor._mailbox
+        self.run = run or MapRun(read_outcome)
         self.run.name = name_of(fn)
         self._fn = fn
-        self.ids: deque[int] = deque()  # of the items that were not taken yet; 0: never submitted
-        self._error: Exception | None = None
+        self._ids: dict[int, int] = {}  # by index, of what was not taken yet; 0: never submitted
+        self._error: Exception | None = None  # of the function's pickling
         self._count = 0
+        self._rest: Iterator[tuple[Any, ...]] = iter(())
+        self._input_error: BaseException | None = None
+        self._begin(operator.index(chunksize), iter(items), buffersize)
+
+    def _begin(
+        self, chunksize: int, items: Iterator[tuple[Any, ...]], buffersize: int | None
+    ) -> None:
+        executor = self._executor
         limits = [
             limit for limit in (executor._max_tasks, chunksize if chunksize > 1 else 0) if limit
         ]
         chunk_max = min(limits, default=0)
         try:
             with executor._table_lock:
-                number, self._blob = executor._functions.encode(fn, shared=True)
+                number, self._blob = executor._functions.encode(self._fn, shared=True)
             self._group = executor._group(number, chunk_max)
         except Exception as error:
             self._error = error
+        if buffersize is not None:
+            self._rest = items
+            items = itertools.islice(items, buffersize * chunksize)
+        try:
+            for args in items:
+                self._submit(args)
+        except BaseException:
+            self.cancel()
+            raise
 
-    def submit(self, args: tuple[Any, ...]) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether there is an item to take.
+
+        Raises:
+            BaseException: there is none, and the input has ended with this error.
+        """
+        if self._ids:
+            return True
+        if self._input_error is not None:
+            error, self._input_error = self._input_error, None
+            raise error
+        return False
+
+    def advance(self, index: int) -> None:
+        """That item is taken: submit another one. An error of the input is raised when its turn comes."""
+        del self._ids[index]
+        try:
+            for args in self._rest:
+                self._submit(args)
+                return
+        except BaseException as error:
+            self._rest = iter(())
+            self._input_error = error
+
+    def cancel(self) -> None:
+        """Nobody takes the rest."""
+        self._mailbox.cancelled([id for id in self._ids.values() if id])
+        self._ids.clear()
+        self._rest = iter(())
+
+    def _submit(self, args: tuple[Any, ...]) -> None:
         """Submit the next item; what cannot be pickled fails when it is its turn."""
         index = self._count
         self._count += 1
@@ -59,39 +148,40 @@ class MapCall:
             except Exception as caught:
                 error = caught
         if error is not None:
-            self.mailbox.put_error(self.run, index, error)
-            self.ids.append(0)
+            self._mailbox.put_error(self.run, index, error)
+            self._ids[index] = 0
             return
-        self.ids.append(self.mailbox.submit_item(self._group, self._blob, payload, self.run, index))
-        if not self.executor._core.is_started:
-            self.executor._start()
-
-    def cancel(self) -> None:
-        """Nobody takes the rest."""
-        self.mailbox.cancelled([id for id in self.ids if id])
-        self.ids.clear()
-
-
-def _read_outcome(status: int, payload: Any) -> tuple[Any, BaseException | None]:
-    if status == FAILED:
-        return None, payload
-    return load_outcome(status, payload)
+        self._ids[index] = self._mailbox.submit_item(
+            self._group, self._blob, payload, self.run, index
+        )
+        if not self._executor._core.is_started:
+            self._executor._start()
 
 
 def results(
-    call: MapCall, rest: Iterator[tuple[Any, ...]], deadline: float | None
+    executor: DistributedExecutor,
+    fn: Callable[..., Any],
+    items: Iterable[tuple[Any, ...]],
+    *,
+    timeout: float | None = None,
+    chunksize: int = 1,
+    buffersize: int | None = None,
+    is_ordered: bool = True,
 ) -> Iterator[Any]:
-    """Yield results in order, submitting one of the rest for each that is taken."""
-    index = 0
-    take = call.run.take
+    """Submit now, as `MapCall` does, and yield the values later, in order or as they come."""
+    deadline = None if timeout is None else monotonic() + timeout
+    run = MapRun(read_outcome) if is_ordered else UnorderedRun(read_outcome)
+    call = MapCall(executor, fn, items, chunksize=chunksize, buffersize=buffersize, run=run)
+    return _take(call, deadline)
+
+
+def _take(call: MapCall, deadline: float | None) -> Iterator[Any]:
+    run = call.run
     try:
-        while call.ids:
-            value = [take(index, deadline)]  # nothing here may keep it once it was given out
-            call.ids.popleft()
-            index += 1
-            for args in rest:
-                call.submit(args)
-                break
+        while call.is_open:
+            index = run.wait(deadline)
+            call.advance(index)
+            value = [run.take(index)]  # nothing here may keep it once it was given out
             yield value.pop()
     finally:
         call.cancel()

@@ -287,5 +287,98 @@ def test_buffered_iterator_after_shutdown(make: Maker) -> None:
     executor = make()
     results = executor.map(tasks.echo, range(10), buffersize=3)
     executor.shutdown()
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        next(results)
+
+
+@of_modes(*OURS)
+def test_the_first_of_a_million_comes_at_once(make: Maker) -> None:
+    executor = make()
+    executor.submit(tasks.add, 1).result()
+    for call in (executor.map, executor.map_unordered):
+        start = time.monotonic()
+        results = call(tasks.add, range(1_000_000), buffersize=1000)
+        assert next(results) >= 1
+        assert time.monotonic() - start < 0.2
+        results.close()
+
+
+# --- Beyond the standard library ------------------------------------------------------------------
+
+
+@of_modes(*OURS)
+@pytest.mark.parametrize("buffersize", [1, 7, None])
+def test_map_unordered(make: Maker, buffersize: int | None) -> None:
+    results = make().map_unordered(pow, range(50), itertools.repeat(2), buffersize=buffersize)
+    assert sorted(results) == [n * n for n in range(50)]
+
+
+@of_modes(*OURS)
+def test_map_unordered_waits_for_no_slow_item(make: Maker) -> None:
+    executor = make()
+    list(executor.map(tasks.pause, [0.05] * 2))
+    results = executor.map_unordered(tasks.pause, [1.0] + [0.0] * 30, range(31))
+    assert [next(results) for _ in range(30)] != list(range(30))
+    assert next(results) == 0
+    assert list(results) == []
+
+
+@of_modes(*OURS)
+def test_map_unordered_without_an_end(make: Maker) -> None:
+    inputs = itertools.count()
+    results = make().map_unordered(tasks.echo, inputs, buffersize=4)
+    seen = {next(results) for _ in range(100)}
+    assert len(seen) == 100
+    assert max(seen) <= 104
+    assert next(inputs) == 104
+    results.close()
+
+
+@of_modes(*OURS)
+def test_map_unordered_with_a_timeout(make: Maker) -> None:
+    executor = make()
+    list(executor.map(tasks.pause, [0.05] * 2))
+    results = executor.map_unordered(tasks.pause, [2, 0, 0], range(3), timeout=0.5)
+    assert {next(results), next(results)} == {1, 2}
+    with pytest.raises(concurrent.futures.TimeoutError):
+        next(results)
+    assert list(results) == []
+
+
+@of_modes(*OURS)
+def test_map_unordered_with_an_error(make: Maker) -> None:
+    results = make().map_unordered(functools.partial(tasks.fail_at, bad=2), range(5))
+    with pytest.raises(ValueError, match="bad 2"):
         list(results)
+    assert list(results) == []
+
+
+@of_modes(*OURS)
+def test_starmap(make: Maker) -> None:
+    executor = make()
+    assert list(executor.starmap(pow, [(2, 3), [3, 2]])) == [8, 9]
+    assert list(executor.starmap(tasks.capture, [(), (1,), "ab"], chunksize=2)) == [
+        ((), {}),
+        ((1,), {}),
+        (("a", "b"), {}),
+    ]
+    endless = executor.starmap(tasks.add, zip(itertools.count(), itertools.count()), buffersize=3)
+    assert [next(endless) for _ in range(5)] == [0, 2, 4, 6, 8]
+    endless.close()
+    executor.shutdown()
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        executor.starmap(pow, [(1, 2)])
+
+
+@of_modes(*OURS)
+def test_as_completed_of_an_endless_generator(make: Maker) -> None:
+    executor = make()
+    submitted = itertools.count()
+    futures = (executor.submit(tasks.add, n) for n in submitted)
+    done = executor.as_completed(futures, timeout=20, buffersize=10)
+    values = {next(done).result() for _ in range(200)}
+    assert len(values) == 200
+    assert max(values) <= 210
+    done.close()
+    assert next(submitted) <= 210

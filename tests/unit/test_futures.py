@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import gc
+import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from time import monotonic
 from typing import Any
 
 import pytest
 
-from achilles.futures import Future, MapRun, as_completed
+from achilles.futures import Future, MapRun, UnorderedRun, as_completed
 
 FUTURES = 300
 ROUNDS = 30
@@ -218,25 +220,25 @@ def test_items_are_taken_in_any_order() -> None:
     for index in (2, 0, 1):
         run.put(index, 0, f"value {index}")
         run.notify()
-    assert [run.take(index, None) for index in range(3)] == ["value 0", "value 1", "value 2"]
+    assert [run.take(run.wait(None)) for _ in range(3)] == ["value 0", "value 1", "value 2"]
 
 
 def test_an_item_that_failed() -> None:
     run = MapRun(read)
     run.put(0, 1, LookupError("gone"))
     with pytest.raises(LookupError, match="gone"):
-        run.take(0, None)
+        run.take(run.wait(None))
 
 
 def test_an_item_that_does_not_come_in_time() -> None:
     run = MapRun(read)
     start = monotonic()
     with pytest.raises(concurrent.futures.TimeoutError):
-        run.take(0, start + 0.05)
+        run.wait(start + 0.05)
     assert 0.04 < monotonic() - start < 2
     run.put(0, 0, "late")
     run.notify()
-    assert run.take(0, start) == "late"
+    assert run.take(run.wait(start)) == "late"
 
 
 @pytest.mark.usefixtures("fast_switches")
@@ -250,7 +252,7 @@ def test_items_that_come_while_they_are_waited_for() -> None:
 
     thread = threading.Thread(target=put)
     thread.start()
-    assert [run.take(index, monotonic() + 10) for index in range(5000)] == list(range(5000))
+    assert [run.take(run.wait(monotonic() + 10)) for _ in range(5000)] == list(range(5000))
     thread.join()
 
 
@@ -261,7 +263,7 @@ def test_an_error_is_not_kept_by_its_own_traceback() -> None:
     gc.disable()
     try:
         with pytest.raises(LookupError) as caught:
-            run.take(0, None)
+            run.take(run.wait(None))
         frames = []
         traceback = caught.value.__traceback__
         while traceback is not None:
@@ -272,10 +274,162 @@ def test_an_error_is_not_kept_by_its_own_traceback() -> None:
         gc.enable()
 
 
-def test_as_completed_takes_a_generator(owner: Owner) -> None:
-    futures = [Future(owner, id, "f") for id in range(3)]
-    for future in futures:
-        future.resolve(1, None)
-    assert set(as_completed(iter(futures))) == set(futures)
+def test_items_are_taken_as_they_come() -> None:
+    run = UnorderedRun(read)
+    for index in (2, 0):
+        run.put(index, 0, f"value {index}")
+        run.notify()
+    run.put(1, 1, LookupError("gone"))
+    assert [run.take(run.wait(None)) for _ in range(2)] == ["value 2", "value 0"]
+    index = run.wait(None)
+    assert index == 1
+    with pytest.raises(LookupError, match="gone"):
+        run.take(index)
     with pytest.raises(concurrent.futures.TimeoutError):
-        list(as_completed([Future(owner, 9, "f")], timeout=0.01))
+        run.wait(monotonic() + 0.01)
+
+
+@pytest.mark.usefixtures("fast_switches")
+def test_items_that_come_in_any_order_while_they_are_waited_for() -> None:
+    run = UnorderedRun(read)
+
+    def put(start: int) -> None:
+        for index in range(start, 6000, 2):
+            run.put(index, 0, index)
+            run.notify()
+
+    threads = [threading.Thread(target=put, args=(start,)) for start in range(2)]
+    for thread in threads:
+        thread.start()
+    taken = [run.take(run.wait(monotonic() + 10)) for _ in range(6000)]
+    assert sorted(taken) == list(range(6000))
+    for thread in threads:
+        thread.join()
+
+
+# --- as_completed ---------------------------------------------------------------------------------
+
+
+def make_futures(owner: Owner, *states: str) -> list[Future]:
+    """Futures that are ``done``, or not."""
+    futures = [Future(owner, id, "f") for id in range(len(states))]
+    for future, state in zip(futures, states):
+        if state == "done":
+            future.resolve(1, None)
+    return futures
+
+
+def test_as_completed_of_a_collection(owner: Owner) -> None:
+    waiting, done, other = make_futures(owner, "not", "done", "done")
+    found = as_completed([waiting, done, done, other], timeout=0.01)
+    assert {next(found), next(found)} == {done, other}
+    with pytest.raises(concurrent.futures.TimeoutError, match=r"1 \(of 3\) futures unfinished"):
+        next(found)
+
+
+def test_as_completed_of_an_iterator(owner: Owner) -> None:
+    futures = make_futures(owner, "not", "done", "not", "done")
+    found = as_completed(iter(futures), timeout=10)
+    assert [next(found), next(found)] == [futures[1], futures[3]]
+    futures[2].cancel()
+    assert next(found) is futures[2]
+    futures[0].resolve(None, LookupError())
+    assert list(found) == [futures[0]]
+    assert list(as_completed(iter(()))) == []
+
+
+def test_as_completed_takes_no_more_than_it_needs(owner: Owner) -> None:
+    """The first that is done is yielded before the next is taken, and a buffer builds up."""
+    made: list[Future] = []
+
+    def submit() -> Iterator[Future]:
+        while True:
+            made.append(Future(owner, len(made), "f"))
+            if len(made) != 3:
+                made[-1].resolve(1, None)
+            yield made[-1]
+
+    found = as_completed(submit(), buffersize=5)
+    taken = []
+    for _ in range(10):
+        next(found)
+        taken.append(len(made))
+    assert taken == [2, 4, 6, 8, 9, 10, 11, 12, 13, 14]
+    assert len(made[2]._waiters) == 1  # which is waited for
+    found.close()  # type: ignore[attr-defined]
+    assert made[2]._waiters == []
+
+
+def test_as_completed_fills_its_buffer_while_nothing_is_done(owner: Owner) -> None:
+    made: list[Future] = []
+
+    def submit() -> Iterator[Future]:
+        while True:
+            made.append(Future(owner, len(made), "f"))
+            yield made[-1]
+
+    found = as_completed(submit(), timeout=0.01, buffersize=7)
+    with pytest.raises(concurrent.futures.TimeoutError, match=r"7 \(of 7\) futures unfinished"):
+        next(found)
+    assert len(made) == 7
+    assert [future._waiters for future in made] == [[]] * 7
+
+
+def test_as_completed_of_an_iterator_that_repeats_itself(owner: Owner) -> None:
+    waiting, done = make_futures(owner, "not", "done")
+    assert list(as_completed(iter([done, done]))) == [done]
+    waiting.start()
+    threading.Timer(0.05, waiting.resolve, (1, None)).start()
+    found = as_completed(itertools.repeat(waiting), timeout=10)
+    assert [next(found), next(found)] == [waiting, waiting]
+
+
+def test_as_completed_when_the_iterator_raises(owner: Owner) -> None:
+    waiting = Future(owner, 1, "f")
+
+    def submit() -> Iterator[Future]:
+        yield waiting
+        raise LookupError("of the input")
+
+    with pytest.raises(LookupError, match="of the input"):
+        next(as_completed(submit()))
+    assert waiting._waiters == []
+
+
+def test_as_completed_keeps_nothing_that_it_has_yielded(owner: Owner) -> None:
+    futures = (make_futures(owner, "done").pop() for _ in range(5))
+    for future in as_completed(futures, buffersize=1):
+        reference = weakref.ref(future)
+        del future
+        assert reference() is None
+
+
+def test_as_completed_waits_for_others_kinds_of_futures(owner: Owner) -> None:
+    ours, theirs = Future(owner, 1, "f"), concurrent.futures.Future[int]()
+    found = as_completed(iter([ours, theirs]), timeout=10)
+    threading.Timer(0.02, theirs.set_result, (2,)).start()
+    assert next(found) is theirs
+    threading.Timer(0.02, ours.resolve, (1, None)).start()
+    assert next(found) is ours
+
+
+def test_as_completed_needs_a_buffer(owner: Owner) -> None:
+    with pytest.raises(ValueError, match="buffersize must be > 0"):
+        as_completed(iter(()), buffersize=0)
+
+
+@pytest.mark.usefixtures("fast_switches")
+def test_as_completed_of_an_iterator_while_outcomes_come(owner: Owner) -> None:
+    for _ in range(ROUNDS):
+        futures = [Future(owner, id, "f") for id in range(FUTURES)]
+
+        def resolve(futures: list[Future] = futures) -> None:
+            for n, future in enumerate(futures):
+                future.start()
+                future.resolve(n, None)
+
+        thread = threading.Thread(target=resolve)
+        thread.start()
+        found = list(as_completed(iter(futures), 10, buffersize=20))
+        assert sorted(map(id, found)) == sorted(map(id, futures))
+        thread.join()

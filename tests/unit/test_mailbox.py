@@ -87,7 +87,7 @@ def test_results_resolve_futures_and_items(box: Box) -> None:
     box.drain()
     assert box.receive(values(1, item, 99)) == []
     assert future.result(0) == 10
-    assert run.take(4, 0) == 20
+    assert run.take(4) == 20
     assert box.is_empty
 
 
@@ -130,7 +130,7 @@ def test_given_up_tasks_are_named(box: Box) -> None:
     assert str(crashed.exception(0)).startswith("work() (task 1)")
     assert type(lost.exception(0)) is WorkerLostError
     with pytest.raises(TaskCrashedError, match=r"each\(\), item 4 of a map \(task 3\)"):
-        run.take(4, 0)
+        run.take(4)
 
 
 def test_what_does_not_run_can_be_cancelled_together(box: Box) -> None:
@@ -142,10 +142,10 @@ def test_what_does_not_run_can_be_cancelled_together(box: Box) -> None:
     assert running.running()
     assert waiting.cancelled()
     with pytest.raises(concurrent.futures.CancelledError):
-        run.take(1, 0)
+        run.take(1)
     box.drop([2, items[1]])
     box.receive(values(1, items[0]))
-    assert run.take(0, 0) == 30
+    assert run.take(0) == 30
     assert box.is_empty
 
 
@@ -176,7 +176,7 @@ def test_everything_fails_with_errors_of_its_own(box: Box) -> None:
     assert isinstance(first.exception(0), BrokerLostError)
     assert cancelled.cancelled()
     with pytest.raises(BrokerLostError):
-        run.take(0, 0)
+        run.take(0)
     with pytest.raises(BrokerLostError) as caught:
         box.add()
     assert caught.value is not box.broken
