@@ -12,7 +12,7 @@ import operator
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from achilles.core.status import status_dict
@@ -299,6 +299,37 @@ class DistributedExecutor(concurrent.futures.Executor):
             timeout=timeout,
             chunksize=chunksize,
             buffersize=buffersize,
+        )
+
+    async def asubmit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """`submit`, and the result for a coroutine, when it is awaited.
+
+        If the awaiting task is cancelled (by `asyncio.timeout` or `asyncio.wait_for`, for example), so is the future.
+        """
+        from achilles.aio import outcome
+
+        value: T = await outcome(self.submit(fn, *args, **kwargs))
+        return value
+
+    def amap(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> AsyncGenerator[T, None]:
+        """Like `map`, for ``async for``; what is not taken is cancelled when the iteration ends.
+
+        The inputs are plain iterables, and are read in the event loop's thread.
+
+        Raises:
+            asyncio.TimeoutError: from the iterator, ``timeout`` seconds after the call.
+        """
+        from achilles.aio import results
+
+        return results(
+            self, fn, zip(*iterables), timeout=timeout, chunksize=chunksize, buffersize=buffersize
         )
 
     def as_completed(

@@ -38,6 +38,7 @@ HEIGHTS = {
     "local": 3,
     "maps": 3,
     "options": 3,
+    "aio": 3,
     "net": 3,
     "executor": 4,
     "pool": 5,
@@ -47,6 +48,7 @@ HEIGHTS = {
 ONE_ROOM = [
     {"errors", "task_errors"},
     {"futures", "mailbox"},
+    {"maps", "aio"},
 ]  # of one height, and may know each other
 CONFIG_USERS = {"config", "executor", "pool", "cli"}
 ALLOWED_EDGES = {
