@@ -8,6 +8,7 @@ and resolves the future.
 from __future__ import annotations
 
 import concurrent.futures
+import html
 import operator
 import os
 import threading
@@ -87,7 +88,21 @@ def _at_exit() -> None:
 
 
 threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
-os.register_at_fork(after_in_child=_LIVE.clear)
+
+
+def _after_fork() -> None:
+    """A forked child has none of the threads that would resolve what it inherits."""
+    for backend in list(_LIVE):
+        backend.mailbox.abandon(
+            lambda: ExecutorForkedError(
+                "the task is of the parent process, which alone has its result; "
+                "make an executor after the fork"
+            )
+        )
+    _LIVE.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _default_slots() -> int:
@@ -377,6 +392,24 @@ class DistributedExecutor(concurrent.futures.Executor):
     def _broken(self) -> bool | str:
         broken = self._mailbox.broken
         return str(broken) or repr(broken) if broken is not None else False
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks, of what is known here: nobody is asked for it."""
+        state = "shut down" if self._shutdown else "running" if self._core.is_started else "unused"
+        rows = {
+            "runs on": repr(self._core.backend),
+            "state": f"broken: {self._broken}" if self._broken else state,
+            "tasks at once": self.size,
+            "tasks without a result": self._mailbox.unresolved,
+        }
+        if self._mailbox.workers >= 0:
+            rows["workers"] = self._mailbox.workers
+        cells = (
+            f'<tr><th style="text-align: left">{name}</th>'
+            f'<td style="text-align: left">{html.escape(str(value))}</td></tr>'
+            for name, value in rows.items()
+        )
+        return f"<table><caption>{type(self).__name__}</caption>{''.join(cells)}</table>"
 
     def __repr__(self) -> str:
         state = "shut down" if self._core.is_shut_down else f"{self._mailbox.unresolved} tasks"

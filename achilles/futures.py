@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import queue
 import threading
 from collections import deque
@@ -50,6 +51,16 @@ class _Done:
 
 _DONE = _Done()
 _start_lock = threading.Lock()  # of all futures; held for a line or two
+
+
+def _renew_lock() -> None:
+    global _start_lock
+    _start_lock = threading.Lock()
+
+
+os.register_at_fork(
+    after_in_child=_renew_lock
+)  # a thread that is not in the child may have held it
 
 
 class Owner(Protocol):
@@ -160,6 +171,13 @@ class Future(_Base):
                     waiter.add_exception(self)
             condition.notify_all()
         return True
+
+    def abandon(self, error: BaseException) -> None:
+        """`resolve` in a forked child, where no other thread is, and locks may be held by those that were."""
+        if self._state in (PENDING, RUNNING):
+            self._exception = error
+            self._state = FINISHED
+            self.__dict__["_own_condition"] = _DONE
 
     def _invoke_callbacks(self) -> None:
         if self._done_callbacks and not self._owner.call_back(self):

@@ -313,6 +313,19 @@ class Mailbox:
                 self.deliver_error(id, make_error())
         return ids
 
+    def abandon(self, make_error: Callable[[], BaseException]) -> None:
+        """In a forked child, which has no I/O thread: everything unresolved fails, with an error of its own.
+
+        Takes no lock: another thread of the parent may have held it at the fork.
+        """
+        self._wake = _wake_nobody
+        for sink in [*self._sinks.values(), *(item[-1] for item in self._inbox)]:
+            if isinstance(sink, Future):
+                sink.abandon(make_error())
+            else:
+                run, index = sink
+                run.put(index, FAILED, make_error())
+
     def cancel_pending(self) -> list[int]:
         """Cancel every task that is not running; the ids."""
         cancelled = []
@@ -366,6 +379,10 @@ class Mailbox:
             return error
 
         return self.fail_all(make_error)
+
+
+def _wake_nobody() -> None:
+    """For a process without an I/O thread."""
 
 
 def _run_callbacks(waiting: queue.SimpleQueue[Future | None]) -> None:

@@ -143,6 +143,21 @@ def test_the_standard_setters_work_too(owner: Owner) -> None:
         done.set_result(2)
 
 
+def test_what_is_abandoned_has_failed(owner: Owner) -> None:
+    """In a forked child."""
+    waiting, cancelled, done = (Future(owner, id, "f") for id in range(3))
+    waiting._condition.acquire()
+    cancelled.cancel()
+    done.resolve(1, None)
+    for future in (waiting, cancelled, done):
+        future.abandon(LookupError("of the parent"))
+    with pytest.raises(LookupError, match="of the parent"):
+        waiting.result(0)
+    assert cancelled.cancelled()
+    assert done.result(0) == 1
+    assert concurrent.futures.wait([waiting, cancelled, done], 0).not_done == set()
+
+
 def test_repr_and_attributes(future: Future) -> None:
     assert repr(future).endswith("state=pending>")
     future.resolve(1, None)

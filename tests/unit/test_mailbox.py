@@ -220,3 +220,28 @@ def test_submissions_learn_blobs(box: Box) -> None:
 def test_the_clusters_size_is_kept(box: Box) -> None:
     box.receive(p.Cluster(3, 12))
     assert (box.workers, box.slots) == (3, 12)
+
+
+def test_in_a_forked_child_everything_fails_without_a_lock(box: Box) -> None:
+    def make_error() -> BrokerLostError:
+        return BrokerLostError("of the parent")
+
+    done, sent, run = box.add(), box.add(), MapRun(read)
+    box.submit_item(box.plain, b"", b"", run, 0)
+    box.drain()
+    box.receive(values(1))
+    waiting = box.add()
+    box.submit_item(box.plain, b"", b"", run, 1)
+    wakes = box.wakes
+    with box._lock, sent._condition:  # as if a thread of the parent had held them at the fork
+        box.abandon(make_error)
+        errors = [future.exception(0) for future in (sent, waiting)]
+        assert {type(error) for error in errors} == {BrokerLostError}
+        assert errors[0] is not errors[1]
+        for _ in range(2):
+            with pytest.raises(BrokerLostError, match="of the parent"):
+                run.take(run.wait(0))
+        box.is_awake = False
+        box.cancelled([2, 3])
+    assert done.result(0) == 10
+    assert box.wakes == wakes
