@@ -20,6 +20,7 @@ from time import monotonic
 from achilles.core import agent, dispatch, scheduler, submission
 from achilles.core import protocol as p
 from achilles.mailbox import Mailbox
+from achilles.runtime.authkey import own_authkey
 from achilles.runtime.host import RunnerHost
 from achilles.runtime.loop import Loop
 
@@ -46,6 +47,7 @@ class LocalCluster:
             unregister=self._loop.unregister,
             path=list(sys.path),
             cwd=None,
+            authkey=own_authkey(),
         )
         self._sends: deque[submission.Send | dispatch.Send | agent.Send] = deque()
         self._requests: deque[Callable[[], None]] = deque()

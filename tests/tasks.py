@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,10 @@ def add(a: int, b: int = 1) -> int:
 
 def echo(value: Any) -> Any:
     return value
+
+
+def put(mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+    mapping[key] = value
 
 
 def capture(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -64,6 +64,7 @@ class RunnerHost:
 
     ``register(fd, callback, write=False)`` watches ``fd`` for reading, or for both with ``write``; it is
     called again to change that. The callbacks gather events, which `collect` hands out.
+    ``authkey`` is multiprocessing's, where runners belong to one program.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class RunnerHost:
         path: list[str] | None,
         cwd: str | None,
         environ: dict[str, str] | None = None,
+        authkey: bytes | None = None,
     ) -> None:
         self.register = register
         self.unregister = unregister
         self.environ = environ
-        self.setup = {"path": path, "cwd": cwd}
+        self.setup = {"path": path, "cwd": cwd, "authkey": authkey}
         self.runners: dict[int, _Runner] = {}
         self.polled: set[_Runner] = set()  # those that something is awaited of which wakes nobody
         self.dying: set[_Runner] = set()  # killed, or their channel ended, but not seen to exit

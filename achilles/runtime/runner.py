@@ -155,8 +155,8 @@ class Runner:
             case ("discard", count):
                 for _ in range(count):
                     self._receive()
-            case ("setup", {"path": path, "cwd": cwd}):
-                _setup(path, cwd)
+            case ("setup", {"path": path, "cwd": cwd, "authkey": authkey}):
+                _setup(path, cwd, authkey)
             case ("sync",):
                 return (0, 0, 0, 0, [], 1, ())
             case unknown:
@@ -299,7 +299,7 @@ class Runner:
         self.woken = perf_counter()
 
 
-def _setup(path: list[str] | None, cwd: str | None) -> None:
+def _setup(path: list[str] | None, cwd: str | None, authkey: bytes | None) -> None:
     if path is not None:
         sys.path[:] = path
     if cwd is not None:
@@ -307,6 +307,10 @@ def _setup(path: list[str] | None, cwd: str | None) -> None:
             os.chdir(cwd)
         except OSError:
             pass  # it is gone, or not ours to enter; tasks that need it will say so
+    if authkey is not None:
+        from achilles.runtime.authkey import set_authkey
+
+        set_authkey(authkey)
 
 
 def _dump_error(error: BaseException, *, is_loaded: bool) -> bytes:

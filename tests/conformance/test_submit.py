@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import multiprocessing
 import threading
 import time
 import weakref
@@ -13,7 +14,17 @@ from typing import Any
 import pytest
 
 from tests import tasks
-from tests.modes import ALL, OURS, STANDARD, THREADS, Maker, of_modes, wait_until
+from tests.modes import (
+    ALL,
+    EMBEDDED,
+    OURS,
+    PROCESSES,
+    STANDARD,
+    THREADS,
+    Maker,
+    of_modes,
+    wait_until,
+)
 
 
 @of_modes(*ALL)
@@ -397,6 +408,16 @@ def test_lambdas_and_closures(make: Maker) -> None:
         value = base
 
     assert executor.submit(lambda: Local().value).result() == 40
+
+
+@of_modes(THREADS, PROCESSES, EMBEDDED)
+def test_proxies_of_a_manager(make: Maker) -> None:
+    executor = make(1)
+    executor.submit(tasks.add, 1).result()  # the process may be there before the manager
+    with multiprocessing.get_context("spawn").Manager() as manager:
+        shared = manager.dict()
+        executor.submit(tasks.put, shared, "key", 5).result()
+        assert dict(shared) == {"key": 5}
 
 
 @of_modes(THREADS, *STANDARD)
