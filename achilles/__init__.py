@@ -13,16 +13,25 @@ if TYPE_CHECKING:
     from achilles import errors
     from achilles.executor import DistributedExecutor
     from achilles.futures import as_completed
+    from achilles.register import register_joblib
     from achilles.runtime.context import current_attempt
 
 __version__ = "0.1.0"
 
-__all__ = ["DistributedExecutor", "__version__", "as_completed", "current_attempt", "errors"]
+__all__ = [
+    "DistributedExecutor",
+    "__version__",
+    "as_completed",
+    "current_attempt",
+    "errors",
+    "register_joblib",
+]
 
 _HOMES = {
     "DistributedExecutor": "achilles.executor",
     "as_completed": "achilles.futures",
     "current_attempt": "achilles.runtime.context",
+    "register_joblib": "achilles.register",
 }
 
 

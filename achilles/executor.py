@@ -395,7 +395,13 @@ class DistributedExecutor(concurrent.futures.Executor):
 
     def _repr_html_(self) -> str:
         """A table for notebooks, of what is known here: nobody is asked for it."""
-        state = "shut down" if self._shutdown else "running" if self._core.is_started else "unused"
+        state = (
+            "shut down"
+            if self._core.is_shut_down
+            else "running"
+            if self._core.is_started
+            else "unused"
+        )
         rows = {
             "runs on": repr(self._core.backend),
             "state": f"broken: {self._broken}" if self._broken else state,

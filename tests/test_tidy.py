@@ -42,15 +42,18 @@ HEIGHTS = {
     "net": 3,
     "executor": 4,
     "pool": 5,
+    "joblib_backend": 5,
     "cli": 6,
+    "register": 6,
     "__main__": 7,
 }
 ONE_ROOM = [
     {"errors", "task_errors"},
     {"futures", "mailbox"},
     {"maps", "aio"},
+    {"register", "joblib_backend"},
 ]  # of one height, and may know each other
-CONFIG_USERS = {"config", "executor", "pool", "cli"}
+CONFIG_USERS = {"config", "executor", "joblib_backend", "pool", "cli"}
 ALLOWED_EDGES = {
     (
         "achilles.runtime.host",
@@ -70,6 +73,10 @@ HOMES: dict[str, tuple[set[str], str]] = {
         "it is slow to import, and only the host of runners looks at processes",
     ),
     "click": ({"cli"}, "executors and runners must not depend on how a command line is read"),
+    "joblib": (
+        {"joblib_backend", "register"},
+        "it is an extra, and slow to import",
+    ),
     "rich": ({"cli"}, "it is an extra, for the eyes only"),
     "tomllib": ({"config"}, "settings are read in one place, which can say where each came from"),
     "tomli": ({"config"}, "settings are read in one place, which can say where each came from"),
