@@ -252,7 +252,7 @@ class _Lease:
 
     @property
     def is_usable(self) -> bool:
-        return not self.executor._shutdown and not self.executor._broken
+        return not self.executor._core.is_shut_down and not self.executor._broken
 
     def give_back(self) -> None:
         """The call is over; the executor waits for another one, for a while."""
