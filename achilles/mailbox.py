@@ -58,6 +58,7 @@ class Mailbox:
         self.is_closing = False  # no more submissions; end when everything is resolved
         self.broken: BaseException | None = None
         self.init_blob = b""  # the pickle of (initializer, initargs)
+        self.on_letter: Callable[[p.Letter], None] = lambda letter: None  # of a runner to us
         self.workers = -1  # unknown
         self.slots = 0
 
@@ -230,6 +231,8 @@ class Mailbox:
                 self._fail(message)
             case p.Cluster(workers=workers, slots=slots):
                 self.workers, self.slots = workers, slots
+            case p.Letter():
+                self.on_letter(message)
             case p.Status() | p.ShuttingDown() | p.Goodbye():
                 pass  # of no concern to tasks
         return []

@@ -130,6 +130,8 @@ class Agent:
                 return self._forget(client, blobs)
             case p.Revoke():
                 return self._revoke(message)
+            case p.Letter(runner=runner, client=client, kind=kind, body=body):
+                return [Send("host", p.ToRunner(runner, client, kind, body))]
             case p.Drain():
                 return self.drain()
             case p.Goodbye():
@@ -141,7 +143,7 @@ class Agent:
             case p.RunnerDied():
                 return self._died(message, now)
             case p.FromRunner():
-                return []
+                return self._letter(message)
 
     def tick(self, now: float) -> list[Send]:
         """Call back what waits behind a task that runs long; end the task that ran for too long."""
@@ -387,6 +389,16 @@ class Agent:
                 runner.given -= len(back)
                 sends += self._give_back(chunk, back)
         return sends
+
+    def _letter(self, letter: p.FromRunner) -> list[Send]:
+        """Pass a runner's letter on, if it concerns the client that the runner works for."""
+        runner = self._runners.get(letter.runner)
+        if runner is None or all(chunk.run.client != letter.client for chunk in runner.chunks):
+            return []
+        if letter.kind not in (p.IMPORT, p.OUTPUT) or len(letter.body) > p.LETTER_MAX:
+            return []  # user code can write there what it likes
+        passed = p.Letter(0, letter.runner, letter.client, letter.kind, letter.body)
+        return [Send("broker", passed)]
 
     def _died(self, message: p.RunnerDied, now: float) -> list[Send]:
         runner = self._runners.pop(message.runner, None)

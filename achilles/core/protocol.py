@@ -38,6 +38,7 @@ PARTS_MAX = 4096
 TASKS_MAX = 10_000
 BLOBS_MAX = 64  # of one group
 TAGS_MAX = 64
+LETTER_MAX = 5 << 20
 TEXT_MAX = 4096
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -117,6 +118,11 @@ class Group(NamedTuple):
         return tuple(blob for blob in (self.fn, self.init, *self.blobs) if blob)
 
 
+# Kinds of letters, as in ``runtime.side``, which must not know this module.
+IMPORT = 2
+OUTPUT = 3
+
+
 # --- Sessions: either peer and the broker ---------------------------------------------------------
 
 
@@ -176,6 +182,19 @@ class Goodbye(Message, tag="bye"):
     """The sender ends the session on purpose."""
 
     reason: str = ""
+
+
+class Letter(Message, tag="letter"):
+    """From a runner to the client whose task it runs, and back; opaque to all in between.
+
+    ``worker`` and ``client`` are the broker's numbers for them (``worker`` is 0 on the worker's side).
+    """
+
+    worker: int
+    runner: int
+    client: int
+    kind: int  # IMPORT or OUTPUT
+    body: bytes
 
 
 # --- Client and broker ----------------------------------------------------------------------------
@@ -462,11 +481,13 @@ RunnerCommand: TypeAlias = Spawn | Load | Unload | Execute | Recall | Kill | Ret
 RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied | FromRunner
 
 # What may cross the wire, by who sends it. The broker refuses the rest by role (default deny).
-FromClient: TypeAlias = Submit | Blob | Forget | Cancel | StatusRequest | Goodbye
+FromClient: TypeAlias = Submit | Blob | Forget | Cancel | Letter | StatusRequest | Goodbye
 FromAdmin: TypeAlias = StatusRequest | Shutdown | Goodbye
-FromWorker: TypeAlias = Done | Returned | Crashed | Drain | Goodbye
-ToClient: TypeAlias = Running | Results | Failed | Cluster | Status | ShuttingDown | Goodbye
-ToWorker: TypeAlias = Run | Revoke | Blob | Forget | Drain | Goodbye
+FromWorker: TypeAlias = Done | Returned | Crashed | Letter | Drain | Goodbye
+ToClient: TypeAlias = (
+    Running | Results | Failed | Cluster | Letter | Status | ShuttingDown | Goodbye
+)
+ToWorker: TypeAlias = Run | Revoke | Blob | Forget | Letter | Drain | Goodbye
 Session: TypeAlias = ClientHello | WorkerHello | Welcome | Refused | Gone | Heartbeat | Resync
 Wire: TypeAlias = FromClient | FromAdmin | FromWorker | ToClient | ToWorker | Session
 
@@ -604,6 +625,10 @@ def _check(message: Wire, frames: Sequence[Buffer]) -> None:
             _check_text("reason", text)
             if kind not in (CRASHED, TIMEOUT):
                 raise ProtocolError("an unknown kind of crash")
+        case Letter(kind=kind, body=body):
+            if kind not in (IMPORT, OUTPUT) or len(body) > LETTER_MAX:
+                raise ProtocolError("a letter of an unknown kind, or an over-long one")
+            _check_range([message.worker, message.runner, message.client])
         case Goodbye(reason=text) | Refused(reason=text):
             _check_text("reason", text)
         case Welcome():

@@ -59,7 +59,7 @@ class Scheduler:
         self._clients: dict[PeerId, Client] = {}
         self._workers: dict[PeerId, Worker] = {}
         self._desk = Dispatcher()
-        self._next_client = 1
+        self._next_number = 1  # of clients and workers
         self._done = self._failed = self._reassigned = self._late = 0
 
     # --- Sessions ---------------------------------------------------------------------------------
@@ -68,13 +68,14 @@ class Scheduler:
         """A new session begins."""
         match hello:
             case p.WorkerHello():
-                worker = Worker(peer, hello, now)
+                worker = Worker(peer, self._next_number, hello, now)
+                self._next_number += 1
                 self._workers[peer] = worker
                 self._desk.add(worker)
                 return [*self._cluster_changed(), *self._desk.dispatch(now)]
             case p.ClientHello():
-                client = Client(peer, self._next_client, hello)
-                self._next_client += 1
+                client = Client(peer, self._next_number, hello)
+                self._next_number += 1
                 self._clients[peer] = client
                 return [Send(peer, self._cluster())]
 
@@ -169,6 +170,8 @@ class Scheduler:
                 return self._forget(client, blobs)
             case p.Cancel(ids=ids, kill=kill):
                 return self._cancel(client, ids, kill)
+            case p.Letter():
+                return self._to_runner(client, message)
             case p.StatusRequest():
                 return [Send(client.peer, self.status(now))]
             case p.Goodbye(reason=reason):
@@ -293,6 +296,8 @@ class Scheduler:
                 return self._returned(worker, number, indexes, now)
             case p.Crashed():
                 return self._crashed(worker, message, now)
+            case p.Letter():
+                return self._to_client(worker, message)
             case p.Drain():
                 worker.state = DRAINING
                 self._desk.place(worker)
@@ -466,6 +471,24 @@ class Scheduler:
                 )
         return [*sends, *self._cluster_changed(), *self._desk.dispatch(now)]
 
+    # --- Letters ----------------------------------------------------------------------------------
+
+    def _to_client(self, worker: Worker, letter: p.Letter) -> list[Send]:
+        """A runner's letter, to the client whose task it runs."""
+        client = _served(worker, letter.client)
+        if client is None:
+            return []
+        letter.worker = worker.number
+        return [Send(client.peer, letter)]
+
+    def _to_runner(self, client: Client, letter: p.Letter) -> list[Send]:
+        """A client's letter, to a runner of a worker that works for it."""
+        for worker in self._workers.values():
+            if worker.number == letter.worker and _served(worker, letter.client) is client:
+                letter.worker = 0
+                return [Send(worker.peer, letter)]
+        return []
+
     # --- Telling ----------------------------------------------------------------------------------
 
     def _cluster(self) -> p.Cluster:
@@ -495,6 +518,14 @@ class Scheduler:
             assert (client.live > 0) == is_waiting, "a client waits in vain"
         assert self._desk.waiting.keys() <= self._clients.keys(), "a client that left waits"
         self._desk.check_invariants(workers)
+
+
+def _served(worker: Worker, number: int) -> Client | None:
+    """The client of that number, if the worker holds a lease of it."""
+    for lease in worker.leases.values():
+        if lease.client.number == number:
+            return lease.client
+    return None
 
 
 def _blame(task: Task) -> Blame:

@@ -25,9 +25,9 @@ CLIENT, WORKER, ADMIN = "client", "worker", "admin"
 
 _ALWAYS = (p.Heartbeat, p.Resync, p.Goodbye)
 ALLOWED: dict[str, tuple[type, ...]] = {
-    CLIENT: (*_ALWAYS, p.Submit, p.Blob, p.Forget, p.Cancel, p.StatusRequest),
+    CLIENT: (*_ALWAYS, p.Submit, p.Blob, p.Forget, p.Cancel, p.Letter, p.StatusRequest),
     ADMIN: (*_ALWAYS, p.StatusRequest, p.Shutdown),
-    WORKER: (*_ALWAYS, p.Done, p.Returned, p.Crashed, p.Drain),
+    WORKER: (*_ALWAYS, p.Done, p.Returned, p.Crashed, p.Letter, p.Drain),
 }
 
 
@@ -40,6 +40,7 @@ _FOR_SCHEDULER = (
     p.Done,
     p.Returned,
     p.Crashed,
+    p.Letter,
     p.Drain,
 )
 

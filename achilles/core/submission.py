@@ -138,7 +138,9 @@ class Submission:
                     return []
                 self._at_broker -= 1
                 return [Send("user", message), *self._advance()]
-            case p.Running() | p.Cluster() | p.Status() | p.ShuttingDown() | p.Goodbye():
+            case (
+                p.Running() | p.Cluster() | p.Letter() | p.Status() | p.ShuttingDown() | p.Goodbye()
+            ):
                 return [Send("user", message)]
 
     def tick(self, now: float) -> list[Send]:

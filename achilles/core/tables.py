@@ -212,8 +212,9 @@ def _first(order: list[tuple[Rank, int, TaskQueue]]) -> tuple[Rank, TaskQueue] |
 class Worker:
     """A worker's session and the leases that it holds, oldest first."""
 
-    def __init__(self, peer: PeerId, hello: p.WorkerHello, now: float) -> None:
+    def __init__(self, peer: PeerId, number: int, hello: p.WorkerHello, now: float) -> None:
         self.peer = peer
+        self.number = number
         self.name = hello.name
         self.slots = hello.slots
         self.pid = hello.pid

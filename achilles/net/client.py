@@ -16,6 +16,7 @@ import achilles
 from achilles.core import protocol as p
 from achilles.core.submission import Send, Submission
 from achilles.errors import AchillesError, BrokerLostError, BrokerUnreachableError
+from achilles.letters import Desk
 from achilles.mailbox import Mailbox
 from achilles.net.keys import find_join
 from achilles.net.peer import Dial, Peer, dialer_to
@@ -64,6 +65,8 @@ class Connection:
     ) -> None:
         self._loop = Loop()
         self.mailbox = Mailbox(self._loop.wake)
+        self._desk = Desk(self._reply)
+        self.mailbox.on_letter = self._desk.put
         self._submission = Submission()
         self._dial = dial
         self._address = address
@@ -103,6 +106,10 @@ class Connection:
         """Have the I/O thread call a function."""
         self._requests.append(function)
         self.mailbox.interrupt()
+
+    def _reply(self, letter: p.Letter) -> None:
+        """From any thread: answer a runner."""
+        self.call(lambda: self._sends.append(Send("broker", letter)))
 
     def status(self) -> p.Status:
         """The broker's numbers.
@@ -182,6 +189,7 @@ class Connection:
             self._fail(BrokerLostError(f"internal error of achilles: {error!r}"))
         finally:
             mailbox.close()
+            self._desk.close()
             if peer is not None:
                 peer.close()
             self._loop.close()
@@ -253,7 +261,7 @@ class Connection:
                 case p.Status():
                     while self._statuses:
                         self._statuses.popleft()(message)
-                case p.Running() | p.Results() | p.Failed() | p.Cluster():
+                case p.Running() | p.Results() | p.Failed() | p.Cluster() | p.Letter():
                     self._sends += self._submission.receive(message, now)
                 case _:
                     _LOG.warning(

@@ -48,7 +48,11 @@ class Worker:
         self._peer = Peer(dial, self.loop, hello)
         self._agent = Agent(slots)
         self._host = RunnerHost(
-            register=self.loop.register, unregister=self.loop.unregister, path=None, cwd=None
+            register=self.loop.register,
+            unregister=self.loop.unregister,
+            path=None,
+            cwd=None,
+            is_remote=True,
         )
         self._sends: deque[Send] = deque()
         self._connect_by = monotonic() + connect_timeout
@@ -119,7 +123,7 @@ class Worker:
                 _LOG.info("the broker says goodbye: %s", reason)
                 self._sends += self._agent.reset()
                 self._is_over = True
-            case p.Run() | p.Revoke() | p.Blob() | p.Forget() | p.Drain():
+            case p.Run() | p.Revoke() | p.Blob() | p.Forget() | p.Letter() | p.Drain():
                 self._sends += self._agent.receive(message, now)
             case _:
                 _LOG.warning(

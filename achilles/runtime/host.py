@@ -64,7 +64,8 @@ class RunnerHost:
 
     ``register(fd, callback, write=False)`` watches ``fd`` for reading, or for both with ``write``; it is
     called again to change that. The callbacks gather events, which `collect` hands out.
-    ``authkey`` is multiprocessing's, where runners belong to one program.
+    ``authkey`` is multiprocessing's, where runners belong to one program. Those that are ``is_remote`` ask
+    their client for modules that they lack.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class RunnerHost:
         cwd: str | None,
         environ: dict[str, str] | None = None,
         authkey: bytes | None = None,
+        is_remote: bool = False,
     ) -> None:
         self.register = register
         self.unregister = unregister
         self.environ = environ
-        self.setup = {"path": path, "cwd": cwd, "authkey": authkey}
+        self.setup = {"path": path, "cwd": cwd, "authkey": authkey, "is_remote": is_remote}
         self.runners: dict[int, _Runner] = {}
         self.polled: set[_Runner] = set()  # those that something is awaited of which wakes nobody
         self.dying: set[_Runner] = set()  # killed, or their channel ended, but not seen to exit

@@ -47,6 +47,7 @@ TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer
 if TYPE_CHECKING:
     from typing import Any, NoReturn, TypeAlias
 
+    from achilles.runtime.imports import ClientModules
     from achilles.runtime.shared import Handoff
 
 RECORD = Struct("<BBxxIfQ")  # seq, status, index in the chunk, seconds, length of the payload
@@ -80,6 +81,7 @@ class Runner:
         self.rest = b""  # what was read of the socket behind the last command
         self.blobs: dict[tuple[int, int], bytes] = {}
         self.functions: dict[tuple[int, int], Any] = {}  # unpickled blobs that hold no state
+        self.modules: ClientModules | None = None  # of those clients that are elsewhere
         self.inits: dict[tuple[int, int], bytes | None] = {}  # how the initializers ended
         os.register_at_fork(after_in_child=self._forked)
 
@@ -152,11 +154,17 @@ class Runner:
                 self._forget([(client, blob) for blob in blobs])
             case ("forget_client", client):
                 self._forget([key for key in (*self.blobs, *self.inits) if key[0] == client])
+                if self.modules is not None:
+                    self.modules.forget(client)
             case ("discard", count):
                 for _ in range(count):
                     self._receive()
-            case ("setup", {"path": path, "cwd": cwd, "authkey": authkey}):
-                _setup(path, cwd, authkey)
+            case ("setup", setup):
+                _setup(setup["path"], setup["cwd"], setup["authkey"])
+                if setup["is_remote"]:
+                    from achilles.runtime.imports import install
+
+                    self.modules = install()
             case ("sync",):
                 return (0, 0, 0, 0, [], 1, ())
             case unknown:
@@ -212,6 +220,8 @@ class Runner:
         own = bytes((seq,))
         last = len(payloads) - 1
         context.client, context.attempt = client, attempt
+        if self.modules is not None:
+            self.modules.switch_to(client)
         failed_init = self._initialize(client, init) if init else None
         shared = self.functions.get((client, fn))
         call: Any = shared

@@ -1,0 +1,146 @@
+"""Imports of modules that only the client has: a runner asks the client of the task that it runs.
+
+Rules
+    1. The finder is the last of all: what the worker has installed wins, and an import that succeeds costs nothing.
+    2. A question waits for a bounded time; whoever does not answer has no such module.
+    3. A client's modules are its own: when the runner works for another client they are put aside, and
+       back in place when it works for theirs again.
+"""
+
+from __future__ import annotations
+
+import marshal
+import sys
+from _frozen_importlib import ModuleSpec
+from _thread import allocate_lock
+
+from achilles.runtime import context
+from achilles.runtime.side import IMPORT
+
+TYPE_CHECKING = False  # as in `runner`: every runner of a worker imports this module at its start
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import CodeType, ModuleType
+
+ANSWER_SECONDS = 20.0
+_NUMBER_SIZE = 4
+
+
+class ClientModules:
+    """Finds modules at clients, and keeps those of different clients apart."""
+
+    def __init__(self) -> None:
+        self._client = 0
+        self._aside: dict[int, dict[str, ModuleType]] = {}  # by client
+        self._missing: set[str] = set()  # what the present client does not have
+        self._next_number = 1
+        self._waiting: dict[bytes, _Answer] = {}
+        self._is_listening = False
+
+    def switch_to(self, client: int) -> None:
+        """The next task is another client's."""
+        if client == self._client:
+            return
+        names = [name for name, module in sys.modules.items() if _is_fetched(module)]
+        self._aside[self._client] = {name: sys.modules.pop(name) for name in names}
+        sys.modules.update(self._aside.pop(client, {}))
+        self._missing.clear()
+        self._client = client
+
+    def forget(self, client: int) -> None:
+        """A client is gone."""
+        self._aside.pop(client, None)
+        if client == self._client:
+            self.switch_to(0)
+            self._aside.pop(client, None)
+
+    # --- The protocol of sys.meta_path ------------------------------------------------------------
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Ask the client for a module."""
+        if not context.client or context.side is None or name in self._missing:
+            return None
+        found = self._ask(name)
+        if not found:
+            self._missing.add(name)
+            return None
+        text, origin, is_package = marshal.loads(found)
+        spec = ModuleSpec(name, _Loader(text, origin), origin=origin, is_package=is_package)  # type: ignore[arg-type]
+        spec.has_location = bool(text)
+        return spec
+
+    def invalidate_caches(self) -> None:
+        """What was missing may be there now."""
+        self._missing.clear()
+
+    # --- Questions --------------------------------------------------------------------------------
+
+    def _ask(self, name: str) -> bytes:
+        side = context.side
+        if side is None:
+            return b""
+        if not self._is_listening:
+            self._is_listening = True
+            side.handle(IMPORT, self._take)
+        number = self._next_number.to_bytes(_NUMBER_SIZE, "little")
+        self._next_number = self._next_number % 0xFFFFFFFF + 1
+        answer = self._waiting[number] = _Answer()
+        try:
+            side.send(IMPORT, context.client, number + name.encode())
+            answer.is_awaited.acquire(timeout=ANSWER_SECONDS)
+        except OSError:
+            pass  # no host, or a fork: there is nobody to ask
+        finally:
+            del self._waiting[number]
+        return answer.body
+
+    def _take(self, client: int, body: bytes) -> None:
+        """In the reading thread: an answer has come."""
+        answer = self._waiting.get(body[:_NUMBER_SIZE])
+        if answer is not None and client == context.client:
+            answer.body = body[_NUMBER_SIZE:]
+            answer.is_awaited.release()
+
+
+class _Answer:
+    """What is awaited; the lock is held until it is there."""
+
+    def __init__(self) -> None:
+        self.body = b""
+        self.is_awaited = allocate_lock()
+        self.is_awaited.acquire()
+
+
+class _Loader:
+    """Runs a source that came from the client; tracebacks and `inspect` find its lines here."""
+
+    def __init__(self, text: str, origin: str) -> None:
+        self._text = text
+        self._origin = origin
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        if self._text:
+            exec(self.get_code(module.__name__), module.__dict__)
+
+    def get_source(self, name: str) -> str:
+        return self._text
+
+    def get_code(self, name: str) -> CodeType:
+        return compile(self._text, self._origin, "exec", dont_inherit=True)
+
+
+def _is_fetched(module: ModuleType) -> bool:
+    values = getattr(module, "__dict__", None)  # nothing that could run code of a lazy module
+    return type(values) is dict and type(values.get("__loader__")) is _Loader
+
+
+def install() -> ClientModules:
+    """Put a finder behind all others."""
+    modules = ClientModules()
+    sys.meta_path.append(modules)
+    return modules
