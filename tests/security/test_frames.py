@@ -34,6 +34,7 @@ VALID: dict[str, list[p.Wire]] = {
         p.Forget(0, [2]),
         p.Cancel([1]),
         p.StatusRequest(),
+        p.Letter(1, 1, 1, p.IMPORT, b"answer"),
         p.Heartbeat(),
         p.Resync(),
         p.Goodbye("bye"),
@@ -42,12 +43,13 @@ VALID: dict[str, list[p.Wire]] = {
         p.Done(1, [0], b"\0", [b"value"], 0.1),
         p.Returned(1, [0]),
         p.Crashed(1, 0, "reason"),
+        p.Letter(0, 1, 1, p.IMPORT, b"question"),
         p.Drain(),
     ],
     "admin": [p.StatusRequest()],
 }
 OF_OTHERS: dict[str, list[p.Wire]] = {
-    "client": [*VALID["worker"], p.Shutdown()],
+    "client": [*(one for one in VALID["worker"] if not isinstance(one, p.Letter)), p.Shutdown()],
     "worker": [*VALID["client"][:5], p.Shutdown()],
     "admin": [*VALID["client"][:4], *VALID["worker"]],
 }

@@ -84,6 +84,7 @@ WIRE: list[p.Wire] = [
     p.Done(lease=5, indexes=[0, 1], statuses=b"\0\1", payloads=[b"a", b"b"], seconds=0.5),
     p.Returned(lease=5, indexes=[1]),
     p.Crashed(lease=5, index=1, reason="was killed", kind=p.TIMEOUT),
+    p.Letter(worker=1, runner=2, client=3, kind=p.IMPORT, body=b"letter"),
     p.Drain(),
 ]
 
