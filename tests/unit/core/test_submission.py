@@ -457,6 +457,26 @@ def test_blobs_of_unresolved_tasks_are_not_forgotten() -> None:
     assert [bench.core.knows_blob(number) for number in (1, 2, 3, 4)] == [True, True, False, False]
 
 
+def test_a_blob_that_is_needed_for_long_is_not_forgotten() -> None:
+    """However many others came and went since."""
+    bench = SubmissionBench()
+    bench.submit(1)
+    bench.sent()
+    for number in range(3, BLOBS_KEPT + 1):
+        bench.add_blob(number)
+        bench.submit(number, fn=number)
+        bench.sent()
+        bench.hear(results(number))
+        assert bench.sent() == [(USER, results(number))]
+    for number in (BLOBS_KEPT + 1, BLOBS_KEPT + 2):
+        bench.add_blob(number)
+    bench.submit(BLOBS_KEPT + 1, fn=BLOBS_KEPT + 1, init=BLOBS_KEPT + 2)
+    bench.sent()
+    bench.hear(results(BLOBS_KEPT + 1))
+    assert bench.sent() == [(USER, results(BLOBS_KEPT + 1)), *forget(3)]
+    assert [bench.core.knows_blob(number) for number in (1, 2, 3, 4)] == [True, False, False, True]
+
+
 def test_blobs_that_payloads_refer_to_are_needed_too() -> None:
     """As long as the task is unresolved."""
     bench = used(BLOBS_KEPT - 1)
