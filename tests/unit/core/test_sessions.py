@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from achilles.core import protocol as p
-from achilles.core.link import Link, Packet
+from achilles.core.link import UNACKED_MAX, Link, Packet
 from achilles.core.liveness import STALL_SECONDS
 from tests.unit.core.messages import WIRE, example
 from tests.unit.core.peers import BEAT, ROLES, TIMINGS, SessionsBench, cut, submit
@@ -37,6 +37,7 @@ def test_a_route_that_does_not_speak_for_the_role_is_refused(role: str) -> None:
     bench.hello(peer, *(set(ROLES) - {role}))
     refusal = p.Refused(reason=f"this key or socket is not for the role {role}")
     assert bench.sent() == [("me", refusal)]
+    assert bench.headers == [p.Header(p.NO_TOKEN, 0, 0)]
     assert bench.core.refused == 1
     assert bench.core.is_alone
 
@@ -110,7 +111,7 @@ def test_another_python_is_refused() -> None:
     )
     ((to, refusal),) = bench.sent()
     assert (to, refusal.reason) == ("other", f"{reason} runs")
-    admin = bench.peer("admin", "admin", python="3.13")
+    admin = bench.peer("admin", "admin", python="3.12")
     bench.hello(admin)
     assert bench.sent()[0] == ("admin", bench.welcome(admin))
     bench.say(first, p.Goodbye())
@@ -153,18 +154,17 @@ def test_a_session_is_known_by_its_token() -> None:
 
 
 def test_a_route_that_a_session_has_left_is_not_its_any_more() -> None:
-    """Its end is nobody's."""
+    """What is said there, and its end, is not the session's."""
     bench = SessionsBench()
     client = bench.join("client")
     client.route = "second connection"
     bench.say(client, BEAT)
     bench.sent()
-    bench.core.closed("client", bench.now)
     bench.step(bench.core.malformed("client", "nonsense", bench.now))
-    for _ in range(20):
-        bench.wait(1.0)
-        bench.say(client, BEAT)
-        assert bench.sent() == [("second connection", BEAT)]
+    bench.core.closed("client", bench.now)
+    bench.wait(TIMINGS.client_grace + 1.0)
+    bench.say(client, BEAT)
+    assert bench.sent() == [("second connection", BEAT)]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +206,27 @@ def test_a_heartbeat_is_answered() -> None:
     bench.say(client, BEAT)
     assert bench.sent() == [("client", BEAT)]
     assert bench.headers == [p.Header(client.link.token, 1, 1)]
+    assert client.link.unacknowledged == 0
+
+
+def test_a_heartbeat_shows_a_lost_tail() -> None:
+    """It is answered as ever, and what is missing is asked for."""
+    bench = SessionsBench()
+    client = bench.join("client")
+    client.link.wrap(p.Cancel(ids=[1]))
+    bench.say(client, BEAT)
+    assert bench.sent() == [("client", p.Resync()), ("client", BEAT)]
+
+
+def test_a_peer_that_is_never_answered_is_acknowledged_now_and_then() -> None:
+    """Or it would have to keep everything."""
+    bench = SessionsBench()
+    client = bench.join("client")
+    for _ in range(UNACKED_MAX - 1):
+        bench.say(client, p.Cancel(ids=[1]))
+    assert client.link.unacknowledged == UNACKED_MAX - 1
+    bench.say(client, p.Cancel(ids=[1]))
+    assert bench.sent() == [("client", BEAT)]
     assert client.link.unacknowledged == 0
 
 
@@ -366,6 +387,63 @@ def test_a_suspect_gets_no_work_until_it_is_heard() -> None:
     assert (to, run.ids) == ("worker", [1])
     assert answer == ("worker", BEAT)
     assert bench.scheduler.status(bench.now).workers[0].state == "ready"
+
+
+def test_a_suspect_that_says_hello_again_is_heard() -> None:
+    """It never got its welcome; now it gets work with it."""
+    bench = SessionsBench()
+    client, worker = bench.join("client"), bench.join("worker", "worker")
+    bench.wait(TIMINGS.suspect_after)
+    bench.say(client, submit(1))
+    bench.hello(worker)
+    welcome, (to, run) = bench.sent()
+    assert welcome == ("worker", bench.welcome(worker))
+    assert (to, run.ids) == ("worker", [1])
+
+
+def test_the_status_tells_how_long_a_worker_has_been_silent() -> None:
+    """Since its last message of any kind."""
+    bench = SessionsBench()
+    worker = bench.join("worker", "worker")
+    bench.wait(2.0)
+    bench.say(worker, BEAT)
+    bench.sent()
+    bench.wait(1.5)
+    assert bench.scheduler.status(bench.now).workers[0].silent_for == 1.5
+
+
+def test_what_is_heard_shows_that_the_broker_is_awake() -> None:
+    """Between two ticks may lie any time, as long as it listens: that is no stall."""
+    bench = SessionsBench()
+    bench.join("worker", "worker")
+    client = bench.join("client")
+    for _ in range(int(TIMINGS.lost_after)):
+        bench.now += 1.0
+        bench.say(client, BEAT)
+        assert bench.sent() == [("client", BEAT)]
+    bench.tick(0.0)
+    assert bench.sent() == [("client", p.Cluster(workers=0, slots=0))]
+
+
+def test_a_short_sleep_is_no_stall() -> None:
+    """Up to the limit itself."""
+    bench = SessionsBench()
+    bench.join("worker", "worker")
+    bench.core.closed("worker", bench.now)
+    bench.tick(STALL_SECONDS)
+    assert bench.scheduler.status(bench.now).workers == []
+
+
+def test_nothing_is_watched_after_a_session() -> None:
+    """Neither it nor the one that it had before."""
+    bench = SessionsBench()
+    worker = bench.join("worker", "worker")
+    bench.say(worker, p.Returned(lease=99, indexes=[]))
+    bench.core.closed("worker", bench.now)
+    bench.hello(worker)
+    assert bench.sent() == [("worker", bench.welcome(worker))]
+    bench.say(worker, p.Goodbye())
+    assert bench.core.next_deadline() is None
 
 
 def test_after_a_stall_of_its_own_the_broker_gives_up_nobody() -> None:
