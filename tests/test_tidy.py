@@ -131,7 +131,6 @@ UNTESTED = {
     "achilles/__main__.py": "three lines, which every test of a command runs",
     "achilles/core/dispatch.py": "the scheduler's tests and the simulation, of which it is the half that gives out",
     "achilles/core/tables.py": "the scheduler's tests, whose data it is",
-    "achilles/core/protocol.py": "every message of the simulation crosses it, and tests/security sends it hostile frames",
 }
 
 
