@@ -130,7 +130,6 @@ ALLOWED_TEXTS: dict[tuple[str, str], str] = {}  # (module, text): why it may nam
 UNTESTED = {
     "achilles/__main__.py": "three lines, which every test of a command runs",
     "achilles/core/dispatch.py": "the scheduler's tests and the simulation, of which it is the half that gives out",
-    "achilles/core/tables.py": "the scheduler's tests, whose data it is",
 }
 
 
