@@ -52,6 +52,12 @@ def fields(message: p.Wire) -> list[Any]:
     return values
 
 
+def default_of(field: msgspec.structs.FieldInfo) -> Any:
+    """What a field is that was left out."""
+    makes = field.default_factory
+    return field.default if makes is msgspec.NODEFAULT else makes()
+
+
 def but(kind: type, /, **changes: Any) -> p.Wire:
     """The example of that kind with other values for some fields, valid or not."""
     return msgspec.structs.replace(example(kind), **changes)
@@ -92,9 +98,32 @@ def test_fields_with_defaults_may_be_left_out_and_no_others(message: p.Wire) -> 
             _, arrived = p.decode(raw(body[:length]))
             assert fields(arrived)[:length] == body[:length]
             for field in info[length - 1 :]:
-                makes = field.default_factory
-                default = field.default if makes is msgspec.NODEFAULT else makes()
-                assert getattr(arrived, field.name) == default
+                assert getattr(arrived, field.name) == default_of(field)
+
+
+DEFAULTS: dict[type, dict[str, Any]] = {
+    p.Options: {"timeout": 0.0, "retries": 0, "at_most_once": False, "priority": 0, "tags": ()},
+    p.ClientHello: {"slots_max": 0},
+    p.WorkerHello: {"tags": []},
+    p.Goodbye: {"reason": ""},
+    p.Submit: {"chunk_max": 0, "options": None, "blobs": ()},
+    p.Cancel: {"kill": False},
+    p.Run: {"timeout": 0.0, "attempt": 1, "blobs": ()},
+    p.Revoke: {"kill": False},
+    p.Crashed: {"kind": p.CRASHED},
+    p.Execute: {"attempt": 1, "blobs": ()},
+}
+
+
+@pytest.mark.parametrize("kind", DEFAULTS, ids=lambda kind: kind.__name__)
+def test_what_is_left_out_asks_for_nothing_special(kind: type) -> None:
+    """No limit, no kill, no retry: the defaults are part of the protocol."""
+    defaults = {
+        field.name: default_of(field)
+        for field in msgspec.structs.fields(kind)
+        if not field.required
+    }
+    assert {**defaults, **DEFAULTS[kind]} == defaults
 
 
 def test_encoding_changes_nothing_in_the_message() -> None:
@@ -266,7 +295,7 @@ def test_large_payloads_are_not_copied() -> None:
 @pytest.mark.parametrize("kind", [p.Submit, p.Run, p.Results, p.Done])
 def test_each_payload_gets_its_own_parts(kind: type) -> None:
     """Large and small ones, mixed, in their order; and on to the next peer as they came."""
-    payloads: list[p.Payload] = [b"first", LARGE, b"", HUGE, p.Parts([LARGE, b"x"])]
+    payloads: list[p.Payload] = [LARGE[:-1], LARGE, b"", HUGE, p.Parts([LARGE, b"x"])]
     count = len(payloads)
     columns = {"ids": [1] * count, "indexes": [1] * count, "statuses": bytes(count)}
     names = {field.name for field in msgspec.structs.fields(kind)}
