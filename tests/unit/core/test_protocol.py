@@ -371,6 +371,8 @@ GOOD = [
     but(p.Submit, options=OPTIONS.but(timeout=0.0, retries=0, tags=tuple(LONG_TAGS))),
     but(p.Submit, blobs=(1,) * p.BLOBS_MAX),
     but(p.Run, blobs=(1,) * p.BLOBS_MAX),
+    but(p.Letter, body=bytes(p.LETTER_MAX), kind=p.OUTPUT),
+    but(p.Letter, worker=0, runner=0, client=0, kind=p.IMPORT),
 ]
 
 
@@ -394,6 +396,12 @@ BAD: list[tuple[p.Wire, str]] = [
     *((but(kind, indexes=[0, -1]), "a negative number") for kind in (p.Revoke, p.Returned)),
     (but(p.Crashed, index=-1), "a negative number"),
     *((but(p.Done, seconds=bad), "tasks that took") for bad in (-0.1, inf, nan)),
+    *((but(p.Letter, kind=kind), "a letter of an unknown kind") for kind in (0, 1, 4, -2)),
+    (but(p.Letter, body=bytes(p.LETTER_MAX + 1)), "or an over-long one"),
+    *(
+        (but(p.Letter, **{whose: -1}), "a negative number")
+        for whose in ("worker", "runner", "client")
+    ),
     (but(p.Crashed, kind="bored"), "an unknown kind of crash"),
     (but(p.Crashed, kind=p.LOST), "an unknown kind of crash"),
     *(

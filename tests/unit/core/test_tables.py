@@ -21,7 +21,7 @@ class TablesBench:
         hello = p.ClientHello(bytes(16), "client", "0", "3", "me", slots_max)
         self.client = Client("peer", 1, crossed(hello))
         worker = p.WorkerHello(bytes(16), "0", "3", "node", slots=4, pid=42, tags=["gpu"])
-        self.worker = Worker("worker", crossed(worker), 100.0)
+        self.worker = Worker("worker", 2, crossed(worker), 100.0)
 
     def queue(self, fn: int = 1, **options: Any) -> TaskQueue:
         """The queue of that function and those options."""
