@@ -129,7 +129,7 @@ def test_idle_runners_are_used_before_new_ones_are_started() -> None:
 
 
 def test_blobs_are_loaded_once_by_each_runner() -> None:
-    """Function and initializer alike; a task without either needs none."""
+    """Function, initializer, and what payloads refer to; a task without any needs none."""
     bench = AgentBench(slots=2)
     bench.hear(p.Blob(client=1, blob=2, payload=b"b2"))
     bench.run(1, 1, fn=1, init=2)
@@ -142,6 +142,13 @@ def test_blobs_are_loaded_once_by_each_runner() -> None:
     assert bench.sent() == [(HOST, p.Spawn(runner=2)), execute(2, 1, 2, fn=0)]
     bench.run(3, 3, fn=2, init=1)
     assert bench.sent() == [execute(1, 2, 3, fn=2, init=1)]
+    bench.hear(p.Blob(client=1, blob=3, payload=b"b3"))
+    bench.run(4, 4, fn=0, blobs=(2, 3))
+    loads = [
+        (HOST, p.Load(runner=2, client=1, blob=2, payload=b"b2")),
+        (HOST, p.Load(runner=2, client=1, blob=3, payload=b"b3")),
+    ]
+    assert bench.sent() == [*loads, execute(2, 2, 4, fn=0, blobs=(2, 3))]
 
 
 def test_a_blob_that_never_came_is_not_loaded() -> None:
@@ -287,11 +294,16 @@ def test_the_most_urgent_runner_sets_the_deadline() -> None:
     bench.sent()
     first = bench.now + START_SECONDS
     bench.tick(0.1)
-    bench.run(2, 3, 4)
+    bench.run(2, 3, 4, 6)
     bench.sent()
     assert bench.core.next_deadline() == first
     bench.tick_when_due()
     assert bench.sent() == [recall(2)]
+    bench.finish(3, (1, 0))
+    bench.sent()
+    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS  # the last is the first now
+    bench.tick_when_due()
+    assert bench.sent() == [recall(3)]
 
 
 def test_the_place_of_what_was_taken_back_is_filled() -> None:

@@ -145,26 +145,28 @@ def test_neighbours_whose_results_are_on_their_way_are_waited_for() -> None:
 
 
 def test_a_doomed_task_may_end_its_runner_itself() -> None:
-    """It took too long all the same."""
-    bench = warm(1, timeout=TIMEOUT)
+    """It took too long all the same; what was behind it is not charged."""
+    bench = warm(1, 2, timeout=STUCK_SECONDS / 2)
     bench.tick_when_due()
     assert bench.sent() == [recall(1)]
     bench.die(1, last_seq=2)
-    assert bench.sent() == [timed_out(1, 0)]
+    too_slow = p.Crashed(1, 0, f"ran for more than its {STUCK_SECONDS / 2:g} s", p.TIMEOUT)
+    assert bench.sent() == [(BROKER, too_slow), returned(1, 1)]
 
 
 # --- Tasks that nobody wants any more -------------------------------------------------------------
 
 
 def test_a_task_that_nobody_wants_is_ended() -> None:
-    """It goes back uncharged: nobody is interested in why."""
+    """It goes back uncharged: nobody is interested in why. Nothing new comes to its runner meanwhile."""
     bench = busy(1)
     bench.hear(revoke(1, 0))
     assert bench.sent() == [recall(1)]
+    bench.run(2, 2)
     bench.recalled(1)
     assert bench.sent() == [kill(1)]
     bench.die(1, last_seq=1, reason="")
-    assert bench.sent() == [returned(1, 0)]
+    assert bench.sent() == [returned(1, 0), *started(2, 2)]
 
 
 def test_only_the_tasks_that_are_named_are_ended() -> None:

@@ -301,6 +301,19 @@ def test_a_worker_in_numbers() -> None:
     assert bench.worker.status(99.0).silent_for == 0.0
 
 
+def test_who_has_just_come_has_done_nothing() -> None:
+    """It is what its hello says."""
+    bench = TablesBench(slots_max=3)
+    client, worker = bench.client, bench.worker
+    assert (client.peer, client.number, client.role, client.slots_max) == ("peer", 1, "client", 3)
+    assert (client.places, client.done) == (0, 0)
+    assert (worker.peer, worker.number, worker.tags) == ("worker", 2, {"gpu"})
+    assert worker.status(100.0) == p.WorkerStatus("node", "ready", 4, 0, 0, 0.0, 42)
+    assert not worker.is_gone
+    queue = bench.queue()
+    assert (queue.leases, queue.pause_until, queue.estimate.seconds) == (0, 0.0, None)
+
+
 def test_blame_counts_attempts() -> None:
     """Of every kind."""
     blame = Blame()
