@@ -17,8 +17,7 @@ from achilles.core.scheduler import Scheduler
 from achilles.core.sessions import Send, Sessions
 from achilles.errors import ProtocolError
 from achilles.net.endpoint import Gatekeeper
-from achilles.net.transport import RouterPort
-from achilles.runtime.loop import Loop
+from achilles.net.transport import Route, RouterPort, SocketLoop
 
 FAREWELL_SECONDS = 0.5
 TICK_SECONDS = 0.1  # how finely silences are measured
@@ -27,6 +26,7 @@ OUTBOX_INTERVAL = 0.005  # a ROUTER does not tell when a peer that was full can 
 _LOG = logging.getLogger("achilles.broker")
 
 Roles = Mapping[str, frozenset[str]]
+_NO_ROLES: frozenset[str] = frozenset()
 
 
 class Broker:
@@ -47,7 +47,7 @@ class Broker:
         credit: int,
     ) -> None:
         now = monotonic()
-        self.loop = Loop()
+        self.loop = SocketLoop()
         self._next_tick = now
         self.loop.register(gatekeeper.socket.FD, gatekeeper.answer)
         gatekeeper.answer()  # a socket signals only to a reader that has found it empty
@@ -58,9 +58,9 @@ class Broker:
             credit=credit,
             now=now,
         )
-        self._ports: list[tuple[RouterPort, Roles]] = []
-        for index, (socket, roles) in enumerate(sockets):
-            self._ports.append((RouterPort(socket, self.loop, self._on_closed(index)), roles))
+        self._roles: dict[RouterPort, Roles] = {}
+        for socket, roles in sockets:
+            self._roles[RouterPort(socket, self.loop, self._receive, self._closed)] = roles
 
     def run(self, is_stopping: Callable[[], bool]) -> int:
         """Serve until ``is_stopping()`` or an administrator's shutdown; then say goodbye.
@@ -78,36 +78,27 @@ class Broker:
 
     def step(self, timeout_max: float = 1.0) -> None:
         """Wait up to ``timeout_max`` seconds for input, and handle what there is."""
-        self.loop.wait(self._timeout(timeout_max))
-        for index, (port, roles) in enumerate(self._ports):
-            for route, frames, user in port.receive():
-                self._receive((index, route), roles.get(user, frozenset()), frames)
-            if port.has_outbox:
-                port.flush()
         now = monotonic()
-        soon = self._sessions.scheduler.next_deadline()
-        if now >= self._next_tick or (soon is not None and now >= soon):
+        if now >= self._due():
             self._transmit(self._sessions.tick(now))
             self._next_tick = now + TICK_SECONDS
+        for port in self._roles:
+            if port.outboxes:
+                port.flush()
+                timeout_max = min(timeout_max, OUTBOX_INTERVAL)
+        self.loop.wait(max(0.0, min(self._due() - now, timeout_max)))
 
     def close(self) -> None:
         """Close the sockets and the loop."""
-        for port, _ in self._ports:
+        for port in self._roles:
             port.close()
         self.loop.close()
 
-    def _timeout(self, timeout_max: float) -> float:
-        if any(port.has_input for port, _ in self._ports):
-            return 0.0
-        if any(port.has_outbox for port, _ in self._ports):
-            return OUTBOX_INTERVAL
+    def _due(self) -> float:
         soon = self._sessions.scheduler.next_deadline()
-        at = self._next_tick if soon is None else min(soon, self._next_tick)
-        return max(0.0, min(at - monotonic(), timeout_max))
+        return self._next_tick if soon is None or soon > self._next_tick else soon
 
-    def _receive(
-        self, route: tuple[int, bytes], roles: frozenset[str], frames: list[p.Buffer]
-    ) -> None:
+    def _receive(self, route: Route, frames: list[p.Buffer]) -> None:
         now = monotonic()
         try:
             packet = Packet(*p.decode(frames))
@@ -115,16 +106,16 @@ class Broker:
             _LOG.warning("malformed message from a peer: %s", error)
             self._transmit(self._sessions.malformed(route, str(error), now))
             return
+        roles = self._roles[route.port].get(route.user, _NO_ROLES)
         token = secrets.token_bytes(16) if packet.header.token == p.NO_TOKEN else p.NO_TOKEN
         self._transmit(self._sessions.receive(route, roles, packet, now, token))
 
     def _transmit(self, sends: Iterable[Send]) -> None:
-        route: Any  # (index of the port, routing id), as given to the sessions
+        route: Any  # a Route, as given to the sessions
         for route, packet in sends:
-            index, identity = route
             if isinstance(packet.message, p.Refused):
                 _LOG.warning("refused a peer: %s", packet.message.reason)
-            self._ports[index][0].send(identity, p.encode(*packet))
+            route.port.send(route, p.encode(*packet))
 
-    def _on_closed(self, index: int) -> Callable[[bytes], None]:
-        return lambda route: self._sessions.closed((index, route), monotonic())
+    def _closed(self, route: Route) -> None:
+        self._sessions.closed(route, monotonic())

@@ -20,8 +20,8 @@ from achilles.letters import Desk
 from achilles.mailbox import Mailbox
 from achilles.net.keys import find_join
 from achilles.net.peer import Dial, Peer, dialer_to
+from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
-from achilles.runtime.loop import Loop, seconds_until
 
 NO_WORKERS_SECONDS = 10.0
 STATUS_SECONDS = 5.0
@@ -63,7 +63,7 @@ class Connection:
         connect_timeout: float = 10.0,
         broker_timeout: float = 60.0,
     ) -> None:
-        self._loop = Loop()
+        self._loop = SocketLoop()
         self.mailbox = Mailbox(self._loop.wake)
         self._desk = Desk(self._reply)
         self.mailbox.on_letter = self._desk.put
@@ -176,7 +176,7 @@ class Connection:
         peer: Peer | None = None
         try:
             mailbox.start(threading.current_thread())
-            peer = Peer(self._dial, self._loop, hello)
+            peer = Peer(self._dial, self._loop, hello, self._from_broker)
             self._connect(peer)
             while not (mailbox.is_closing and mailbox.is_empty and not self._requests):
                 self._step(peer)
@@ -206,32 +206,29 @@ class Connection:
             now = monotonic()
             if now > deadline:
                 raise peer.problem()
-            self._loop.wait(
-                0.0 if peer.has_input else seconds_until(now, deadline, peer.next_deadline())
-            )
-            self._receive(peer, monotonic())
-            peer.tick(monotonic())
+            self._loop.wait(max(0.0, min(deadline, peer.tick(now)) - now))
         self._joined.set()
 
     def _step(self, peer: Peer) -> None:
         mailbox = self.mailbox
         now = monotonic()
-        is_busy = peer.has_input or not mailbox.is_idle() or self._requests or self._sends
-        deadlines = (peer.next_deadline(), self._cancel_at, now + 1.0)
-        self._loop.wait(0.0 if is_busy else seconds_until(now, *deadlines))
-        mailbox.is_awake = True
-        while self._requests:
-            self._requests.popleft()()
-        self._take_mail()
-        now = monotonic()
-        self._receive(peer, now)
-        if self._cancel_at is not None and now >= self._cancel_at:
-            self._cancel_pending()
-        self._pump(peer, now)
-        peer.tick(now)
+        due = peer.tick(now)
         if now >= self._next_watch:
             self._next_watch = now + WATCH_SECONDS
             self._watch(peer, now)
+        due = min(due, self._next_watch)
+        if self._cancel_at is not None:
+            due = min(due, self._cancel_at)
+        is_idle = mailbox.is_idle() and not self._requests and not self._sends
+        self._loop.wait(max(0.0, due - now) if is_idle else 0.0)
+        mailbox.is_awake = True
+        while self._requests:
+            self._requests.popleft()()
+        if mailbox.has_mail:
+            self._take_mail()
+        if self._cancel_at is not None and monotonic() >= self._cancel_at:
+            self._cancel_pending()
+        self._pump(peer)
 
     def _take_mail(self) -> None:
         batches, cancels = self.mailbox.drain()
@@ -244,31 +241,30 @@ class Connection:
         self._take_mail()
         self._cancel(self.mailbox.cancel_pending())
 
-    def _receive(self, peer: Peer, now: float) -> None:
-        for message in peer.receive(now):
-            match message:
-                case p.Welcome(credit=credit):
-                    self._sends += self._submission.connect(credit)
-                case p.Gone():
-                    _LOG.warning("the broker at %s lost this session; resubmitting", self._address)
-                    self._submission.disconnect()
-                case p.Refused(reason=reason):
-                    raise BrokerUnreachableError(
-                        f"the broker at {self._address} refused this client: {reason}"
-                    )
-                case p.Goodbye(reason=reason):
-                    raise BrokerLostError(f"the broker at {self._address} is gone: {reason}")
-                case p.Status():
-                    while self._statuses:
-                        self._statuses.popleft()(message)
-                case p.Running() | p.Results() | p.Failed() | p.Cluster() | p.Letter():
-                    self._sends += self._submission.receive(message, now)
-                case _:
-                    _LOG.warning(
-                        "the broker sent a %s, which is not for clients", type(message).__name__
-                    )
+    def _from_broker(self, message: p.Wire, now: float) -> None:
+        match message:
+            case p.Welcome(credit=credit):
+                self._sends += self._submission.connect(credit)
+            case p.Gone():
+                _LOG.warning("the broker at %s lost this session; resubmitting", self._address)
+                self._submission.disconnect()
+            case p.Refused(reason=reason):
+                raise BrokerUnreachableError(
+                    f"the broker at {self._address} refused this client: {reason}"
+                )
+            case p.Goodbye(reason=reason):
+                raise BrokerLostError(f"the broker at {self._address} is gone: {reason}")
+            case p.Status():
+                while self._statuses:
+                    self._statuses.popleft()(message)
+            case p.Running() | p.Results() | p.Failed() | p.Cluster() | p.Letter():
+                self._sends += self._submission.receive(message, now)
+            case _:
+                _LOG.warning(
+                    "the broker sent a %s, which is not for clients", type(message).__name__
+                )
 
-    def _pump(self, peer: Peer, now: float) -> None:
+    def _pump(self, peer: Peer) -> None:
         sends = self._sends
         outgoing: list[p.Wire] = []
         while sends:
@@ -277,7 +273,8 @@ class Connection:
                 outgoing.append(message)
             else:
                 self._cancel(self.mailbox.receive(message))  # type: ignore[arg-type]
-        peer.send(outgoing)
+        if outgoing:
+            peer.send(outgoing)
 
     def _cancel(self, ids: Sequence[int], *, kill: bool = False) -> None:
         if ids:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from collections import deque
 from time import monotonic
 
 import achilles
 from achilles.core import protocol as p
 from achilles.errors import BrokerUnreachableError
 from achilles.net.peer import Dial, Peer
+from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
-from achilles.runtime.loop import Loop, seconds_until
 
 
 def request(
@@ -23,7 +24,7 @@ def request(
     Raises:
         BrokerUnreachableError: there is none within ``timeout`` seconds.
     """
-    loop = Loop()
+    loop = SocketLoop()
     hello = p.ClientHello(
         secrets.token_bytes(16),
         "admin",
@@ -31,14 +32,14 @@ def request(
         python_version(),
         f"{socket.gethostname()}-{os.getpid()}",
     )
-    peer = Peer(dial, loop, hello)
+    received: deque[p.Wire] = deque()
+    peer = Peer(dial, loop, hello, lambda message, _: received.append(message))
     deadline = monotonic() + timeout
     try:
         while (now := monotonic()) < deadline:
-            wait = 0.0 if peer.has_input else seconds_until(now, deadline, peer.next_deadline())
-            loop.wait(wait)
-            now = monotonic()
-            for message in peer.receive(now):
+            loop.wait(max(0.0, min(deadline, peer.tick(now)) - now))
+            while received:
+                message = received.popleft()
                 if isinstance(message, p.Welcome):
                     peer.send([question])
                 elif isinstance(message, p.Status | p.ShuttingDown):
@@ -47,7 +48,6 @@ def request(
                     return message
                 elif isinstance(message, p.Refused | p.Goodbye):
                     raise BrokerUnreachableError(f"the broker refused this: {message.reason}")
-            peer.tick(now)
         if peer.is_joined:
             raise BrokerUnreachableError(f"the broker did not answer within {timeout:g} s")
         raise peer.problem()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable
+from math import inf
 from time import monotonic, sleep
 
 import zmq
@@ -15,8 +16,7 @@ from achilles.core.link import Packet
 from achilles.errors import AuthenticationError, BrokerUnreachableError, ProtocolError
 from achilles.net.endpoint import Dialed, dial_dealer
 from achilles.net.keys import Join
-from achilles.net.transport import DealerPort
-from achilles.runtime.loop import Loop
+from achilles.net.transport import DealerPort, SocketLoop
 
 BACKOFF_FIRST, BACKOFF_MAX = 0.1, 5.0
 WELCOME_SECONDS = 5.0  # a socket that has not led to a session by then is replaced
@@ -36,12 +36,23 @@ def dialer_to(join: Join) -> Dial:
 
 
 class Peer:
-    """Keeps a session with a broker over as many sockets as that takes; ``dial`` makes one."""
+    """Keeps a session with a broker over as many sockets as that takes; ``dial`` makes one.
 
-    def __init__(self, dial: Dial, loop: Loop, hello: p.ClientHello | p.WorkerHello) -> None:
+    ``on_message(message, now)`` is called with what the broker sent, and with what befell the session: `Welcome`,
+    `Gone`, `Refused`.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        loop: SocketLoop,
+        hello: p.ClientHello | p.WorkerHello,
+        on_message: Callable[[p.Wire, float], object],
+    ) -> None:
         self._dial = dial
         self._loop = loop
         self._dialer = Dialer(hello)
+        self._on_message = on_message
         self._backoff = BACKOFF_FIRST
         self._since = monotonic()
         self._redial_at: float | None = None
@@ -52,11 +63,6 @@ class Peer:
     def is_joined(self) -> bool:
         """Whether there is a session."""
         return self._dialer.state == JOINED
-
-    @property
-    def has_input(self) -> bool:
-        """Whether `receive` would give something."""
-        return self._is_watch_ready or self._port.has_input
 
     def silent_for(self, now: float) -> float:
         """Seconds since the broker's last sign of life, or since the first call."""
@@ -73,61 +79,52 @@ class Peer:
         """Send messages of the session; without one they are dropped (the cores have what matters)."""
         self._transmit(self._dialer.send(messages))
 
-    def receive(self, now: float) -> list[p.Wire]:
-        """What the broker sent, and what befell the session: `Welcome`, `Gone`, `Refused`."""
-        if self._is_watch_ready:
-            self._look(now)
-        messages: list[p.Wire] = []
-        for frames in self._port.receive():
-            try:
-                step = self._dialer.receive(Packet(*p.decode(frames)), now)
-            except ProtocolError as error:
-                _LOG.warning(
-                    "the broker at %s sent a malformed message: %s", self._dialed.endpoint, error
-                )
-                continue
-            self._transmit(step.packets)
-            messages += step.messages
-        return messages
-
-    def tick(self, now: float) -> None:
-        """Heartbeats, repeated hellos, and new sockets in place of dead ones."""
+    def tick(self, now: float) -> float:
+        """Heartbeats, repeated hellos, and new sockets in place of dead ones; when to call this again."""
         due = self._dialer.next_deadline()
         if due is not None and now >= due:
             self._transmit(self._dialer.tick(now))
-        if self.is_joined and self._redial_at is None:
-            return
-        if (
-            self._redial_at is None
-            and not self.is_joined
-            and now > self._opened_at + WELCOME_SECONDS
-        ):
+            due = self._dialer.next_deadline()
+        if self._redial_at is None:
+            if self.is_joined:
+                return inf if due is None else due
+            if now <= self._opened_at + WELCOME_SECONDS:
+                return min(self._opened_at + WELCOME_SECONDS, inf if due is None else due)
             self._redial_at = now
-        if self._redial_at is not None and now >= self._redial_at:
+        if now >= self._redial_at:
             self._close_socket()
             self._open(now)
-
-    def next_deadline(self) -> float | None:
-        """When `tick` wants to be called."""
-        due, redial_at = self._dialer.next_deadline(), self._redial_at
-        if redial_at is None or due is None:
-            return due if redial_at is None else redial_at
-        return min(due, redial_at)
+            return now
+        return min(self._redial_at, inf if due is None else due)
 
     def flush(self, timeout: float) -> None:
         """Give what was sent up to ``timeout`` seconds to leave, as far as that can be known."""
         deadline = monotonic() + timeout
         while self._port.has_outbox and monotonic() < deadline:
-            self._port.receive()
+            self._port.flush()
             sleep(0.001)
 
     def close(self) -> None:
         """End without a word."""
         self._close_socket()
 
-    def _look(self, now: float) -> None:
+    def _receive(self, frames: list[p.Buffer]) -> None:
+        """Take in a message."""
+        now = monotonic()
+        try:
+            step = self._dialer.receive(Packet(*p.decode(frames)), now)
+        except ProtocolError as error:
+            _LOG.warning(
+                "the broker at %s sent a malformed message: %s", self._dialed.endpoint, error
+            )
+            return
+        self._transmit(step.packets)
+        for message in step.messages:
+            self._on_message(message, now)
+
+    def _look(self) -> None:
         """See what befell the connection."""
-        self._is_watch_ready = False
+        now = monotonic()
         for event in self._dialed.watch.poll():
             if event.is_connected:
                 self._backoff = BACKOFF_FIRST
@@ -139,11 +136,11 @@ class Peer:
         self._redial_at = None
         self._opened_at = now
         self._dialed = self._dial()
-        self._port = DealerPort(self._dialed.socket, self._loop)
-        self._is_watch_ready = True
-        self._loop.register(self._dialed.watch.fd, self._ready_watch)
+        self._port = DealerPort(self._dialed.socket, self._loop, self._receive)
+        self._loop.register(self._dialed.watch.fd, self._look)
         if not self.is_joined:
             self._transmit(self._dialer.start(now))
+        self._look()  # a descriptor signals only to a reader that has found its socket empty
 
     def _close_socket(self) -> None:
         self._loop.unregister(self._dialed.watch.fd)
@@ -160,6 +157,3 @@ class Peer:
     def _transmit(self, packets: Iterable[Packet]) -> None:
         for packet in packets:
             self._port.send(p.encode(*packet))
-
-    def _ready_watch(self) -> None:
-        self._is_watch_ready = True

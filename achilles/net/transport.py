@@ -1,15 +1,15 @@
-"""ZeroMQ sockets in a `Loop`: non-blocking, with an outbox for what a socket does not take at once.
+"""ZeroMQ sockets in a loop: non-blocking, with an outbox for what a socket does not take at once.
 
 Rules
     1. A socket is used by the loop's thread alone.
     2. Nothing here blocks, and nothing here is trusted to arrive: see ``core.link``.
-    3. ZeroMQ's descriptor only tells of changes, and any call on the socket can use a change up. So a socket is asked
-       for input before a wait unless nothing was done with it since it was last found empty. A monitor, which is
-       only ever read, and to its end, does not need that.
+    3. A message is handed on as soon as it is read, one for each time that a socket is found ready, so that none
+       waits for others to be read, and no socket for another.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,166 +20,218 @@ import zmq
 from achilles.core.protocol import Buffer
 from achilles.runtime.loop import Loop
 
-RECEIVE_MAX = 256  # messages before the loop looks at anything else
 OUTBOX_MAX = 10_000
 
 # Plain integers: arithmetic on pyzmq's enums costs more than the calls that it is for.
-NOBLOCK, SNDMORE, RCVMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.RCVMORE)
+NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS, POLLIN, POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
 
 _EVENT = struct.Struct("=HI")
 
+OnFrames = Callable[[list[Buffer]], object]
+
+
+class SocketLoop(Loop):
+    """A `Loop` that waits for ZeroMQ sockets, too.
+
+    libzmq's own poll does the waiting. A socket's descriptor only tells of changes, and any call on the socket can
+    use a change up: whoever waits for the descriptor must ask the socket before each wait and after each message,
+    and each question costs more in Python than `zmq_poll` as a whole.
+    """
+
+    def __init__(self) -> None:
+        self._callbacks_by_socket: dict[Any, Callable[[], object]] = {}
+        self._items: list[tuple[Any, int]] = []
+        super().__init__()
+
+    def watch(
+        self, socket: zmq.Socket[bytes], callback: Callable[[], object], *, write: bool = False
+    ) -> None:
+        """Call ``callback`` when ``socket`` has a message (or takes one, with ``write``); again to change that."""
+        self.unwatch(socket)
+        self._callbacks_by_socket[socket] = callback
+        self._items.insert(0, (socket, POLLIN | POLLOUT if write else POLLIN))
+
+    def unwatch(self, socket: zmq.Socket[bytes]) -> None:
+        """Watch ``socket`` no more; before it is closed."""
+        if self._callbacks_by_socket.pop(socket, None) is not None:
+            self._items = [item for item in self._items if item[0] is not socket]
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait up to ``timeout`` seconds (None: for ever) and call back for what is ready."""
+        callbacks = self._callbacks_by_socket
+        milliseconds = -1 if timeout is None else math.ceil(timeout * 1000)
+        is_file_ready = False
+        for ready, _ in zmq.zmq_poll(self._items, milliseconds):
+            if type(ready) is int:
+                is_file_ready = True
+            elif (
+                callback := callbacks.get(ready)
+            ) is not None:  # None: an earlier one has ended it
+                callback()
+        if is_file_ready:
+            super().wait(0.0)
+
+    def register(self, fd: int, callback: Callable[[], object], *, write: bool = False) -> None:
+        super().register(fd, callback, write=write)
+        self._watch_files()
+
+    def unregister(self, fd: int) -> None:
+        super().unregister(fd)
+        self._watch_files()
+
+    def _watch_files(self) -> None:
+        self._items = [item for item in self._items if type(item[0]) is not int]
+        self._items += [
+            (fd, POLLIN | POLLOUT if write else POLLIN) for fd, write in self.pollable().items()
+        ]
+
 
 class DealerPort:
-    """A DEALER in a loop. What it sends while there is no connection is dropped: the link sends it again."""
+    """A DEALER in a loop. What it sends while there is no connection is dropped: the link sends it again.
 
-    def __init__(self, socket: zmq.Socket[bytes], loop: Loop) -> None:
+    ``on_frames(frames)`` is called for each message.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], loop: SocketLoop, on_frames: OnFrames) -> None:
         self._socket = socket
         self._loop = loop
+        self._on_frames = on_frames
         self._outbox: deque[Sequence[Buffer]] = deque()
-        self._is_known_empty = False
-        loop.register(socket.FD, self._changed)
+        loop.watch(socket, self._receive)
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """Send, or keep for later."""
-        self._is_known_empty = False
-        if self._outbox or not _send(self._socket, frames):
-            if len(self._outbox) < OUTBOX_MAX:
-                self._outbox.append(frames)
+        outbox = self._outbox
+        if outbox or not _send(self._socket, frames):
+            if not outbox:
+                self._loop.watch(self._socket, self._flush_and_receive, write=True)
+            if len(outbox) < OUTBOX_MAX:
+                outbox.append(frames)
+
+    def flush(self) -> None:
+        """Try again what was kept."""
+        outbox = self._outbox
+        while outbox and _send(self._socket, outbox[0]):
+            outbox.popleft()
+        if not outbox:
+            self._loop.watch(self._socket, self._receive)
 
     @property
     def has_outbox(self) -> bool:
         """Whether something is kept that the socket did not take yet."""
         return bool(self._outbox)
 
-    @property
-    def has_input(self) -> bool:
-        """Whether `receive` would give something, or something kept could be sent."""
-        if self._is_known_empty:
-            return False
-        wanted = POLLIN | POLLOUT if self._outbox else POLLIN
-        has_input = bool(_events(self._socket) & wanted)
-        self._is_known_empty = not has_input and not self._outbox
-        return has_input
-
-    def receive(self) -> list[list[Buffer]]:
-        """What has come, at most `RECEIVE_MAX` messages."""
-        if self._is_known_empty:
-            return []
-        outbox = self._outbox
-        while outbox and _send(self._socket, outbox[0]):
-            outbox.popleft()
-        messages: list[list[Buffer]] = []
-        while len(messages) < RECEIVE_MAX:
-            if not _events(self._socket) & POLLIN:
-                self._is_known_empty = not outbox
-                break
-            frames: list[Buffer] = [self._socket.recv(NOBLOCK)]
-            _receive_rest(self._socket, frames)
-            messages.append(frames)
-        return messages
-
-    def _changed(self) -> None:
-        self._is_known_empty = False
-
     def close(self) -> None:
         """Close the socket."""
-        self._loop.unregister(self._socket.FD)
+        self._loop.unwatch(self._socket)
         self._socket.close(0)
+
+    def _receive(self) -> None:
+        """Hand on the message that is there."""
+        frame: Any = self._socket.recv(NOBLOCK, copy=False)
+        self._on_frames(_all_frames(self._socket, frame))
+
+    def _flush_and_receive(self) -> None:
+        self.flush()
+        if _events(self._socket) & POLLIN:
+            self._receive()
+
+
+class Route:
+    """A peer's connection to a ROUTER, as long as it lasts, and the user that the transport has authenticated there.
+
+    An empty ``user`` is one whom nothing vouches for.
+    """
+
+    __slots__ = ("identity", "port", "user")
+
+    def __init__(self, port: RouterPort, identity: bytes, user: str) -> None:
+        self.port = port
+        self.identity = identity
+        self.user = user
 
 
 class RouterPort:
-    """A ROUTER in a loop; a route is a peer's connection, as long as it lasts.
+    """A ROUTER in a loop.
 
-    ``on_closed(route)`` is called when a route's connection has ended.
+    ``on_frames(route, frames)`` is called for each message, ``on_closed(route)`` when a route's connection has ended.
     """
 
     def __init__(
-        self, socket: zmq.Socket[bytes], loop: Loop, on_closed: Callable[[bytes], None]
+        self,
+        socket: zmq.Socket[bytes],
+        loop: SocketLoop,
+        on_frames: Callable[[Route, list[Buffer]], object],
+        on_closed: Callable[[Route], object],
     ) -> None:
         self._socket = socket
         self._loop = loop
+        self._on_frames = on_frames
         self._on_closed = on_closed
-        self._outboxes: dict[bytes, deque[Sequence[Buffer]]] = {}
-        self._route_by_fd: dict[int, bytes] = {}
-        self._user_by_route: dict[bytes, str] = {}
+        self._routes: dict[bytes, Route] = {}
+        self._route_by_fd: dict[int, Route] = {}
+        # What is kept by route; a ROUTER does not tell when one of its peers can take more.
+        self.outboxes: dict[Route, deque[Sequence[Buffer]]] = {}
         self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._is_known_empty = False
-        loop.register(socket.FD, self._changed)
+        loop.watch(socket, self._receive)
         loop.register(self._monitor.FD, self._look_for_closed)
-        self._look_for_closed()  # a socket signals only to a reader that has found it empty
+        self._look_for_closed()  # a descriptor signals only to a reader that has found its socket empty
 
-    def send(self, route: bytes, frames: Sequence[Buffer]) -> None:
+    def send(self, route: Route, frames: Sequence[Buffer]) -> None:
         """Send, or keep for later; to a route that is gone, drop."""
-        self._is_known_empty = False
-        outbox = self._outboxes.get(route)
+        outbox = self.outboxes.get(route) if self.outboxes else None
         if outbox is None:
             try:
-                if _send(self._socket, [route, *frames]):
+                if self._send_to(route, frames):
                     return
             except zmq.ZMQError:
                 return  # EHOSTUNREACH: the link will send it again, if the peer comes back
-            outbox = self._outboxes[route] = deque()
+            outbox = self.outboxes[route] = deque()
         if len(outbox) < OUTBOX_MAX:
             outbox.append(frames)
 
     def flush(self) -> None:
         """Try again what was kept."""
-        self._is_known_empty = False
-        for route, outbox in list(self._outboxes.items()):
+        for route, outbox in list(self.outboxes.items()):
             try:
-                while outbox and _send(self._socket, [route, *outbox[0]]):
+                while outbox and self._send_to(route, outbox[0]):
                     outbox.popleft()
             except zmq.ZMQError:
                 outbox.clear()
             if not outbox:
-                del self._outboxes[route]
-
-    @property
-    def has_outbox(self) -> bool:
-        """Whether something is kept; a ROUTER does not tell when one of its peers can take more."""
-        return bool(self._outboxes)
-
-    @property
-    def has_input(self) -> bool:
-        """Whether `receive` would give something."""
-        if self._is_known_empty:
-            return False
-        self._is_known_empty = not _events(self._socket) & POLLIN
-        return not self._is_known_empty
-
-    def receive(self) -> list[tuple[bytes, list[Buffer], str]]:
-        """What has come, each with its route and the user that the transport has authenticated there."""
-        messages: list[tuple[bytes, list[Buffer], str]] = []
-        if self._is_known_empty:
-            return messages
-        while len(messages) < RECEIVE_MAX:
-            if not _events(self._socket) & POLLIN:
-                self._is_known_empty = True
-                break
-            route = self._socket.recv(NOBLOCK)
-            frames: list[Buffer] = []
-            user = self._user_by_route.get(route)
-            if user is not None:
-                frames.append(self._socket.recv(NOBLOCK))
-            else:
-                frame: Any = self._socket.recv(NOBLOCK, copy=False)
-                user = self._note(route, frame)
-                frames.append(bytes(frame.buffer))
-            _receive_rest(self._socket, frames)
-            messages.append((route, frames, user))
-        return messages
+                del self.outboxes[route]
 
     def close(self) -> None:
         """Close the socket."""
-        for each in (self._monitor, self._socket):
-            self._loop.unregister(each.FD)
+        self._loop.unregister(self._monitor.FD)
+        self._loop.unwatch(self._socket)
         self._socket.disable_monitor()
         self._monitor.close(0)
         self._socket.close(0)
 
-    def _note(self, route: bytes, frame: Any) -> str:
-        """Learn which connection a new route is; its user, as the transport has authenticated it."""
+    def _send_to(self, route: Route, frames: Sequence[Buffer]) -> bool:
+        """Send without blocking; False if the route's connection does not take it now.
+
+        Raises:
+            zmq.ZMQError: the route is gone.
+        """
+        try:
+            self._socket.send(route.identity, SNDMORE | NOBLOCK)
+        except zmq.Again:
+            return False
+        return _send(self._socket, frames)
+
+    def _receive(self) -> None:
+        """Hand on the message that is there."""
+        socket = self._socket
+        identity = socket.recv(NOBLOCK)
+        frame: Any = socket.recv(NOBLOCK, copy=False)
+        route = self._routes.get(identity) or self._note(identity, frame)
+        self._on_frames(route, _all_frames(socket, frame))
+
+    def _note(self, identity: bytes, frame: Any) -> Route:
+        """Learn which connection a new route is, and its user."""
         try:
             fd = frame.get(zmq.SRCFD)
         except zmq.ZMQError:
@@ -187,20 +239,16 @@ class RouterPort:
         try:
             user = str(frame.get("User-Id"))
         except zmq.ZMQError:
-            user = ""  # not authenticated: no role fits it
+            user = ""  # not authenticated
         self._forget(fd)
-        self._route_by_fd[fd] = route
-        self._user_by_route[route] = user
-        return user
+        route = self._routes[identity] = self._route_by_fd[fd] = Route(self, identity, user)
+        return route
 
-    def _changed(self) -> None:
-        self._is_known_empty = False
-
-    def _forget(self, fd: int) -> bytes | None:
+    def _forget(self, fd: int) -> Route | None:
         route = self._route_by_fd.pop(fd, None)
         if route is not None:
-            self._user_by_route.pop(route, None)
-            self._outboxes.pop(route, None)
+            self._routes.pop(route.identity, None)
+            self.outboxes.pop(route, None)
         return route
 
     def _look_for_closed(self) -> None:
@@ -213,28 +261,26 @@ class RouterPort:
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
-    """Send without blocking; False if the socket does not take it now.
-
-    Raises:
-        zmq.ZMQError: the route is gone.
-    """
+    """Send without blocking; False if the socket does not take it now."""
     try:
         # Below pyzmq's threshold of 64 KiB a frame is copied either way; above it, the buffer must not change
         # while it is under way, which holds for payloads.
         if len(frames) == 1:
             socket.send(frames[0], NOBLOCK)
         else:
-            socket.send_multipart(frames, NOBLOCK, copy=len(frames) == 2)
+            socket.send_multipart(frames, NOBLOCK, copy=False)
     except zmq.Again:
         return False
     return True
 
 
-def _receive_rest(socket: zmq.Socket[bytes], frames: list[Buffer]) -> None:
-    """The remaining frames of a message; they are large, and not copied."""
-    while socket.getsockopt(RCVMORE):
-        frame: Any = socket.recv(NOBLOCK, copy=False)
-        frames.append(frame.buffer)
+def _all_frames(socket: zmq.Socket[bytes], frame: Any) -> list[Buffer]:
+    """The frames of the message that begins with ``frame``, none of them copied."""
+    frames = [memoryview(frame)]
+    while frame.more:
+        frame = socket.recv(NOBLOCK, copy=False)
+        frames.append(memoryview(frame))
+    return frames  # type: ignore[return-value]
 
 
 def _events(socket: zmq.Socket[bytes]) -> int:

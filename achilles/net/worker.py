@@ -15,8 +15,8 @@ from achilles.core import protocol as p
 from achilles.core.agent import Agent, Send
 from achilles.errors import BrokerUnreachableError
 from achilles.net.peer import Dial, Peer
+from achilles.net.transport import SocketLoop
 from achilles.runtime.host import RunnerHost
-from achilles.runtime.loop import Loop, seconds_until
 
 CLOSE_SECONDS = 5.0
 
@@ -35,7 +35,7 @@ class Worker:
     def __init__(
         self, dial: Dial, *, slots: int, name: str, tags: Sequence[str], connect_timeout: float
     ) -> None:
-        self.loop = Loop()
+        self.loop = SocketLoop()
         hello = p.WorkerHello(
             secrets.token_bytes(16),
             achilles.__version__,
@@ -45,7 +45,7 @@ class Worker:
             os.getpid(),
             list(tags),
         )
-        self._peer = Peer(dial, self.loop, hello)
+        self._peer = Peer(dial, self.loop, hello, self._from_broker)
         self._agent = Agent(slots)
         self._host = RunnerHost(
             register=self.loop.register,
@@ -57,6 +57,7 @@ class Worker:
         self._sends: deque[Send] = deque()
         self._connect_by = monotonic() + connect_timeout
         self._was_joined = False
+        self._on_joined: Callable[[], None] = lambda: None
         self._is_over = False
 
     def run(self, wanted_end: Callable[[], int], on_joined: Callable[[], None]) -> int:
@@ -67,6 +68,7 @@ class Worker:
         Raises:
             BrokerUnreachableError: no session within ``connect_timeout`` seconds, or the broker refused one.
         """
+        self._on_joined = on_joined
         try:
             while not self._is_over:
                 end = wanted_end()
@@ -74,7 +76,7 @@ class Worker:
                     break
                 if end:
                     self._sends += self._agent.drain()
-                self._step(on_joined)
+                self._step()
             return self._agent.running
         finally:
             self.close()
@@ -87,30 +89,29 @@ class Worker:
         self._peer.close()
         self.loop.close()
 
-    def _step(self, on_joined: Callable[[], None]) -> None:
-        peer, agent = self._peer, self._agent
+    def _step(self) -> None:
+        agent, host = self._agent, self._host
         now = monotonic()
-        deadlines = (agent.next_deadline(), self._host.next_deadline(now), peer.next_deadline())
-        wait = 0.0 if peer.has_input or self._sends else seconds_until(now, *deadlines)
-        self.loop.wait(wait)
-        now = monotonic()
-        for message in peer.receive(now):
-            self._from_broker(message, now, on_joined)
-        for event in self._host.collect():
-            self._sends += agent.receive(event, now)
         self._sends += agent.tick(now)
+        due = self._peer.tick(now)
+        for deadline in (agent.next_deadline(), host.next_deadline(now)):
+            if deadline is not None and deadline < due:
+                due = deadline
+        self.loop.wait(0.0 if self._sends else max(0.0, due - now))
+        now = monotonic()
+        for event in host.collect():
+            self._sends += agent.receive(event, now)
         self._pump(now)
-        peer.tick(now)
         if not self._was_joined and now > self._connect_by:
-            raise peer.problem()
+            raise self._peer.problem()
 
-    def _from_broker(self, message: p.Wire, now: float, on_joined: Callable[[], None]) -> None:
+    def _from_broker(self, message: p.Wire, now: float) -> None:
         match message:
             case p.Welcome():
                 _LOG.info("joined the broker")
                 self._sends += self._agent.reset()
                 self._was_joined = True
-                on_joined()
+                self._on_joined()
             case p.Gone():
                 _LOG.warning("the broker has given this session up; its work is dropped")
                 self._sends += self._agent.reset()
@@ -140,7 +141,8 @@ class Worker:
                     sends += self._agent.receive(event, now)
             else:
                 outgoing.append(message)  # type: ignore[arg-type]
-        self._peer.send(outgoing)
+        if outgoing:
+            self._peer.send(outgoing)
         if self._agent.is_drained:
             self._is_over = True
 

@@ -50,6 +50,12 @@ class Loop:
             if callback is not None:
                 callback()
 
+    def pollable(self) -> dict[int, bool]:
+        """For another poll: what is ready when `wait` would call something back, and whether for writing, too."""
+        if isinstance(self._poller, _Poll):
+            return self._poller.is_written
+        return {self._poller.fileno(): False}
+
     def wake(self) -> None:
         """End the present or the next wait; from any thread, also when the loop is closed."""
         with self._lock:
@@ -98,9 +104,17 @@ class _Poll:
 
     def __init__(self) -> None:
         self._poll = select.poll()
-        self.register = self._poll.register
-        self.modify = self._poll.modify
-        self.unregister = self._poll.unregister
+        self.is_written: dict[int, bool] = {}
+
+    def register(self, fd: int, events: int) -> None:
+        self._poll.register(fd, events)
+        self.is_written[fd] = bool(events & select.POLLOUT)
+
+    modify = register
+
+    def unregister(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        del self.is_written[fd]
 
     def poll(self, timeout: float | None) -> list[tuple[int, int]]:
         return self._poll.poll(None if timeout is None else math.ceil(timeout * 1000))

@@ -11,7 +11,7 @@ from achilles.core import protocol as p
 from achilles.errors import AuthenticationError, BrokerUnreachableError
 from achilles.net.keys import Join
 from achilles.net.peer import Peer, dialer_to
-from achilles.runtime.loop import Loop
+from achilles.net.transport import SocketLoop
 from tests.brokers import RunningBroker, hello
 
 WAIT_SECONDS = 10.0
@@ -21,18 +21,21 @@ class Driven:
     """A peer and the loop that drives it; what it has received is kept."""
 
     def __init__(self, join: Join, role: str = "client") -> None:
-        self.loop = Loop()
-        self.peer = Peer(dialer_to(join), self.loop, hello(role))
+        self.loop = SocketLoop()
         self.received: list[p.Wire] = []
+        self.peer = Peer(
+            dialer_to(join),
+            self.loop,
+            hello(role),
+            lambda message, _: self.received.append(message),
+        )
 
     def until(self, holds: Callable[[], object]) -> None:
         deadline = monotonic() + WAIT_SECONDS
         while not holds():
             assert monotonic() < deadline, f"it does not come about; {self.received}"
-            self.loop.wait(0.0 if self.peer.has_input else 0.01)
-            now = monotonic()
-            self.received += self.peer.receive(now)
-            self.peer.tick(now)
+            self.loop.wait(0.01)
+            self.peer.tick(monotonic())
 
     def until_problem(self, kind: type[Exception]) -> None:
         self.until(lambda: isinstance(self.peer.problem(), kind))

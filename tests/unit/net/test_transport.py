@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -10,66 +12,67 @@ import zmq
 
 from achilles.net import transport
 from achilles.net.endpoint import LOCAL_USER, Endpoint, Gatekeeper, bind_router, dial_dealer
-from achilles.net.transport import DealerPort, RouterPort
-from achilles.runtime.loop import Loop
+from achilles.net.transport import DealerPort, Route, RouterPort, SocketLoop
 
 WAIT_SECONDS = 10.0
 FAR_MORE_THAN_A_SOCKET_TAKES = 5000
 
 
 class Pair(NamedTuple):
-    """A ROUTER and a DEALER, connected, in one loop."""
+    """A ROUTER and a DEALER, connected, in one loop, and what has come to each."""
 
-    loop: Loop
+    loop: SocketLoop
     router: RouterPort
     dealer: DealerPort
-    closed: list[bytes]
+    closed: list[Route]
+    to_router: list[tuple[Route, list[bytes]]]
+    to_dealer: list[list[bytes]]
 
     def until(self, holds: Callable[[], object]) -> None:
         deadline = monotonic() + WAIT_SECONDS
         while not holds():
             assert monotonic() < deadline, "it does not come about"
             self.loop.wait(0.01)
+            self.router.flush()
 
-    def at_router(self) -> tuple[bytes, list[bytes], str]:
-        """The next message that has come to the ROUTER."""
-        found: list[tuple[bytes, list[bytes], str]] = []
-
-        def look() -> bool:
-            for route, frames, user in self.router.receive():
-                found.append((route, [bytes(frame) for frame in frames], user))
-            return bool(found)
-
-        self.until(look)
-        assert len(found) == 1
-        return found[0]
+    def at_router(self) -> tuple[Route, list[bytes]]:
+        """The next message that comes to the ROUTER."""
+        self.until(lambda: self.to_router)
+        (found,) = self.to_router
+        self.to_router.clear()
+        return found
 
     def at_dealer(self, count: int = 1) -> list[list[bytes]]:
-        found: list[list[bytes]] = []
-
-        def look() -> bool:
-            self.router.flush()
-            found.extend([bytes(f) for f in frames] for frames in self.dealer.receive())
-            return len(found) >= count
-
-        self.until(look)
+        """The next messages that come to the DEALER."""
+        self.until(lambda: len(self.to_dealer) >= count)
+        found = list(self.to_dealer)
+        self.to_dealer.clear()
         return found
 
 
 @pytest.fixture
 def pair(achilles_home: Path) -> Iterator[Pair]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    loop = Loop()
+    loop = SocketLoop()
     gatekeeper = Gatekeeper(context, {})
     loop.register(gatekeeper.socket.FD, gatekeeper.answer)
     gatekeeper.answer()
     endpoint = Endpoint("ipc", "", 0, str(achilles_home / "x.ipc"))
     bound = bind_router(context, tcp=None, ipc=endpoint, domain="d", broker_secret=b"")
-    closed: list[bytes] = []
-    router = RouterPort(bound.socket, loop, closed.append)
+    closed: list[Route] = []
+    to_router: list[tuple[Route, list[bytes]]] = []
+    to_dealer: list[list[bytes]] = []
+    router = RouterPort(
+        bound.socket,
+        loop,
+        lambda route, frames: to_router.append((route, [bytes(frame) for frame in frames])),
+        closed.append,
+    )
     dialed = dial_dealer(context, endpoint, None)
-    dealer = DealerPort(dialed.socket, loop)
-    yield Pair(loop, router, dealer, closed)
+    dealer = DealerPort(
+        dialed.socket, loop, lambda frames: to_dealer.append([bytes(frame) for frame in frames])
+    )
+    yield Pair(loop, router, dealer, closed, to_router, to_dealer)
     dialed.watch.close()
     dealer.close()
     router.close()
@@ -82,7 +85,7 @@ def can_send(port: DealerPort) -> bool:
     return bool(transport._events(port._socket) & zmq.POLLOUT)
 
 
-def connect(pair: Pair) -> bytes:
+def connect(pair: Pair) -> Route:
     """The route of the pair's DEALER; a ROUTER learns it with the first message."""
     pair.until(lambda: can_send(pair.dealer))
     pair.dealer.send([b"hello"])
@@ -93,19 +96,16 @@ def test_a_message_comes_with_its_route_and_user(pair: Pair) -> None:
     pair.until(lambda: can_send(pair.dealer))
     for frames in ([b"one"], [b"two", b"parts"]):
         pair.dealer.send(frames)
-        route, got, user = pair.at_router()
-        assert (got, user) == (frames, LOCAL_USER)
+        route, got = pair.at_router()
+        assert (got, route.user) == (frames, LOCAL_USER)
         pair.router.send(route, frames)
         assert pair.at_dealer() == [frames]
 
 
 def test_what_is_sent_before_there_is_a_connection_waits(pair: Pair) -> None:
     pair.dealer.send([b"early"])
-    if pair.dealer.has_outbox:
-        pair.until(lambda: pair.dealer.has_input)
-        pair.dealer.receive()
-        assert not pair.dealer.has_outbox
     assert pair.at_router()[1] == [b"early"]
+    assert not pair.dealer.has_outbox
 
 
 def test_what_a_peer_does_not_take_is_kept_in_order(pair: Pair) -> None:
@@ -114,10 +114,10 @@ def test_what_a_peer_does_not_take_is_kept_in_order(pair: Pair) -> None:
     count = FAR_MORE_THAN_A_SOCKET_TAKES
     for number in range(count):
         pair.router.send(route, [number.to_bytes(4, "big") + body])
-    assert pair.router.has_outbox
+    assert pair.router.outboxes
     got = [int.from_bytes(frames[0][:4], "big") for frames in pair.at_dealer(count)]
     assert got == list(range(count))
-    assert not pair.router.has_outbox
+    assert not pair.router.outboxes
 
 
 def test_an_outbox_has_an_end(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +126,13 @@ def test_an_outbox_has_an_end(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> No
     route = connect(pair)
     for _ in range(FAR_MORE_THAN_A_SOCKET_TAKES):
         pair.router.send(route, [bytes(1000)])
-    assert len(pair.router._outboxes[route]) == 10
+    assert len(pair.router.outboxes[route]) == 10
 
 
 def test_a_route_that_is_gone_is_told_and_forgotten(pair: Pair, achilles_home: Path) -> None:
     endpoint = Endpoint("ipc", "", 0, str(achilles_home / "x.ipc"))
     dialed = dial_dealer(zmq.Context.instance(), endpoint, None)
-    other = DealerPort(dialed.socket, pair.loop)
+    other = DealerPort(dialed.socket, pair.loop, lambda _: None)
     pair.until(lambda: can_send(other))
     other.send([b"hello"])
     route = pair.at_router()[0]
@@ -142,33 +142,72 @@ def test_a_route_that_is_gone_is_told_and_forgotten(pair: Pair, achilles_home: P
     other.close()
     pair.until(lambda: pair.closed)
     assert pair.closed == [route]
-    assert not pair.router.has_outbox
+    assert not pair.router.outboxes
     pair.router.send(route, [b"to nobody"])
-
-    def is_dropped() -> bool:
-        pair.router.receive()  # so that libzmq sees the end of what came from there
-        pair.router.flush()
-        return not pair.router.has_outbox
-
-    pair.until(is_dropped)
+    pair.until(lambda: not pair.router.outboxes)
 
 
 def test_routes_that_never_were_are_no_error(pair: Pair) -> None:
-    pair.router.send(b"nobody", [b"x"])
+    pair.router.send(Route(pair.router, b"nobody", ""), [b"x"])
     pair.router.flush()
-    assert not pair.router.has_outbox
+    assert not pair.router.outboxes
 
 
-def test_one_call_takes_in_a_bounded_number(pair: Pair) -> None:
+def test_a_busy_socket_does_not_hold_up_descriptors(pair: Pair) -> None:
+    """However much waits at a socket, each wait looks at everything."""
     connect(pair)
-    for _ in range(2 * transport.RECEIVE_MAX):
+    read, write = os.pipe()
+    for _ in range(10):
         pair.dealer.send([b"x"])
-    sizes: list[int] = []
+    seen: list[int] = []
+    pair.loop.register(read, lambda: seen.append(len(pair.to_router)))
+    os.write(write, b"x")
+    pair.until(lambda: len(pair.to_router) == 10)
+    pair.loop.unregister(read)
+    os.close(read)
+    os.close(write)
+    assert seen
+    assert seen[0] <= 1
 
-    def look() -> bool:
-        sizes.append(len(pair.router.receive()))
-        return sum(sizes) == 2 * transport.RECEIVE_MAX
 
-    pair.until(look)
-    assert max(sizes) <= transport.RECEIVE_MAX
-    assert not pair.router.has_input
+def test_a_socket_that_was_closed_by_an_earlier_callback_is_passed_over(pair: Pair) -> None:
+    """Both have input in the same wait; the first to be called ends the other."""
+    route = connect(pair)
+    pair.dealer.send([b"to the router"])
+    pair.router.send(route, [b"to the dealer"])
+    assert pair.router._socket.poll(10_000)
+    assert pair.dealer._socket.poll(10_000)
+    called: list[str] = []
+
+    def end(name: str) -> None:
+        called.append(name)
+        for port in (pair.router, pair.dealer):
+            pair.loop.unwatch(port._socket)
+
+    pair.loop.watch(pair.router._socket, lambda: end("router"))
+    pair.loop.watch(pair.dealer._socket, lambda: end("dealer"))
+    pair.loop.wait(5)
+    assert len(called) == 1
+
+
+def test_without_epoll_descriptors_are_waited_for_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(select, "epoll", raising=False)
+    loop = SocketLoop()
+    read, write = os.pipe()
+    seen: list[str] = []
+    loop.register(read, lambda: seen.append("readable"))
+    loop.register(write, lambda: seen.append("writable"), write=True)
+    loop.wait(5)
+    assert seen == ["writable"]
+    loop.unregister(write)
+    os.write(write, b"x")
+    loop.wait(5)
+    loop.unregister(read)
+    assert seen == ["writable", "readable"]
+    loop.wake()
+    loop.wait(30)
+    loop.close()
+    os.close(read)
+    os.close(write)
