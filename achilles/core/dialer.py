@@ -18,6 +18,8 @@ from achilles.core.link import Link, Packet
 
 HELLO_INTERVAL = 0.5
 
+_ABOUT_SESSIONS = frozenset({p.Welcome, p.Refused, p.Gone})
+
 CALLING, JOINED, REFUSED = "calling", "joined", "refused"
 
 
@@ -66,15 +68,9 @@ class Dialer:
             ProtocolError: it does not fit the session.
         """
         message = packet.message
-        if isinstance(message, p.Welcome):
-            return self._welcome(message, now)
-        if isinstance(message, p.Refused):
-            if self.state == CALLING:
-                self.state, self.reason, self._next_at = REFUSED, message.reason, None
-            return Step([], [message])
         is_ours = self.state == JOINED and packet.header.token == self._link.token
-        if isinstance(message, p.Gone):
-            return Step(self.start(now), [message]) if is_ours else Step([], [])
+        if type(message) in _ABOUT_SESSIONS:
+            return self._about_session(message, now, is_ours)
         if not is_ours:
             return Step([], [])
         self.heard_at = now
@@ -82,6 +78,15 @@ class Dialer:
         if not is_new or isinstance(message, p.Heartbeat):
             return Step(answers, [])
         return Step(answers, [message])
+
+    def _about_session(self, message: p.Wire, now: float, is_ours: bool) -> Step:
+        if isinstance(message, p.Welcome):
+            return self._welcome(message, now)
+        if isinstance(message, p.Refused):
+            if self.state == CALLING:
+                self.state, self.reason, self._next_at = REFUSED, message.reason, None
+            return Step([], [message])
+        return Step(self.start(now), [message]) if is_ours else Step([], [])
 
     def tick(self, now: float) -> list[Packet]:
         """Repeat the hello, or send a heartbeat."""

@@ -21,7 +21,9 @@ from achilles.errors import ProtocolError
 UNACKED_MAX = 32  # received messages without an answer, after which an acknowledgement is sent
 RESYNC_INTERVAL = 0.5
 
-_UNNUMBERED = (p.Heartbeat, p.Resync, p.ClientHello, p.WorkerHello, p.Welcome, p.Refused, p.Gone)
+_UNNUMBERED = frozenset(
+    {p.Heartbeat, p.Resync, p.ClientHello, p.WorkerHello, p.Welcome, p.Refused, p.Gone}
+)
 
 
 class Packet(NamedTuple):
@@ -48,7 +50,7 @@ class Link:
     def wrap(self, message: p.Wire) -> Packet:
         """The message ready to be sent; numbered and kept if it is one that matters."""
         self._acked = self.received
-        if isinstance(message, _UNNUMBERED):
+        if type(message) in _UNNUMBERED:
             return Packet(p.Header(self.token, self.sent, self.received), message)
         self.sent += 1
         packet = Packet(p.Header(self.token, self.sent, self.received), message)
@@ -67,9 +69,9 @@ class Link:
         kept = self._kept
         while kept and kept[0].header.seq <= header.ack:
             kept.popleft()
-        if isinstance(message, p.Resync):
+        if type(message) is p.Resync:
             return False, self._resend()
-        if isinstance(message, _UNNUMBERED):
+        if type(message) in _UNNUMBERED:
             return True, self._ask(now) if header.seq > self.received else []
         if header.seq == self.received + 1:
             self.received += 1

@@ -22,7 +22,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
@@ -495,7 +495,7 @@ Wire: TypeAlias = FromClient | FromAdmin | FromWorker | ToClient | ToWorker | Se
 # --- The codec ------------------------------------------------------------------------------------
 
 
-class Header(NamedTuple):
+class Header(msgspec.Struct, frozen=True, gc=False):
     """Stands before each message: whose session it is and how far both sides are in it."""
 
     token: bytes  # 16 bytes; zero before the session exists
@@ -514,12 +514,16 @@ _decode_body = msgspec.msgpack.Decoder(Wire).decode
 
 def encode(header: Header, message: Wire) -> list[Buffer]:
     """The message's frames; large payloads are not copied."""
-    head = _HEADER.pack(_MAGIC, VERSION, *header)
-    payloads = _payloads_of(message)
-    if payloads is None or not _has_large(payloads):
-        return [head + _encode_body(message)]
+    head = _HEADER.pack(_MAGIC, VERSION, header.token, header.seq, header.ack)
+    for payload in _payloads_of(message):
+        if type(payload) is not bytes or len(payload) > INLINE_MAX:
+            return _encode_in_parts(head, message)
+    return [head + _encode_body(message)]
+
+
+def _encode_in_parts(head: bytes, message: Wire) -> list[Buffer]:
     parts: list[Buffer] = []
-    inline = [_scatter(payload, parts) for payload in payloads]
+    inline = [_scatter(payload, parts) for payload in _payloads_of(message)]
     return [head + _encode_body(_with_payloads(message, inline)), *parts]
 
 
@@ -545,20 +549,16 @@ def decode(frames: Sequence[Buffer]) -> tuple[Header, Wire]:
     return Header(token, seq, ack), message
 
 
-def _payloads_of(message: Wire) -> list[Payload] | None:
+def _payloads_of(message: Wire) -> Sequence[Payload]:
     if type(message) in _WITH_PAYLOADS:
         return message.payloads  # type: ignore[union-attr]
-    return [message.payload] if isinstance(message, Blob) else None
+    return (message.payload,) if type(message) is Blob else ()
 
 
 def _with_payloads(message: Wire, payloads: list[Any]) -> Wire:
     if isinstance(message, Blob):
         return msgspec.structs.replace(message, payload=payloads[0])
     return msgspec.structs.replace(message, payloads=payloads)
-
-
-def _has_large(payloads: list[Payload]) -> bool:
-    return any(type(payload) is not bytes or len(payload) > INLINE_MAX for payload in payloads)
 
 
 def _scatter(payload: Payload, parts: list[Buffer]) -> bytes | int:
@@ -594,25 +594,24 @@ def _check(message: Wire, frames: Sequence[Buffer]) -> None:
         ProtocolError: counts that disagree, or that are out of range.
     """
     used = 1
-    payloads = _payloads_of(message)
-    if payloads is not None:
+    if type(message) in _WITH_PAYLOADS:
+        used = _gather(message.payloads, frames, 1)  # type: ignore[union-attr]
+    elif type(message) is Blob:
+        payloads = [message.payload]
         used = _gather(payloads, frames, 1)
-        if isinstance(message, Blob):
-            message.payload = payloads[0]
+        message.payload = payloads[0]
     if used != len(frames):
         raise ProtocolError(f"{len(frames)} frames where {used} were announced")
     match message:
         case Submit(ids=ids) | Run(ids=ids):
-            _check_columns(len(ids), len(message.payloads))
-            _check_range(ids)
+            _check_columns(ids, len(message.payloads))
             if len(message.blobs) > BLOBS_MAX or any(blob < 1 for blob in message.blobs):
                 raise ProtocolError("too many blobs, or one with a number below 1")
             if isinstance(message, Submit) and message.options is not None:
                 _check_options(message.options)
-        case Results(ids=ids) | Done(indexes=ids):
-            _check_columns(len(ids), len(message.payloads), len(message.statuses))
-            _check_range(ids)
-            if not STATUSES.issuperset(message.statuses):
+        case Results(ids=ids, statuses=statuses) | Done(indexes=ids, statuses=statuses):
+            _check_columns(ids, len(message.payloads), len(statuses))
+            if not STATUSES.issuperset(statuses):
                 raise ProtocolError("an unknown status")
             if isinstance(message, Done) and not 0 <= message.seconds < inf:
                 raise ProtocolError(f"tasks that took {message.seconds} s")
@@ -651,11 +650,14 @@ def _check(message: Wire, frames: Sequence[Buffer]) -> None:
             pass  # their types leave nothing open
 
 
-def _check_columns(*lengths: int) -> None:
-    if len(set(lengths)) != 1:
-        raise ProtocolError(f"columns of different lengths: {', '.join(map(str, lengths))}")
-    if lengths[0] > TASKS_MAX:
-        raise ProtocolError(f"{lengths[0]} tasks in one message; the limit is {TASKS_MAX}")
+def _check_columns(ids: list[int], *lengths: int) -> None:
+    count = len(ids)
+    for length in lengths:
+        if length != count:
+            raise ProtocolError(f"columns of different lengths: {count}, {length}")
+    if count > TASKS_MAX:
+        raise ProtocolError(f"{count} tasks in one message; the limit is {TASKS_MAX}")
+    _check_range(ids)
 
 
 def _check_range(numbers: list[int]) -> None:

@@ -24,10 +24,10 @@ Route: TypeAlias = Hashable
 CLIENT, WORKER, ADMIN = "client", "worker", "admin"
 
 _ALWAYS = (p.Heartbeat, p.Resync, p.Goodbye)
-ALLOWED: dict[str, tuple[type, ...]] = {
-    CLIENT: (*_ALWAYS, p.Submit, p.Blob, p.Forget, p.Cancel, p.Letter, p.StatusRequest),
-    ADMIN: (*_ALWAYS, p.StatusRequest, p.Shutdown),
-    WORKER: (*_ALWAYS, p.Done, p.Returned, p.Crashed, p.Letter, p.Drain),
+ALLOWED: dict[str, frozenset[type]] = {
+    CLIENT: frozenset({*_ALWAYS, p.Submit, p.Blob, p.Forget, p.Cancel, p.Letter, p.StatusRequest}),
+    ADMIN: frozenset({*_ALWAYS, p.StatusRequest, p.Shutdown}),
+    WORKER: frozenset({*_ALWAYS, p.Done, p.Returned, p.Crashed, p.Letter, p.Drain}),
 }
 
 
@@ -115,12 +115,14 @@ class Sessions:
             if isinstance(message, p.Gone | p.Refused | p.Welcome):
                 return []
             return [Send(route, Packet(p.Header(packet.header.token, 0, 0), p.Gone()))]
-        self._rebind(session, route)
+        if self._by_route.get(route) is not session:
+            self._rebind(session, route)
         sends = self._heard(session, now)
         try:
-            return [*sends, *self._in_session(session, packet, now)]
+            sends += self._in_session(session, packet, now)
         except ProtocolError as error:
-            return [*sends, *self._cut(session, str(error), now)]
+            sends += self._cut(session, str(error), now)
+        return sends
 
     def malformed(self, route: Route, reason: str, now: float) -> list[Send]:
         """Something that is no message came from the route."""
@@ -239,22 +241,22 @@ class Sessions:
 
     def _in_session(self, session: Session, packet: Packet, now: float) -> list[Send]:
         message = packet.message
-        if not isinstance(message, ALLOWED[session.role]):
+        if type(message) not in ALLOWED[session.role]:
             raise ProtocolError(f"the role {session.role} may not send {type(message).__name__}")
         is_new, answers = session.link.receive(packet, now)
-        sends = [Send(session.route, answer) for answer in answers]
+        sends = [Send(session.route, answer) for answer in answers] if answers else []
         if not is_new:
             return sends
-        if isinstance(message, p.Heartbeat):
-            return [*sends, Send(session.route, session.link.wrap(p.Heartbeat()))]
-        if isinstance(message, p.Shutdown):
-            self.is_shutting_down = True
-            return [*sends, Send(session.route, session.link.wrap(p.ShuttingDown()))]
-        if isinstance(message, p.Goodbye):
-            return [*sends, *self._end(session, now, message.reason, charge=False)]
         if isinstance(message, _FOR_SCHEDULER):
             received = self.scheduler.receive(session.number, message, now)
-            return [*sends, *self._from_scheduler(received)]
+            sends += self._from_scheduler(received)
+        elif isinstance(message, p.Heartbeat):
+            sends.append(Send(session.route, session.link.wrap(p.Heartbeat())))
+        elif isinstance(message, p.Shutdown):
+            self.is_shutting_down = True
+            sends.append(Send(session.route, session.link.wrap(p.ShuttingDown())))
+        elif isinstance(message, p.Goodbye):
+            sends += self._end(session, now, message.reason, charge=False)
         return sends  # of a resync, which the link has answered
 
     def _from_scheduler(self, sends: Iterable[tuple[Hashable, p.Wire]]) -> list[Send]:
