@@ -126,9 +126,16 @@ class Future(_Base):
 
     def result(self, timeout: float | None = None) -> Any:
         """The value; see the standard library's."""
+        if self._state != FINISHED:
+            condition = self._condition
+            with condition:
+                if self._state in (PENDING, RUNNING):
+                    condition.wait(timeout)
         if self._state == FINISHED and self._exception is None:
             return self._result
-        return super().result(timeout)
+        return super().result(
+            0
+        )  # raises what there is: the exception, the cancellation, or the timeout
 
     def start(self) -> bool:
         """The task was dispatched; False if it was cancelled or resolved before."""

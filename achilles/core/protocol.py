@@ -657,7 +657,8 @@ def _check_columns(ids: list[int], *lengths: int) -> None:
             raise ProtocolError(f"columns of different lengths: {count}, {length}")
     if count > TASKS_MAX:
         raise ProtocolError(f"{count} tasks in one message; the limit is {TASKS_MAX}")
-    _check_range(ids)
+    if count and min(ids) < 0:
+        raise ProtocolError("a negative number")
 
 
 def _check_range(numbers: list[int]) -> None:

@@ -31,6 +31,8 @@ ALLOWED: dict[str, frozenset[type]] = {
 }
 
 
+_HELLOS = (p.ClientHello, p.WorkerHello)  # a union would be built at each use
+_ANSWERS = (p.Gone, p.Refused, p.Welcome)
 _FOR_SCHEDULER = (
     p.Submit,
     p.Blob,
@@ -106,13 +108,15 @@ class Sessions:
 
         ``fresh_token``: 16 random bytes, for a session that this may begin.
         """
-        self._notice_stall(now)
+        if now - self._seen_at > STALL_SECONDS:
+            self._notice_stall(now)
+        self._seen_at = now
         message = packet.message
-        if isinstance(message, p.ClientHello | p.WorkerHello):
+        if isinstance(message, _HELLOS):
             return self._hello(route, roles, message, now, fresh_token)
         session = self._by_token.get(packet.header.token)
         if session is None or session.role not in roles:
-            if isinstance(message, p.Gone | p.Refused | p.Welcome):
+            if isinstance(message, _ANSWERS):
                 return []
             return [Send(route, Packet(p.Header(packet.header.token, 0, 0), p.Gone()))]
         if self._by_route.get(route) is not session:

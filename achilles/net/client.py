@@ -272,7 +272,9 @@ class Connection:
             if to == "broker":
                 outgoing.append(message)
             else:
-                self._cancel(self.mailbox.receive(message))  # type: ignore[arg-type]
+                unwanted = self.mailbox.receive(message)  # type: ignore[arg-type]
+                if unwanted:
+                    self._cancel(unwanted)
         if outgoing:
             peer.send(outgoing)
 

@@ -86,7 +86,7 @@ class Peer:
             self._transmit(self._dialer.tick(now))
             due = self._dialer.next_deadline()
         if self._redial_at is None:
-            if self.is_joined:
+            if self._dialer.state == JOINED:
                 return inf if due is None else due
             if now <= self._opened_at + WELCOME_SECONDS:
                 return min(self._opened_at + WELCOME_SECONDS, inf if due is None else due)
@@ -118,7 +118,8 @@ class Peer:
                 "the broker at %s sent a malformed message: %s", self._dialed.endpoint, error
             )
             return
-        self._transmit(step.packets)
+        if step.packets:
+            self._transmit(step.packets)
         for message in step.messages:
             self._on_message(message, now)
 

@@ -26,6 +26,9 @@ OUTBOX_MAX = 10_000
 NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS, POLLIN, POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
 
+# pyzmq's own `send` without the Python around it, which is for kinds of sockets that we do not use.
+_send_one = zmq.backend.Socket.send
+
 _EVENT = struct.Struct("=HI")
 
 OnFrames = Callable[[list[Buffer]], object]
@@ -217,7 +220,7 @@ class RouterPort:
             zmq.ZMQError: the route is gone.
         """
         try:
-            self._socket.send(route.identity, SNDMORE | NOBLOCK)
+            _send_one(self._socket, route.identity, SNDMORE | NOBLOCK)
         except zmq.Again:
             return False
         return _send(self._socket, frames)
@@ -266,7 +269,7 @@ def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
         # Below pyzmq's threshold of 64 KiB a frame is copied either way; above it, the buffer must not change
         # while it is under way, which holds for payloads.
         if len(frames) == 1:
-            socket.send(frames[0], NOBLOCK)
+            _send_one(socket, frames[0], NOBLOCK)
         else:
             socket.send_multipart(frames, NOBLOCK, copy=False)
     except zmq.Again:
