@@ -515,9 +515,12 @@ _decode_body = msgspec.msgpack.Decoder(Wire).decode
 def encode(header: Header, message: Wire) -> list[Buffer]:
     """The message's frames; large payloads are not copied."""
     head = _HEADER.pack(_MAGIC, VERSION, header.token, header.seq, header.ack)
-    for payload in _payloads_of(message):
-        if type(payload) is not bytes or len(payload) > INLINE_MAX:
-            return _encode_in_parts(head, message)
+    if type(message) in _WITH_PAYLOADS:
+        for payload in message.payloads:  # type: ignore[union-attr]
+            if type(payload) is not bytes or len(payload) > INLINE_MAX:
+                return _encode_in_parts(head, message)
+    elif type(message) is Blob:
+        return _encode_in_parts(head, message)
     return [head + _encode_body(message)]
 
 
@@ -549,10 +552,8 @@ def decode(frames: Sequence[Buffer]) -> tuple[Header, Wire]:
     return Header(token, seq, ack), message
 
 
-def _payloads_of(message: Wire) -> Sequence[Payload]:
-    if type(message) in _WITH_PAYLOADS:
-        return message.payloads  # type: ignore[union-attr]
-    return (message.payload,) if type(message) is Blob else ()
+def _payloads_of(message: Wire) -> list[Payload]:
+    return [message.payload] if isinstance(message, Blob) else message.payloads  # type: ignore[union-attr]
 
 
 def _with_payloads(message: Wire, payloads: list[Any]) -> Wire:
@@ -595,7 +596,10 @@ def _check(message: Wire, frames: Sequence[Buffer]) -> None:
     """
     used = 1
     if type(message) in _WITH_PAYLOADS:
-        used = _gather(message.payloads, frames, 1)  # type: ignore[union-attr]
+        for payload in message.payloads:  # type: ignore[union-attr]
+            if type(payload) is not bytes:
+                used = _gather(message.payloads, frames, 1)  # type: ignore[union-attr]
+                break
     elif type(message) is Blob:
         payloads = [message.payload]
         used = _gather(payloads, frames, 1)

@@ -77,7 +77,8 @@ class Peer:
 
     def send(self, messages: Iterable[p.Wire]) -> None:
         """Send messages of the session; without one they are dropped (the cores have what matters)."""
-        self._transmit(self._dialer.send(messages))
+        for packet in self._dialer.send(messages):
+            self._port.send(p.encode(*packet))
 
     def tick(self, now: float) -> float:
         """Heartbeats, repeated hellos, and new sockets in place of dead ones; when to call this again."""

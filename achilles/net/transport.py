@@ -133,7 +133,10 @@ class DealerPort:
     def _receive(self) -> None:
         """Hand on the message that is there."""
         frame: Any = self._socket.recv(NOBLOCK, copy=False)
-        self._on_frames(_all_frames(self._socket, frame))
+        frames: list[Buffer] = [memoryview(frame)]
+        if frame.more:
+            _receive_rest(self._socket, frames)
+        self._on_frames(frames)
 
     def _flush_and_receive(self) -> None:
         self.flush()
@@ -183,14 +186,14 @@ class RouterPort:
 
     def send(self, route: Route, frames: Sequence[Buffer]) -> None:
         """Send, or keep for later; to a route that is gone, drop."""
-        outbox = self.outboxes.get(route) if self.outboxes else None
-        if outbox is None:
+        if route not in self.outboxes:
             try:
                 if self._send_to(route, frames):
                     return
             except zmq.ZMQError:
                 return  # EHOSTUNREACH: the link will send it again, if the peer comes back
-            outbox = self.outboxes[route] = deque()
+            self.outboxes[route] = deque()
+        outbox = self.outboxes[route]
         if len(outbox) < OUTBOX_MAX:
             outbox.append(frames)
 
@@ -230,8 +233,10 @@ class RouterPort:
         socket = self._socket
         identity = socket.recv(NOBLOCK)
         frame: Any = socket.recv(NOBLOCK, copy=False)
-        route = self._routes.get(identity) or self._note(identity, frame)
-        self._on_frames(route, _all_frames(socket, frame))
+        frames: list[Buffer] = [memoryview(frame)]
+        if frame.more:
+            _receive_rest(socket, frames)
+        self._on_frames(self._routes.get(identity) or self._note(identity, frame), frames)
 
     def _note(self, identity: bytes, frame: Any) -> Route:
         """Learn which connection a new route is, and its user."""
@@ -277,13 +282,13 @@ def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
     return True
 
 
-def _all_frames(socket: zmq.Socket[bytes], frame: Any) -> list[Buffer]:
-    """The frames of the message that begins with ``frame``, none of them copied."""
-    frames = [memoryview(frame)]
-    while frame.more:
-        frame = socket.recv(NOBLOCK, copy=False)
+def _receive_rest(socket: zmq.Socket[bytes], frames: list[Buffer]) -> None:
+    """The remaining frames of a message, none of them copied."""
+    has_more = True
+    while has_more:
+        frame: Any = socket.recv(NOBLOCK, copy=False)
         frames.append(memoryview(frame))
-    return frames  # type: ignore[return-value]
+        has_more = frame.more
 
 
 def _events(socket: zmq.Socket[bytes]) -> int:
