@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test style format bench-quick clean
+.PHONY: help demo test clients style format bench-quick clean
 
 help:
 	@echo "make demo         a broker and two workers count words while one worker is killed (ROOT=DIR: of your files)"
 	@echo "make test         style, types and all tests"
+	@echo "make clients      scikit-learn, scipy, dask, black and others on achilles, and joblib's own tests"
 	@echo "make style        ruff, ruff format and mypy --strict only"
 	@echo "make format       lay the code out, and repair what ruff can repair"
 	@echo "make bench-quick  speed against ProcessPoolExecutor, in one run"
@@ -23,6 +24,9 @@ demo: $(VENV)/.installed
 
 test: style
 	$(BIN)/python -m pytest
+
+clients: $(VENV)/.installed-clients
+	$(BIN)/python -m pytest -o faulthandler_timeout=150 tests/clients
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -50,4 +54,8 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+$(VENV)/.installed-clients: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --group clients
 	@touch $@

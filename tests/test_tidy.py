@@ -421,6 +421,23 @@ def test_every_module_has_a_test_module() -> None:
     check(problems)
 
 
+def test_every_test_is_run() -> None:
+    """By a plain run or, in tests/clients, by ``make clients``."""
+    pattern = r"^testpaths = \[.*?\n\]"
+    listed = re.search(pattern, (ROOT / "pyproject.toml").read_text("utf-8"), re.M | re.S)
+    assert listed is not None
+    roots = [Path(name) for name in [*re.findall(r'"(.+?)"', listed[0]), "tests/clients"]]
+    assert all((ROOT / root).exists() for root in roots)
+    tests = [Path(source.name) for source in project() if source.path.name.startswith("test_")]
+    check(
+        [
+            f"{test}: testpaths in pyproject.toml does not lead to it, so it never runs."
+            for test in tests
+            if not any(root in (test, *test.parents) for root in roots)
+        ]
+    )
+
+
 def _texts() -> Iterator[tuple[str, str]]:
     for path in _files(ROOT):
         try:
