@@ -32,13 +32,12 @@ from joblib.parallel import (
 from achilles.config import home, load
 from achilles.executor import DistributedExecutor
 from achilles.register import register_joblib
+from achilles.runtime.context import current_attempt
 from achilles.runtime.initialize import with_environ
 
 NAME = "achilles"
 IDLE_SECONDS = 300.0  # as long as joblib's own processes wait for more work
 POLL_SECONDS = 0.05
-
-_is_in_runner = False  # what runs here is a task of this backend
 
 
 class AchillesBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
@@ -83,7 +82,7 @@ class AchillesBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     @property
     def default_n_jobs(self) -> int:
         """Who names this backend wants all there is; inside a task, that is one slot."""
-        return 1 if _is_in_runner else -1
+        return 1 if current_attempt() else -1
 
     @property
     def supports_inner_max_num_threads(self) -> bool:
@@ -99,7 +98,7 @@ class AchillesBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         """
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
-        if _is_in_runner:
+        if current_attempt():
             return self._nested().effective_n_jobs(n_jobs)  # type: ignore[no-any-return]
         if n_jobs is None:
             n_jobs = self.default_n_jobs
@@ -132,7 +131,7 @@ class AchillesBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         Of the ``options`` those for joblib's own memory maps are passed over: large arrays reach a runner as memory that it may
         write to.
         """
-        if _is_in_runner:
+        if current_attempt():
             raise FallbackToBackend(self._nested())
         ours = {name: value for name, value in options.items() if name in _Options._fields}
         self._options = self._given._replace(**ours)
@@ -221,10 +220,7 @@ class _Options(NamedTuple):
 
 
 def _run_batch(batch: Callable[[], Any]) -> Any:
-    global _is_in_runner
-    if not _is_in_runner:
-        _is_in_runner = True
-        register_joblib()
+    register_joblib()  # the batch may name the backend
     return batch()
 
 
