@@ -227,7 +227,9 @@ def test_text_that_is_not_utf_8_is_refused() -> None:
 def test_the_header_is_of_a_fixed_form() -> None:
     """Whoever speaks another version, or something else, is told so."""
     (frame,) = encoded(p.Heartbeat())
-    assert frame[:HEADER_SIZE] == struct.pack("<2sBx16sQQ", b"ac", p.VERSION, *HEADER)
+    assert frame[:HEADER_SIZE] == struct.pack(
+        "<2sBx16sQQ", b"ac", p.VERSION, HEADER.token, HEADER.seq, HEADER.ack
+    )
     assert refusal() == "a message of 0 bytes is shorter than its header"
     assert refusal(frame[:35]) == "a message of 35 bytes is shorter than its header"
     assert refusal(b"ca" + frame[2:]) == "not an achilles message"

@@ -307,7 +307,7 @@ def test_who_has_just_come_has_done_nothing() -> None:
     client, worker = bench.client, bench.worker
     assert (client.peer, client.number, client.role, client.slots_max) == ("peer", 1, "client", 3)
     assert (client.places, client.done) == (0, 0)
-    assert (worker.peer, worker.number, worker.tags) == ("worker", 2, {"gpu"})
+    assert (worker.peer, worker.number, worker.tags) == ("worker", 2, frozenset({"gpu"}))
     assert worker.status(100.0) == p.WorkerStatus("node", "ready", 4, 0, 0, 0.0, 42)
     assert not worker.is_gone
     queue = bench.queue()
