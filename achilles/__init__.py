@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from achilles import errors
+    from achilles.compat import imap as imap
+    from achilles.compat import imap_unordered as imap_unordered
+    from achilles.compat import map as map
     from achilles.executor import DistributedExecutor
     from achilles.futures import as_completed
     from achilles.register import register_joblib
@@ -32,6 +35,10 @@ _HOMES = {
     "as_completed": "achilles.futures",
     "current_attempt": "achilles.runtime.context",
     "register_joblib": "achilles.register",
+    # Not in __all__, so that `from achilles import *` leaves the built-in `map` alone.
+    "imap": "achilles.compat",
+    "imap_unordered": "achilles.compat",
+    "map": "achilles.compat",
 }
 
 
@@ -48,4 +55,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*__all__, *_HOMES})

@@ -45,6 +45,7 @@ HEIGHTS = {
     "executor": 4,
     "pool": 5,
     "joblib_backend": 5,
+    "compat": 5,
     "cli": 6,
     "register": 6,
     "__main__": 7,
