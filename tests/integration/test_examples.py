@@ -14,9 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from achilles import cli
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "demo.py")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+PAGES = ("README.md", "docs/migration.md")
+BLOCKS = [
+    pytest.param(block, id=f"{page}-{number}")
+    for page in PAGES
+    for number, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text("utf-8"), re.M | re.S)
+    )
+]
 START_SECONDS = 20
 
 # What an example must print, so that it cannot pass by doing nothing.
@@ -122,16 +131,31 @@ def test_mandelbrot_saves_a_picture(tmp_path: Path) -> None:
     assert len(picture) == len(b"P6 40 20 255\n") + 3 * 40 * 20
 
 
-def test_readme_has_blocks() -> None:
-    assert len(BLOCKS) >= 2
+def test_pages_have_blocks() -> None:
+    assert len(BLOCKS) >= 3
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_readme_block_runs(block: str, tmp_path: Path, cluster: dict[str, str]) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block_runs(block: str, tmp_path: Path, cluster: dict[str, str]) -> None:
     (tmp_path / "block.py").write_text(block, "utf-8")
     done = run("-W", "error", "block.py", cwd=tmp_path, environ=cluster)
     assert_ran(done)
     assert done.stdout
+
+
+def test_migration_names_what_was_and_what_is() -> None:
+    table = re.findall(
+        r"^\| (.+?) \| (.+?) \|$", (ROOT / "docs/migration.md").read_text("utf-8"), re.M
+    )
+    was = " ".join(row[0] for row in table)
+    for name in (
+        *("runAchillesServer", "runAchillesNode", "genConfig", "killCluster", "cluster_status"),
+        *("map(", "imap(", "imap_unordered(", ".env", "YAML", "callback_error"),
+    ):
+        assert name in was
+    commands = set(re.findall(r"`achilles ([a-z]+)", " ".join(row[1] for row in table)))
+    assert {"broker", "worker", "status", "shutdown", "init"} <= commands
+    assert commands <= cli.main.commands.keys()
 
 
 def test_readme_begins_with_demo_and_test() -> None:
