@@ -342,15 +342,17 @@ def _as_completed_lazily(
         while True:
             taken = 0  # more than one for each that is yielded, so that a buffer can build up
             while is_more and len(held) < buffersize and (taken < 2 or done.empty()):
-                future = next(futures, None)
                 taken += 1
-                if future is None:
+                try:
+                    future = next(futures)
+                except StopIteration:
                     is_more = False
-                elif future not in held:
-                    held.add(future)
-                    total += 1
+                    break
+                if future not in held:
                     if not waiter.join(future):
                         done.put(future)
+                    held.add(future)
+                    total += 1
             if not held:
                 return
             try:

@@ -201,6 +201,20 @@ def test_amap_of_an_endless_input(make: Maker) -> None:
 
 
 @of_modes(*OURS)
+def test_amap_is_valid_after_shutdown(make: Maker) -> None:
+    executor = make()
+
+    async def main() -> None:
+        results = executor.amap(tasks.pause, [0.05] * 4, range(4))
+        await asyncio.get_running_loop().run_in_executor(None, executor.shutdown)
+        assert [value async for value in results] == [0, 1, 2, 3]
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            executor.amap(tasks.add, [1])
+
+    asyncio.run(main())
+
+
+@of_modes(*OURS)
 def test_two_loops_and_a_thread_share_an_executor(make: Maker) -> None:
     executor = make()
     sums: list[int] = []

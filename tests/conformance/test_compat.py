@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +83,27 @@ def test_several_jobs_at_once(make: Maker) -> None:
         thread.join()
     assert sum(together) == 2 * sum(range(1, 51))
     assert found == {start: list(range(start + 1, start + 101)) for start in range(4)}
+
+
+@of_modes(*OURS)
+def test_a_program_that_takes_a_part_ends_quietly(make: Maker, tmp_path: Path) -> None:
+    """Nothing need be closed, and a task may use the calls, too."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import achilles\n"
+        "def f(n):\n"
+        "    return n + 1\n"
+        "def g(n):\n"
+        "    import achilles\n"
+        "    return sum(achilles.map(f, range(n)))\n"
+        "endless = achilles.imap(f, iter(int, 1))\n"
+        "print(next(endless), achilles.map(g, [3]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-X", "dev", str(program)],
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 [6]\n", "")

@@ -411,6 +411,14 @@ def test_as_completed_when_the_iterator_raises(owner: Owner) -> None:
     assert waiting._waiters == []
 
 
+def test_as_completed_of_what_is_no_future(owner: Owner) -> None:
+    """An error, as with the standard's, and not the end."""
+    waiting = Future(owner, 1, "f")
+    with pytest.raises(AttributeError):
+        next(as_completed(iter([waiting, None])))  # type: ignore[arg-type]
+    assert waiting._waiters == []
+
+
 def test_as_completed_keeps_nothing_that_it_has_yielded(owner: Owner) -> None:
     futures = (make_futures(owner, "done").pop() for _ in range(5))
     for future in as_completed(futures, buffersize=1):
