@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from achilles.compat import map as map
     from achilles.executor import DistributedExecutor
     from achilles.futures import as_completed
+    from achilles.pool import Pool
     from achilles.register import register_joblib
     from achilles.runtime.context import current_attempt
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DistributedExecutor",
+    "Pool",
     "__version__",
     "as_completed",
     "current_attempt",
@@ -32,6 +34,7 @@ __all__ = [
 
 _HOMES = {
     "DistributedExecutor": "achilles.executor",
+    "Pool": "achilles.pool",
     "as_completed": "achilles.futures",
     "current_attempt": "achilles.runtime.context",
     "register_joblib": "achilles.register",

@@ -44,6 +44,7 @@ HEIGHTS = {
     "net": 3,
     "executor": 4,
     "pool": 5,
+    "pool_calls": 5,
     "joblib_backend": 5,
     "compat": 5,
     "cli": 6,
@@ -53,6 +54,7 @@ HEIGHTS = {
 ONE_ROOM = [
     {"errors", "task_errors"},
     {"futures", "mailbox"},
+    {"pool", "pool_calls"},
     {"maps", "aio"},
     {"register", "joblib_backend"},
 ]  # of one height, and may know each other

@@ -84,9 +84,14 @@ def _name(test: unittest.TestCase) -> str:
     return f"{kind.rpartition('.')[2]}.{method}"
 
 
+def leave_path() -> None:
+    """Take our folder, which is a script's first place to look, out of the search for modules."""
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != HERE]
+
+
 def find() -> types.ModuleType | None:
     """CPython's test module or package; None if it is not there."""
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != HERE]
+    leave_path()
     try:
         return importlib.import_module("test.test_concurrent_futures")
     except ModuleNotFoundError:
@@ -149,6 +154,11 @@ def main(report: str) -> None:
             case for case in cases(found) if not only or any(name in case.id() for name in only)
         ]
         unittest.TestSuite(chosen).run(recorder)
+    write_report(report, recorder)
+
+
+def write_report(report: str, recorder: Recorder) -> None:
+    """For whoever started this program."""
     with open(report, "w") as file:
         json.dump({"python": sys.version.split()[0], "outcomes": recorder.outcomes}, file, indent=1)
 

@@ -1,4 +1,4 @@
-"""CPython's own tests of `concurrent.futures` pass, but for what ``docs/conformance.md`` lists, which must fail."""
+"""CPython's own tests of executors and pools pass, but for what ``docs/conformance.md`` lists, which must fail."""
 
 from __future__ import annotations
 
@@ -12,21 +12,34 @@ import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from benchmarks.cluster import Cluster
-from tests.conformance.cpython_suite import GROUPS
+from tests.conformance import cpython_suite, pool_suite
 from tests.modes import CLUSTER, EMBEDDED
 
 ROOT = Path(__file__).parents[2]
-SUITE = ROOT / "tests" / "conformance" / "cpython_suite.py"
 SUITE_SECONDS = 100
 ROW = re.compile(r"^\| `(\w+\.\w+)` \| ([\w, ]+) \| (.+) \|$", re.M)
 VERSION = sys.version.split()[0]
 
 Outcomes = dict[str, str]
+
+
+class Suite(NamedTuple):
+    """A program that runs CPython's tests of one kind."""
+
+    program: str
+    module: str  # where the tests are
+    groups: tuple[str, ...]
+
+
+EXECUTORS = Suite(
+    cpython_suite.__file__, "test.test_concurrent_futures", tuple(cpython_suite.GROUPS)
+)
+POOLS = Suite(pool_suite.__file__, "test._test_multiprocessing", pool_suite.GROUPS)
 
 pytestmark = pytest.mark.timeout(SUITE_SECONDS + 30)
 
@@ -37,35 +50,47 @@ def deviations(mode: str) -> dict[str, str]:
     return {test: reason for test, modes, reason in ROW.findall(table) if mode in modes.split(", ")}
 
 
-def installed_tests() -> str | None:
+def installed_tests(module: str) -> str | None:
     """ "" if this interpreter has its tests, or a directory with them by a package `test`; None if there are none."""
-    if find_spec("test") is not None and find_spec("test.test_concurrent_futures") is not None:
+    if find_spec("test") is not None and find_spec(module) is not None:
         return ""
     extra = os.environ.get("CPYTHON_TESTS", "")
-    return extra if extra and Path(extra, "test_concurrent_futures.py").exists() else None
+    return extra if extra and Path(extra, f"{module.partition('.')[2]}.py").exists() else None
 
 
 @pytest.fixture(scope="module")
-def reports() -> Iterator[dict[str, Outcomes]]:
+def executor_reports() -> Iterator[dict[str, Outcomes]]:
     """What the tests' outcomes were, by mode; both modes run at once, as the tests sleep most of the time."""
-    found = installed_tests()
+    yield from _reports(EXECUTORS)
+
+
+@pytest.fixture(scope="module")
+def pool_reports() -> Iterator[dict[str, Outcomes]]:
+    yield from _reports(POOLS)
+
+
+def _reports(suite: Suite) -> Iterator[dict[str, Outcomes]]:
+    found = installed_tests(suite.module)
     if found is None:
         pytest.skip(
-            f"Python {VERSION} is installed without test.test_concurrent_futures, so none of its tests of this group "
+            f"Python {VERSION} is installed without {suite.module}, so none of its tests of this group "
             "ran (Debian has them in libpython3.11-testsuite; $CPYTHON_TESTS may name their directory)"
         )
     with tempfile.TemporaryDirectory(prefix="ach-") as folder:
+        paths = [str(ROOT)]
         environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         if found:  # a package `test` of these and of what the interpreter has
             package = Path(folder, "test")
             package.mkdir()
-            paths = [found, str(Path(sysconfig.get_path("stdlib"), "test"))]
-            Path(package, "__init__.py").write_text(f"__path__ += {paths!r}\n")
-            environ |= {"PYTHONPATH": folder, "CPYTHON_TESTS": folder}
-        yield _run(Path(folder), environ)
+            parts = [found, str(Path(sysconfig.get_path("stdlib"), "test"))]
+            Path(package, "__init__.py").write_text(f"__path__ += {parts!r}\n")
+            paths.insert(0, folder)
+            environ["CPYTHON_TESTS"] = folder
+        environ["PYTHONPATH"] = os.pathsep.join(paths)
+        yield _run(suite, Path(folder), environ)
 
 
-def _run(folder: Path, environ: dict[str, str]) -> dict[str, Outcomes]:
+def _run(suite: Suite, folder: Path, environ: dict[str, str]) -> dict[str, Outcomes]:
     processes: dict[str, subprocess.Popen[str]] = {}
     with Cluster(workers=1, slots=5, environ=environ) as cluster:
         homes = {
@@ -75,7 +100,7 @@ def _run(folder: Path, environ: dict[str, str]) -> dict[str, Outcomes]:
         try:
             for mode, home in homes.items():
                 processes[mode] = subprocess.Popen(
-                    [sys.executable, str(SUITE), str(folder / f"{mode}.json")],
+                    [sys.executable, suite.program, str(folder / f"{mode}.json")],
                     cwd=folder,
                     env={**environ, **home},
                     stdout=subprocess.DEVNULL,
@@ -100,12 +125,20 @@ def _outcomes(folder: Path, mode: str, process: subprocess.Popen[str]) -> Outcom
 
 
 @pytest.mark.parametrize("mode", [EMBEDDED, CLUSTER])
-@pytest.mark.parametrize("group", GROUPS)
-def test_group(reports: dict[str, Outcomes], group: str, mode: str) -> None:
+@pytest.mark.parametrize("group", EXECUTORS.groups)
+def test_executor_group(executor_reports: dict[str, Outcomes], group: str, mode: str) -> None:
     """Each test of the group passes, or is listed with its reason."""
-    outcomes = {
-        test: outcome for test, outcome in reports[mode].items() if test.startswith(f"{group}.")
-    }
+    _check(executor_reports[mode], group, mode)
+
+
+@pytest.mark.parametrize("mode", [EMBEDDED, CLUSTER])
+@pytest.mark.parametrize("group", POOLS.groups)
+def test_pool_group(pool_reports: dict[str, Outcomes], group: str, mode: str) -> None:
+    _check(pool_reports[mode], group, mode)
+
+
+def _check(found: Outcomes, group: str, mode: str) -> None:
+    outcomes = {test: outcome for test, outcome in found.items() if test.startswith(f"{group}.")}
     assert outcomes, "no test of this group was found"
     failed = {test: outcome for test, outcome in outcomes.items() if outcome != "passed"}
     listed = deviations(mode)
@@ -117,8 +150,9 @@ def test_group(reports: dict[str, Outcomes], group: str, mode: str) -> None:
     assert not outdated, "docs/conformance.md says that these fail, but they pass"
 
 
-def test_deviations_name_tests_that_exist() -> None:
+@pytest.mark.parametrize("suite", [EXECUTORS, POOLS])
+def test_deviations_name_tests_that_exist(suite: Suite) -> None:
     for mode in (EMBEDDED, CLUSTER):
-        for test in deviations(mode):
-            assert test.partition(".")[0] in GROUPS
-    assert deviations(EMBEDDED)
+        groups = {test.partition(".")[0] for test in deviations(mode)}
+        assert groups <= {*EXECUTORS.groups, *POOLS.groups}
+        assert groups & {*suite.groups}
