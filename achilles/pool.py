@@ -79,7 +79,6 @@ class Pool:
             address=address,
             config=config,
         )
-        self._pid = os.getpid()
         # To cut a chunk anew makes more tasks, and so would cost more runners where those are counted.
         self._box_seconds = BOX_SECONDS if maxtasksperchild is None else FOREVER
         self._work = Work(executor)
@@ -183,14 +182,12 @@ class Pool:
         """Take no more calls; the runners end with the last one."""
         if self._state == "RUN":
             self._state = "CLOSE"
-            if os.getpid() == self._pid:
-                self._work.close()
+            self._work.close()
 
     def terminate(self) -> None:
         """End the runners now; what is under way fails."""
         self._state = "TERMINATE"
-        if os.getpid() == self._pid:
-            self._work.terminate(wait=True)
+        self._work.terminate(wait=True)
 
     def join(self) -> None:
         """Wait for the last call and its callback, and for the runners' end.
@@ -200,8 +197,7 @@ class Pool:
         """
         if self._state == "RUN":
             raise ValueError("Pool is still running")
-        if os.getpid() == self._pid:
-            self._work.join()
+        self._work.join()
 
     def _map(
         self,
@@ -232,6 +228,7 @@ class Pool:
     def _check_running(self) -> None:
         if self._state != "RUN":
             raise ValueError("Pool not running")
+        self._work.check_process()
 
     @property
     def _processes(self) -> int:

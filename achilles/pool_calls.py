@@ -28,7 +28,12 @@ from multiprocessing.pool import (  # type: ignore[attr-defined] # public in all
 from time import monotonic
 from typing import Any, Generic, Protocol, TypeVar
 
-from achilles.errors import ArgumentPickleError, ResultPickleError, TerminatedError
+from achilles.errors import (
+    ArgumentPickleError,
+    ExecutorForkedError,
+    ResultPickleError,
+    TerminatedError,
+)
 from achilles.executor import DistributedExecutor
 from achilles.runtime.chunk import Chunk
 from achilles.runtime.serialize import ERROR, load_outcome
@@ -59,10 +64,24 @@ class Work:
     def __init__(self, executor: DistributedExecutor) -> None:
         self.executor = executor
         self.is_terminated = False
+        self._pid = os.getpid()
         self._is_closing = False
         self._calls: set[_Call] = set()
         self._changed = threading.Condition()
         _LIVE.add(self)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this is a child that was forked: it has none of the threads, and perhaps a lock of one."""
+        return os.getpid() != self._pid
+
+    def check_process(self) -> None:
+        """Raise ExecutorForkedError in a forked child, where nothing will ever be ready."""
+        if self.is_foreign:
+            raise ExecutorForkedError(
+                f"this pool was created in process {self._pid} and is used in {os.getpid()}; "
+                "create one after the fork"
+            )
 
     def begin(self, call: _Call) -> None:
         """The call may submit tasks from here on, even after the pool was closed."""
@@ -91,6 +110,8 @@ class Work:
         return future
 
     def close(self) -> None:
+        if self.is_foreign:
+            return
         with self._changed:
             self._is_closing = True
             is_last = not self._calls
@@ -98,6 +119,8 @@ class Work:
             self.executor.shutdown(wait=False)
 
     def terminate(self, wait: bool) -> None:
+        if self.is_foreign:
+            return
         self.is_terminated = True
         with self._changed:
             self._is_closing = True
@@ -109,6 +132,8 @@ class Work:
             self.executor.shutdown(wait=True)
 
     def join(self) -> None:
+        if self.is_foreign:
+            return
         with self._changed:
             for call in self._calls:
                 call.release()
@@ -215,7 +240,13 @@ class AsyncResult(Generic[T]):
         return not self._future.cancelled() and self._future.exception() is None
 
     def wait(self, timeout: float | None = None) -> None:
-        """Return when it is ready, or after ``timeout`` seconds."""
+        """Return when it is ready, or after ``timeout`` seconds.
+
+        Raises:
+            ExecutorForkedError: it was not ready when this process was forked.
+        """
+        if not self.ready():
+            self._work.check_process()
         try:
             self._future.exception(timeout)
         except (FutureTimeoutError, CancelledError):
@@ -442,6 +473,8 @@ class _Flow:
 
     def abandon(self) -> None:
         """Nobody will take the rest."""
+        if self._work.is_foreign:
+            return
         with self._lock:
             self._is_abandoned = True
             self._outcomes.clear()
@@ -477,6 +510,7 @@ class _Flow:
 
     def take(self, timeout: float | None) -> Any:
         """The next value; see `IMapIterator.next`."""
+        self._work.check_process()
         deadline = None if timeout is None else monotonic() + timeout
         with self._lock:
             while not self._outcomes:
@@ -515,6 +549,7 @@ class IMapIterator(Iterator[T]):
             StopIteration: that was the last one.
             multiprocessing.TimeoutError: it did not come within ``timeout`` seconds; it can still be had.
             BaseException: whatever the call, or the input, raised.
+            ExecutorForkedError: this process was forked after the iterator was made.
         """
         value: T = self._flow.take(timeout)
         return value

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from tests import tasks
-from tests.conformance.pools import PoolMaker, make, pool
 from tests.modes import ALL, EMBEDDED, PROCESSES, STANDARD, of_modes, wait_until
+from tests.pools import PoolMaker, make, pool
 
 __all__ = ["make", "pool"]
 

@@ -19,7 +19,7 @@ class PoolMaker:
 
     def __init__(self, mode: str, cluster: Cluster, stack: contextlib.ExitStack) -> None:
         self.mode = mode
-        self._cluster = cluster
+        self.cluster = cluster
         self._stack = stack
 
     def __call__(self, processes: Any = 2, *args: Any, **options: Any) -> Any:
@@ -34,7 +34,7 @@ class PoolMaker:
         if self.mode == PROCESSES:
             return multiprocessing.pool.Pool(processes, *args, **options)
         if self.mode == CLUSTER:
-            options["address"] = self._cluster.address
+            options["address"] = self.cluster.address
         return Pool(processes, *args, **options)
 
     def __repr__(self) -> str:
