@@ -45,10 +45,6 @@ CRASHES_MAX = 3
 LOSSES_MAX = 5
 
 
-CRASHES_MAX = 3
-LOSSES_MAX = 5
-
-
 class Scheduler:
     """Gives clients' tasks to workers. Sessions come by `join`, end by `leave`, speak by `receive`."""
 
