@@ -113,6 +113,7 @@ class Agent:
         self._queue: deque[Chunk] = deque()  # chunks that no runner has yet
         self._blobs: dict[tuple[int, int], p.Payload] = {}
         self._next_runner = 1
+        self._due: dict[int, float] = {}  # the runners that `tick` has to look at, and when
         self._is_draining = False
         self._said_goodbye = False
 
@@ -147,26 +148,22 @@ class Agent:
 
     def tick(self, now: float) -> list[Send]:
         """Call back what waits behind a task that runs long; end the task that ran for too long."""
-        sends = []
-        for runner in self._runners.values():
-            times_out_at, stuck_at = runner.times_out_at, runner.stuck_at
-            if times_out_at is not None and now >= times_out_at:
+        sends: list[Send] = []
+        if not self._due:
+            return sends
+        for number in [number for number, at in self._due.items() if now >= at]:
+            runner = self._runners[number]
+            if runner.times_out_at is not None and now >= runner.times_out_at:
                 chunk = runner.chunks[0]
                 runner.condemned[chunk.seq, min(chunk.open)] = p.TIMEOUT
-            elif stuck_at is None or now < stuck_at:
-                continue
             runner.recalled_at = now
-            sends.append(Send("host", p.Recall(runner.number)))
+            self._watch(runner)
+            sends.append(Send("host", p.Recall(number)))
         return sends
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        wanted: float | None = None
-        for runner in self._runners.values():
-            for at in (runner.stuck_at, runner.times_out_at):
-                if at is not None and (wanted is None or at < wanted):
-                    wanted = at
-        return wanted
+        return min(self._due.values()) if self._due else None
 
     def drain(self) -> list[Send]:
         """Take no more work, give back what has not started, say goodbye when the rest is done."""
@@ -186,6 +183,7 @@ class Agent:
         self._runners.clear()
         self._chunks.clear()
         self._queue.clear()
+        self._due.clear()
         self._blobs.clear()
         self._said_goodbye = self._is_draining  # nobody is left to say it to
         return sends
@@ -242,6 +240,7 @@ class Agent:
         if revoke.kill:
             for index in chunk.open.intersection(revoke.indexes):
                 runner.condemned.setdefault((chunk.seq, index), "")
+            self._watch(runner)
         return [Send("host", p.Recall(runner.number))]
 
     def _give_back(self, chunk: Chunk, indexes: Collection[int]) -> list[Send]:
@@ -312,6 +311,7 @@ class Agent:
             if blob and key not in runner.loaded and key in self._blobs:
                 runner.loaded.add(key)
                 sends.append(Send("host", p.Load(runner.number, *key, self._blobs[key])))
+        self._watch(runner)
         command = p.Execute(
             runner.number,
             runner.seq,
@@ -326,6 +326,16 @@ class Agent:
         if self._tasks_max and runner.given >= self._tasks_max:
             self._retire(runner, sends)
         return sends
+
+    def _watch(self, runner: Runner) -> None:
+        """Note when `tick` has to look at a runner; after each change of it, so that no message costs all runners."""
+        stuck_at, times_out_at = runner.stuck_at, runner.times_out_at
+        if stuck_at is None and times_out_at is None:
+            self._due.pop(runner.number, None)
+        elif stuck_at is None or (times_out_at is not None and times_out_at < stuck_at):
+            self._due[runner.number] = times_out_at  # type: ignore[assignment]
+        else:
+            self._due[runner.number] = stuck_at
 
     def _done(self, message: p.RunnerDone, now: float) -> list[Send]:
         runner = self._runners.get(message.runner)
@@ -348,6 +358,7 @@ class Agent:
         self._drop_finished(runner)
         if runner.condemned:
             sends += self._execute_sentence(runner)
+        self._watch(runner)
         return [*sends, *self._assign(now), *self._goodbye_if_empty()]
 
     def _drop_finished(self, runner: Runner) -> None:
@@ -376,6 +387,7 @@ class Agent:
         self._drop_finished(runner)
         if runner.condemned:
             sends += self._execute_sentence(runner)
+        self._watch(runner)
         return [*sends, *self._assign(now), *self._goodbye_if_empty()]
 
     def _take_back(self, runner: Runner, unstarted: list[tuple[int, int]]) -> list[Send]:
@@ -404,6 +416,7 @@ class Agent:
         runner = self._runners.pop(message.runner, None)
         if runner is None:
             return []
+        self._due.pop(message.runner, None)
         unstarted = message.unstarted + _crossed(runner.chunks, message.last_seq)
         held = sum(len(chunk.open) for chunk in runner.chunks)
         had_work = bool(message.unstarted) or not message.last_seq
@@ -437,7 +450,10 @@ class Agent:
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""
         assert len(self._runners) <= self._slots, "more runners than slots"
+        assert self._due.keys() <= self._runners.keys(), "a dead runner is looked at"
         for runner in self._runners.values():
+            wanted = [at for at in (runner.stuck_at, runner.times_out_at) if at is not None]
+            assert self._due.get(runner.number) == min(wanted, default=None), "a stale deadline"
             assert len(runner.chunks) <= CHUNKS_MAX, "a runner holds too many chunks"
             for chunk in runner.chunks:
                 assert chunk.open, "a finished chunk is kept"
