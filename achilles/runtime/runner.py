@@ -56,14 +56,14 @@ SHARED = 0x40  # in a record's status: the payload comes by handoff, not behind 
 STREAM_MAX = 4096 - RECORD.size  # of a payload: a write of up to PIPE_BUF is whole or not at all
 QUIET_SECONDS = 0.001  # the host is woken at most so often by a chunk of short tasks
 READ_MAX = 1 << 16
-HOT_SECONDS = (
-    0.001  # a wait for a token that is shorter than this is worth a core, if nobody else wants it
-)
-COLD_SECONDS = 0.1  # how long it is taken to be wanted, once it was
+HOT_SECONDS = 0.001  # a shorter wait for a token than this is worth a core that nobody wants
+COLD_SECONDS = 0.05  # how long a core is taken to be wanted, or not worth it, once it was
 CHANNEL_LOST = 74  # exit code (EX_IOERR): the host is gone, or a task closed our descriptors
 
 # seq, client, fn, init, payloads, attempt, blobs
 Chunk: TypeAlias = "tuple[int, int, int, int, list[Any], int, tuple[int, ...]]"
+
+_offer_core = getattr(os, "sched_yield", lambda: None)
 
 
 class Runner:
@@ -128,17 +128,17 @@ class Runner:
         Going to sleep and being woken costs more than a short task, so where tokens have been coming at short
         intervals, the runner looks for the next one for a moment before it sleeps. And where it keeps a core busy, the
         other threads that the next task passes through share the other cores, and are not sent to sleep and woken
-        so often: that takes a third off the round trip through a broker on two cores. But where others want
-        the core, which shows as time in which this thread did not run, it goes to sleep at once.
+        so often: that takes a third off the round trip through a broker on two cores. It offers the core to
+        others all the while. Where they take it, or no token comes, it does not try again for some time.
         """
         started = perf_counter()
         if self.is_hot and started > self.cold_until:
-            started_at = thread_time()
+            ran = thread_time()
             is_there = self.poll
-            while not is_there(0) and perf_counter() - started < HOT_SECONDS:
-                pass
+            while not (is_found := is_there(0)) and perf_counter() - started < HOT_SECONDS:
+                _offer_core()
             looked = perf_counter() - started
-            if thread_time() - started_at < 0.8 * looked:
+            if not is_found or thread_time() - ran < 0.8 * looked:
                 self.cold_until = started + COLD_SECONDS
         token = os.read(self.tokens, 1)
         self.is_hot = perf_counter() - started < HOT_SECONDS

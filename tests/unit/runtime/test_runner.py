@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from achilles.core.protocol import ERROR, INIT_FAILED, VALUE, Execute, Load, Recall, Unload
@@ -27,6 +28,20 @@ def driver() -> Iterator[Driver]:
     with driving() as driver:
         driver.spawn()
         yield driver
+
+
+def test_a_runner_without_tasks_sleeps(driver: Driver) -> None:
+    """After short tasks it looks out for the next one, but not for long."""
+    fn = driver.load(int)
+    for seq in range(1, 101):
+        driver.execute(seq, fn, ())
+        assert driver.outcome(seq) == 0
+    runner = psutil.Process(driver.host.pids()[1])
+    driver.until(lambda: runner.status() == psutil.STATUS_SLEEPING)
+    before = runner.cpu_times()
+    driver.step(0.3)
+    after = runner.cpu_times()
+    assert (after.user + after.system) - (before.user + before.system) < 0.1
 
 
 # --- Functions ------------------------------------------------------------------------------------
