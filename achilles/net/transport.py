@@ -68,9 +68,9 @@ class SocketLoop(Loop):
         for ready, _ in zmq.zmq_poll(self._items, milliseconds):
             if type(ready) is int:
                 is_file_ready = True
-            elif (
-                callback := callbacks.get(ready)
-            ) is not None:  # None: an earlier one has ended it
+                continue
+            callback = callbacks.get(ready)
+            if callback is not None:  # None: an earlier one has ended it
                 callback()
         if is_file_ready:
             super().wait(0.0)
