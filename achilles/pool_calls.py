@@ -125,6 +125,7 @@ class Work:
         with self._changed:
             self._is_closing = True
             calls = list(self._calls)
+            self._changed.notify_all()  # who joins waits no longer for them
         for call in calls:
             call.stop(self.terminated())
         self.executor.terminate_workers()
@@ -482,8 +483,7 @@ class _Flow:
             self._room.notify_all()
 
     def stop(self, error: BaseException) -> None:
-        self._end(error)
-        self._work.end(self)  # its thread may be waiting for the user's input, for ever
+        self._end(error)  # though its thread may be waiting for the user's input, for ever
 
     def _put(self, number: int, count: int, future: Future[Any]) -> None:
         """A task is done."""

@@ -170,6 +170,31 @@ def test_terminating_fails_what_is_under_way(pool: Pool, backends: list[Backend]
     assert seen == []
 
 
+def test_terminating_in_the_middle_of_a_call(pool: Pool) -> None:
+    class Ending:
+        def __reduce__(self) -> Any:
+            pool.terminate()
+            return int, ()
+
+    with pytest.raises(TerminatedError):
+        pool.apply_async(tasks.echo, (Ending(),)).get(0)
+
+
+def test_a_closed_pool_ends_with_its_last_call(pool: Pool, backends: list[Backend]) -> None:
+    (backend,) = backends
+    result = pool.map_async(tasks.echo, range(8))
+    pool.close()
+    backend.drain()
+    for id in (1, 2, 3):
+        returned(backend, id, ([0, 0], {}))
+    returned(backend, 4, ([0], {}))
+    assert not backend.mailbox.is_closing
+    backend.drain()
+    returned(backend, 5, 0)
+    assert result.get(0) == [0] * 8
+    assert backend.mailbox.is_closing
+
+
 # --- Iterators ------------------------------------------------------------------------------------
 
 
@@ -266,8 +291,13 @@ def test_terminating_does_not_wait_for_the_input(pool: Pool, backends: list[Back
 
     results = pool.imap(tasks.echo, inputs())
     wait_until(lambda: backends[0].mailbox.unresolved == 1)
+    pool.close()
+    joining = threading.Thread(target=pool.join)
+    joining.start()
     pool.terminate()
     pool.join()
+    joining.join(BOUND)
+    assert not joining.is_alive()
     for _ in range(2):
         with pytest.raises(TerminatedError):
             results.next(0)
