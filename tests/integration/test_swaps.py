@@ -50,7 +50,6 @@ with Pool(2) as pool:
     print(pool.map(square, range(10)))
 """,
         "[0, 1, 4, 9, 16, 25, 36, 49, 64, 81]\n",
-        "achilles.pool",
     ),
     Program(
         "joblib",
