@@ -14,6 +14,7 @@ Rules
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -170,8 +171,6 @@ class AchillesBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             future.add_done_callback(callback)
         return future
 
-    apply_async = submit  # its name before joblib 1.5
-
     def retrieve_result_callback(self, out: Future[Any]) -> Any:
         """The results of a batch that is done."""
         return out.result()
@@ -253,6 +252,11 @@ class _Lease:
     def give_back(self) -> None:
         """The call is over; the executor waits for another one, for a while."""
         if self.recipe[0].executor is not None:
+            return
+        if (
+            sys.is_finalizing()
+        ):  # a generator that the program left behind; no thread can start any more
+            self.executor.shutdown(wait=False)
             return
         self.timer = threading.Timer(IDLE_SECONDS, self._close_if_idle)
         self.timer.daemon = True

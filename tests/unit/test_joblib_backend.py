@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,20 @@ def test_a_generator_that_is_dropped() -> None:
     assert next(results) == 0
     with pytest.warns(UserWarning, match="have been cancelled"):
         del results
+
+
+def test_a_program_that_leaves_a_generator_behind_ends() -> None:
+    program = """
+import achilles, joblib, time
+achilles.register_joblib()
+call = joblib.Parallel(n_jobs=2, backend="achilles", batch_size=1, return_as="generator")
+results = call(joblib.delayed(time.sleep)(0.1) for _ in range(10_000))
+next(results)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert "Traceback" not in done.stderr
 
 
 def test_an_executor_that_takes_no_more_is_the_calls_error() -> None:
