@@ -24,15 +24,6 @@ def test_emcee(make: Maker) -> None:
     assert np.array_equal(chain(None), chain(make()))
 
 
-class HereAndNow:
-    """The pool that dynesty would have if it had none, but of the same size: that decides what it samples."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    map = staticmethod(map)
-
-
 @of_modes(*OURS)
 def test_dynesty(make: Maker) -> None:
     def evidence(pool: Any) -> tuple[Any, Any, int]:
@@ -49,7 +40,7 @@ def test_dynesty(make: Maker) -> None:
         return results.logz, results.samples, int(sum(results.ncall))
 
     executor = make()
-    alone, ours = evidence(HereAndNow(executor.size)), evidence(executor)
+    alone, ours = evidence(work.HereAndNow(executor.size)), evidence(executor)
     assert np.array_equal(alone[0], ours[0])
     assert np.array_equal(alone[1], ours[1])
     assert alone[2] == ours[2]

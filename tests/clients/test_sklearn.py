@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from sklearn.svm import SVC
 
 import achilles
 from achilles.joblib_backend import close_idle
+from benchmarks.cluster import Cluster
 from tests.modes import OURS, Maker, of_modes
 
 Context = contextlib.AbstractContextManager[Any]
@@ -66,6 +68,24 @@ def test_permutation_importance(make: Maker, backend: Callable[[], Context]) -> 
     with backend():
         ours = permutation_importance(model, x, y, n_repeats=3, random_state=5)
     assert np.array_equal(alone.importances, ours.importances)
+
+
+def test_a_lost_worker_costs_nothing_but_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    achilles.register_joblib()
+    x, y = load_iris(return_X_y=True)
+    model = RandomForestClassifier(n_estimators=15, random_state=3)
+    alone = cross_val_score(model, x, y, cv=20)
+    with Cluster(workers=2, slots=1) as cluster:
+        monkeypatch.setenv("ACHILLES_HOME", cluster.home)
+        killer = threading.Timer(0.0, cluster.workers[0].kill)
+        with joblib.parallel_config(backend="achilles", address=cluster.address):
+            cross_val_score(model, x, y, cv=2)  # the runners are warm
+            killer.start()
+            ours = cross_val_score(model, x, y, cv=20)
+        killer.join()
+        close_idle()
+    joblib.parallel.BACKENDS.pop("achilles")
+    assert np.array_equal(alone, ours)
 
 
 @of_modes(*OURS)
