@@ -169,7 +169,8 @@ class DistributedExecutor(concurrent.futures.Executor):
         settings = load(config)
         if max_workers is None:
             max_workers = settings["client.max_workers"]
-        address = address or settings["address"]
+        join = settings["join"]
+        address = address or settings["address"] or ("auto" if join else None)
         self._pid = os.getpid()
         self._functions = FunctionTable()
         self._table_lock = threading.RLock()
@@ -186,6 +187,7 @@ class DistributedExecutor(concurrent.futures.Executor):
             backend = connection(
                 address,
                 home=home(),
+                join=join,
                 slots_max=max_workers or 0,
                 connect_timeout=settings["client.connect_timeout"],
                 broker_timeout=settings["client.broker_timeout"],

@@ -29,7 +29,13 @@ class RunningBroker:
     """`serve` in a thread; a context manager that ends it."""
 
     def __init__(
-        self, home: Path, *, bind: str = "tcp://127.0.0.1:0", ipc: bool = True, credit: int = 1000
+        self,
+        home: Path,
+        *,
+        bind: str = "tcp://127.0.0.1:0",
+        ipc: bool = True,
+        credit: int = 1000,
+        advertise: str | None = None,
     ) -> None:
         self.home = home
         self.addresses: Addresses
@@ -40,6 +46,7 @@ class RunningBroker:
             "timings": Timings(),
             "credit": credit,
             "with_ipc": ipc,
+            "advertise": advertise,
         }
         self._bind = bind
         self._ready = threading.Event()

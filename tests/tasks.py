@@ -122,6 +122,13 @@ def note_and_die(path: str) -> None:
     die()
 
 
+def note_unless_there(log: str, go: str) -> int:
+    """Note that it has begun, wait for the file ``go``; how often it has begun."""
+    note(log, os.getpid())
+    await_file(go)
+    return len(notes(Path(log)))
+
+
 def await_file(path: str) -> None:
     deadline = time.monotonic() + 60
     while not os.path.exists(path):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 import achilles
-from achilles.cli import broker, control, settings, worker
+from achilles.cli import broker, control, keys, settings, worker
 from achilles.config import LEVELS
 from achilles.errors import AchillesError, BrokerUnreachableError, ConfigError, InsecureBindError
 
@@ -61,5 +61,6 @@ main.add_command(broker.broker)
 main.add_command(worker.worker)
 main.add_command(control.status)
 main.add_command(control.shutdown)
+main.add_command(keys.keys)
 main.add_command(settings.init)
 main.add_command(settings.config)

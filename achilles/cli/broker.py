@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--bind", metavar="ENDPOINT", help="Where to listen; port 0 is any free one.")
+@click.option("--advertise", metavar="HOST", help="What other hosts call this one.")
 @click.option("--print-address", is_flag=True, help="Print the bare address to stdout.")
 @click.option("--ipc/--no-ipc", default=True, help="Whether peers on this host meet over ipc.")
 @click.pass_obj
-def broker(context: Context, bind: str | None, print_address: bool, ipc: bool) -> None:
+def broker(
+    context: Context, bind: str | None, advertise: str | None, print_address: bool, ipc: bool
+) -> None:
     """Run a broker: clients submit tasks to it, workers take them from it."""
     stop = StopRequests()
     context.override("broker.bind", bind, "--bind")
+    context.override("broker.advertise", advertise, "--advertise")
     context.start_logging()
     settings = context.settings
 
@@ -43,6 +47,7 @@ def broker(context: Context, bind: str | None, print_address: bool, ipc: bool) -
         timings=_timings(settings),
         credit=settings["broker.credit"],
         with_ipc=ipc,
+        advertise=settings["broker.advertise"],
         on_ready=on_ready,
         is_stopping=lambda: stop.count > 0,
     )
@@ -53,14 +58,19 @@ def broker(context: Context, bind: str | None, print_address: bool, ipc: bool) -
 
 def _announce(addresses: Addresses) -> None:
     """Say where the broker listens, how to join it and how to connect."""
-    address = addresses.clients
+    address, far = addresses.clients, addresses.far_clients
     over = f" (and {addresses.ipc} for this host)" if addresses.ipc else ""
-    for line in (
+    lines = [
         f"achilles broker listens on {address}{over}, pid {os.getpid()}",
         f"  join a worker:        achilles worker {address}",
         f'  connect from Python:  DistributedExecutor(address="{address}")',
         "  look, and stop:       achilles status; achilles shutdown",
-    ):
+    ]
+    if not far.is_loopback:
+        lines[0] += f"; other hosts reach it at {far} and, for workers, {addresses.far_workers}"
+        export = "achilles keys export worker --name HOST | ssh HOST achilles worker --join -"
+        lines.insert(2, f"  join another host:    {export}")
+    for line in lines:
         click.echo(line, err=True)
 
 

@@ -77,13 +77,15 @@ def _status(context: Context) -> tuple[str, dict[str, Any]]:
 def _ask(
     context: Context, question: p.StatusRequest | p.Shutdown
 ) -> tuple[Join, p.Status | p.ShuttingDown]:
+    from achilles.core import protocol as p
     from achilles.net.control import request
-    from achilles.net.keys import find_join
     from achilles.net.peer import dialer_to
 
-    join = find_join(home(), "admin", context.address())
+    join = context.join("admin")
     timeout = context.settings["client.connect_timeout"]
-    return join, request(dialer_to(join), question, timeout=timeout)
+    answer = request(dialer_to(join), question, timeout=timeout)
+    assert not isinstance(answer, p.KeysReloaded)
+    return join, answer
 
 
 def _has_ended(join: Join) -> bool:

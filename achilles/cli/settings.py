@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from achilles.config import NAME, Settings, example, load
+from achilles.config import NAME, Settings, example, home, load
 from achilles.errors import ConfigError
 
 if TYPE_CHECKING:
     from achilles.net.endpoint import Endpoint
+    from achilles.net.keys import Join
 
 FIELD_MAX = 4096  # characters of one message in the log
 
@@ -91,6 +92,20 @@ class Context:
         if self.settings["address"] in (None, "auto"):
             return None
         return str(self.endpoint("address"))
+
+    def join(self, role: str) -> Join:
+        """The keys and addresses for a peer of that role: of the join file that is named, or of this user's own broker.
+
+        Raises:
+            UsageError, ConfigError: the address is no endpoint, or a join file is not in order.
+            BrokerUnreachableError: no broker of this user runs there.
+        """
+        from achilles.net.keys import find_join, given_join
+
+        address = self.address()
+        if self.settings["join"]:
+            return given_join(self.settings["join"], role, address)
+        return find_join(home(), role, address)
 
     def start_logging(self) -> None:
         """Log to stderr, as the settings say."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from achilles.cli.settings import Context, StopRequests, count
-from achilles.config import SLOTS_MAX, cores, home
+from achilles.config import SLOTS_MAX, cores
+
+if TYPE_CHECKING:
+    from achilles.net.keys import Join
 
 
 @click.command()
@@ -19,6 +23,9 @@ from achilles.config import SLOTS_MAX, cores, home
     metavar="N",
     help="Tasks at once; by default one for each core.",
 )
+@click.option(
+    "--join", metavar="FILE", help="A join file of another host's broker; - reads it from stdin."
+)
 @click.option("--name", metavar="NAME", help="What the worker is called.")
 @click.option(
     "--tag", "tags", multiple=True, metavar="TAG", help="Something it offers; may repeat."
@@ -28,6 +35,7 @@ def worker(
     context: Context,
     address: str | None,
     slots: int | None,
+    join: str | None,
     name: str | None,
     tags: tuple[str, ...],
 ) -> None:
@@ -37,22 +45,22 @@ def worker(
     """
     stop = StopRequests()
     context.override("address", address, "ADDRESS")
+    context.override("join", join, "--join")
     context.override("worker.slots", slots, "--slots")
     context.override("worker.name", name, "--name")
     context.override("worker.tags", tags, "--tag")
     context.start_logging()
 
     from achilles.net.endpoint import hostname
-    from achilles.net.keys import find_join
     from achilles.net.peer import dialer_to
     from achilles.net.worker import Worker
 
     settings = context.settings
-    join = find_join(home(), "worker", context.address())
+    found = _read_join(context) if settings["join"] == "-" else context.join("worker")
     capacity = settings["worker.slots"] or cores()
     called = settings["worker.name"] or f"{hostname()}-{os.getpid()}"
     running = Worker(
-        dialer_to(join),
+        dialer_to(found),
         slots=capacity,
         name=called,
         tags=settings["worker.tags"],
@@ -64,13 +72,24 @@ def worker(
     def on_joined() -> None:
         nonlocal is_first
         if is_first:
-            _announce(called, join.address, capacity)
+            _announce(called, found.address, capacity)
         is_first = False
 
     given_up = running.run(lambda: stop.count, on_joined)
     if given_up and stop.count:
         click.echo(f"achilles worker: gave up {count(given_up, 'running task')}", err=True)
         sys.exit(stop.exit_code)
+
+
+def _read_join(context: Context) -> Join:
+    """The join file that comes on stdin, as from ``achilles keys export``."""
+    from achilles.net.keys import check_join, parse_join
+    from achilles.net.private import FILE_MAX
+
+    data = sys.stdin.buffer.read(FILE_MAX)
+    remedy = "it is what `achilles keys export worker` prints on the broker's host"
+    join = parse_join(data, "the join file on stdin", remedy)
+    return check_join(join, "the join file on stdin", "worker", context.address())
 
 
 def _announce(name: str, address: str, slots: int) -> None:

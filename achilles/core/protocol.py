@@ -313,6 +313,17 @@ class Shutdown(Message, tag="shutdown"):
     """An administrator ends the cluster: the workers and the broker."""
 
 
+class ReloadKeys(Message, tag="reload-keys"):
+    """An administrator has added or revoked keys."""
+
+
+class KeysReloaded(Message, tag="keys-reloaded"):
+    """The broker's answer: how many sessions it has cut because their key is gone; ``error``: why it could not."""
+
+    cut: int
+    error: str = ""
+
+
 class ShuttingDown(Message, tag="shutting-down"):
     """The broker's answer to `Shutdown`."""
 
@@ -482,14 +493,15 @@ RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied | FromRunner
 
 # What may cross the wire, by who sends it. The broker refuses the rest by role (default deny).
 FromClient: TypeAlias = Submit | Blob | Forget | Cancel | Letter | StatusRequest | Goodbye
-FromAdmin: TypeAlias = StatusRequest | Shutdown | Goodbye
+FromAdmin: TypeAlias = StatusRequest | ReloadKeys | Shutdown | Goodbye
 FromWorker: TypeAlias = Done | Returned | Crashed | Letter | Drain | Goodbye
 ToClient: TypeAlias = (
     Running | Results | Failed | Cluster | Letter | Status | ShuttingDown | Goodbye
 )
+ToAdmin: TypeAlias = Status | ShuttingDown | KeysReloaded | Goodbye
 ToWorker: TypeAlias = Run | Revoke | Blob | Forget | Letter | Drain | Goodbye
 Session: TypeAlias = ClientHello | WorkerHello | Welcome | Refused | Gone | Heartbeat | Resync
-Wire: TypeAlias = FromClient | FromAdmin | FromWorker | ToClient | ToWorker | Session
+Wire: TypeAlias = FromClient | FromAdmin | FromWorker | ToClient | ToAdmin | ToWorker | Session
 
 
 # --- The codec ------------------------------------------------------------------------------------
@@ -645,6 +657,8 @@ def _check(message: Wire, frames: Sequence[Buffer]) -> None:
             | StatusRequest()
             | Status()
             | Shutdown()
+            | ReloadKeys()
+            | KeysReloaded()
             | ShuttingDown()
             | Drain()
             | Gone()

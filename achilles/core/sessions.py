@@ -10,7 +10,7 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple, TypeAlias
 
 from achilles.core import protocol as p
@@ -26,7 +26,7 @@ CLIENT, WORKER, ADMIN = "client", "worker", "admin"
 _ALWAYS = (p.Heartbeat, p.Resync, p.Goodbye)
 ALLOWED: dict[str, frozenset[type]] = {
     CLIENT: frozenset({*_ALWAYS, p.Submit, p.Blob, p.Forget, p.Cancel, p.Letter, p.StatusRequest}),
-    ADMIN: frozenset({*_ALWAYS, p.StatusRequest, p.Shutdown}),
+    ADMIN: frozenset({*_ALWAYS, p.StatusRequest, p.ReloadKeys, p.Shutdown}),
     WORKER: frozenset({*_ALWAYS, p.Done, p.Returned, p.Crashed, p.Letter, p.Drain}),
 }
 
@@ -98,6 +98,7 @@ class Sessions:
         }
         self.refused = 0
         self.is_shutting_down = False
+        self._reloaders: list[Session] = []  # administrators who wait for the keys to be read anew
 
     # --- From the sockets -------------------------------------------------------------------------
 
@@ -170,6 +171,34 @@ class Sessions:
     def is_alone(self) -> bool:
         """Whether no session has a connection."""
         return not self._by_route
+
+    @property
+    def is_reload_wanted(self) -> bool:
+        """Whether somebody waits for the keys to be read anew."""
+        return bool(self._reloaders)
+
+    def cut_unless(self, is_allowed: Callable[[Route, str], bool], now: float) -> list[Send]:
+        """The keys were read anew: end the sessions of those who may not be what they are any more.
+
+        Their work goes back to its queues, and nobody is charged for it.
+        """
+        reason = "its key was revoked"
+        cut = [one for one in self._by_token.values() if not is_allowed(one.route, one.role)]
+        sends: list[Send] = []
+        for session in cut:
+            sends += self._dismiss(session, reason)
+            sends += self._end(session, now, reason, charge=False)
+        return [*sends, *self.reloaded(len(cut))]
+
+    def reloaded(self, cut: int, error: str = "") -> list[Send]:
+        """Answer those who wait for the keys to be read anew."""
+        waiting, self._reloaders = self._reloaders, []
+        answer = p.KeysReloaded(cut, error[: p.TEXT_MAX])
+        return [
+            Send(session.route, session.link.wrap(answer))
+            for session in waiting
+            if session.link.token in self._by_token
+        ]
 
     def farewell(self, reason: str) -> list[Send]:
         """Tell every peer that the broker ends."""
@@ -259,6 +288,8 @@ class Sessions:
         elif isinstance(message, p.Shutdown):
             self.is_shutting_down = True
             sends.append(Send(session.route, session.link.wrap(p.ShuttingDown())))
+        elif isinstance(message, p.ReloadKeys):
+            self._reloaders.append(session)
         elif isinstance(message, p.Goodbye):
             sends += self._end(session, now, message.reason, charge=False)
         return sends  # of a resync, which the link has answered
@@ -293,11 +324,15 @@ class Sessions:
 
     def _cut(self, session: Session, reason: str, now: float) -> list[Send]:
         """End the session of a peer that broke the protocol, and tell it."""
+        sends = self._dismiss(session, reason)
+        return [*sends, *self._end(session, now, f"it broke the protocol: {reason}")]
+
+    def _dismiss(self, session: Session, reason: str) -> list[Send]:
+        """Tell a peer that its session ends, and why."""
         self.refused += 1
         route, token = session.route, session.link.token
         refused = Send(route, Packet(p.Header(p.NO_TOKEN, 0, 0), p.Refused(reason[: p.TEXT_MAX])))
-        gone = Send(route, Packet(p.Header(token, 0, 0), p.Gone()))
-        return [refused, gone, *self._end(session, now, f"it broke the protocol: {reason}")]
+        return [refused, Send(route, Packet(p.Header(token, 0, 0), p.Gone()))]
 
     def _end(self, session: Session, now: float, reason: str, *, charge: bool = True) -> list[Send]:
         token = session.link.token

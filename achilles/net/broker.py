@@ -15,7 +15,7 @@ from achilles.core.link import Packet
 from achilles.core.liveness import Timings
 from achilles.core.scheduler import Scheduler
 from achilles.core.sessions import Send, Sessions
-from achilles.errors import ProtocolError
+from achilles.errors import ConfigError, ProtocolError
 from achilles.net.endpoint import Gatekeeper
 from achilles.net.transport import Route, RouterPort, SocketLoop
 
@@ -33,18 +33,20 @@ class Broker:
     """Serves clients and workers on sockets that are bound already.
 
     Args:
-        sockets: each with the roles that its users have: who is not in the mapping has none.
+        sockets: each with the roles that its users have at present: who is not in the mapping has none.
         gatekeeper: the ZAP handler.
         credit: tasks that a client may have unresolved.
+        reload: reads the keys anew; then those sessions are cut whose key is gone.
     """
 
     def __init__(
         self,
-        sockets: Iterable[tuple[zmq.Socket[bytes], Roles]],
+        sockets: Iterable[tuple[zmq.Socket[bytes], Callable[[], Roles]]],
         gatekeeper: Gatekeeper,
         *,
         timings: Timings,
         credit: int,
+        reload: Callable[[], None],
     ) -> None:
         now = monotonic()
         self.loop = SocketLoop()
@@ -58,7 +60,8 @@ class Broker:
             credit=credit,
             now=now,
         )
-        self._roles: dict[RouterPort, Roles] = {}
+        self._reload = reload
+        self._roles: dict[RouterPort, Callable[[], Roles]] = {}
         for socket, roles in sockets:
             self._roles[RouterPort(socket, self.loop, self._receive, self._closed)] = roles
 
@@ -104,9 +107,27 @@ class Broker:
             _LOG.warning("malformed message from a peer: %s", error)
             self._transmit(self._sessions.malformed(route, str(error), now))
             return
-        roles = self._roles[route.port].get(route.user, _NO_ROLES)
         token = secrets.token_bytes(16) if packet.header.token == p.NO_TOKEN else p.NO_TOKEN
-        self._transmit(self._sessions.receive(route, roles, packet, now, token))
+        self._transmit(self._sessions.receive(route, self._roles_of(route), packet, now, token))
+        if self._sessions.is_reload_wanted:
+            self._reload_keys(now)
+
+    def _roles_of(self, route: Route) -> frozenset[str]:
+        return self._roles[route.port]().get(route.user, _NO_ROLES)
+
+    def _reload_keys(self, now: float) -> None:
+        try:
+            self._reload()
+        except ConfigError as error:
+            _LOG.error("the keys cannot be read anew, and stay as they were: %s", error)
+            self._transmit(self._sessions.reloaded(0, str(error)))
+            return
+        _LOG.info("the keys were read anew")
+
+        def is_allowed(route: Any, role: str) -> bool:
+            return role in self._roles_of(route)
+
+        self._transmit(self._sessions.cut_unless(is_allowed, now))
 
     def _transmit(self, sends: Iterable[Send]) -> None:
         route: Any  # a Route, as given to the sessions

@@ -18,7 +18,7 @@ from achilles.core.submission import Send, Submission
 from achilles.errors import AchillesError, BrokerLostError, BrokerUnreachableError
 from achilles.letters import Desk
 from achilles.mailbox import Mailbox
-from achilles.net.keys import find_join
+from achilles.net.keys import find_join, given_join
 from achilles.net.peer import Dial, Peer, dialer_to
 from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
@@ -33,18 +33,26 @@ _LOG = logging.getLogger("achilles.client")
 
 
 def connection(
-    address: str, *, home: Path, slots_max: int, connect_timeout: float, broker_timeout: float
+    address: str,
+    *,
+    home: Path,
+    join: str | None,
+    slots_max: int,
+    connect_timeout: float,
+    broker_timeout: float,
 ) -> Connection:
-    """A connection, not yet started, to the broker at ``address`` with this user's key, which is in ``home``.
+    """A connection, not yet started, to the broker at ``address``.
+
+    Its key is this user's, which is in ``home``, or that of the ``join`` file.
 
     Raises:
-        ConfigError: ``address`` is no endpoint.
+        ConfigError: ``address`` is no endpoint, or the join file is not in order.
         BrokerUnreachableError: there is no key for a broker there.
     """
-    join = find_join(home, "client", address)
+    found = given_join(join, "client", address) if join else find_join(home, "client", address)
     return Connection(
-        dialer_to(join),
-        address=join.address,
+        dialer_to(found),
+        address=found.address,
         slots_max=slots_max,
         connect_timeout=connect_timeout,
         broker_timeout=broker_timeout,

@@ -17,8 +17,8 @@ from achilles.net.worker import python_version
 
 
 def request(
-    dial: Dial, question: p.StatusRequest | p.Shutdown, *, timeout: float
-) -> p.Status | p.ShuttingDown:
+    dial: Dial, question: p.StatusRequest | p.ReloadKeys | p.Shutdown, *, timeout: float
+) -> p.Status | p.KeysReloaded | p.ShuttingDown:
     """The broker's answer to ``question``, asked in the role of an administrator.
 
     Raises:
@@ -42,7 +42,7 @@ def request(
                 message = received.popleft()
                 if isinstance(message, p.Welcome):
                     peer.send([question])
-                elif isinstance(message, p.Status | p.ShuttingDown):
+                elif isinstance(message, p.Status | p.KeysReloaded | p.ShuttingDown):
                     peer.send([p.Goodbye("done")])
                     peer.flush(0.1)
                     return message

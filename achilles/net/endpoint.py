@@ -187,14 +187,9 @@ def bind_router(
     the directory of the ipc path (`net.private.BrokerLock`): libzmq lets a second socket steal it without a word.
 
     Raises:
-        InsecureBindError: beyond loopback, or TCP without keys.
+        InsecureBindError: TCP without keys.
         ConfigError: the endpoint is taken, or cannot be bound to.
     """
-    if tcp is not None and not tcp.is_loopback:
-        raise InsecureBindError(
-            f"{tcp} can be reached from other machines, which this version does not offer yet; "
-            "bind to tcp://127.0.0.1:5555"
-        )
     if not domain or (tcp is not None and not broker_secret):
         raise InsecureBindError(
             f"{tcp} needs keys and a ZAP domain; a TCP port without them is never made"
@@ -361,7 +356,7 @@ class Gatekeeper:
         self.socket = context.socket(zmq.REP)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind("inproc://zeromq.zap.01")
-        self._users = users
+        self.users = users  # replaced as a whole when keys come and go
         self.refused = 0
 
     @property
@@ -388,7 +383,7 @@ class Gatekeeper:
             return ""
         _, _, domain, address, _, mechanism, *credentials = frames
         if mechanism == b"CURVE" and len(credentials) == 1 and len(credentials[0]) == 32:
-            return self._users.get(domain.decode("ascii", "replace"), {}).get(credentials[0], "")
+            return self.users.get(domain.decode("ascii", "replace"), {}).get(credentials[0], "")
         if mechanism == b"NULL" and _is_own_process(address):
             return LOCAL_USER
         return ""

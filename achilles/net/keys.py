@@ -1,6 +1,7 @@
 """Keys and join files: how peers of one user find a broker, and what they show it.
 
     $ACHILLES_HOME/keys/ROLE.key      a CURVE key pair a role, made on first start (0700 directory, 0600 files)
+    $ACHILLES_HOME/keys/authorized.json   the keys of others (`net.authorized`)
     $ACHILLES_HOME/run/ROLE.join      where the running broker listens, and the keys to meet it; removed when it ends
     $ACHILLES_HOME/run/*.ipc          its sockets for peers on this host
     $ACHILLES_HOME/run/broker.lock    held while it runs
@@ -63,10 +64,12 @@ class Join(msgspec.Struct, forbid_unknown_fields=True):
     ipc: str
     worker_ipc: str
     host: str
-    pid: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+    pid: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]  # 0: on another host
     public: str
     secret: str
     broker_public: str
+    far_address: str = ""  # the same from other hosts, for join files that are sent there
+    far_worker_address: str = ""
     version: int = 1
 
     def __repr__(self) -> str:
@@ -76,6 +79,23 @@ class Join(msgspec.Struct, forbid_unknown_fields=True):
     def keys(self) -> CurveKeys:
         """The keys for TCP."""
         return CurveKeys(self.public.encode(), self.secret.encode(), self.broker_public.encode())
+
+    def for_others(self, pair: KeyPair) -> Join:
+        """The same for another host, with a key of its own."""
+        return msgspec.structs.replace(
+            self,
+            address=self.far_address or self.address,
+            worker_address=self.far_worker_address or self.worker_address,
+            ipc="",
+            worker_ipc="",
+            pid=0,
+            public=pair.public.decode(),
+            secret=pair.secret.decode(),
+        )
+
+    def encode(self) -> bytes:
+        """As in a join file."""
+        return msgspec.json.encode(self)
 
     def endpoint(self) -> Endpoint:
         """Where to connect: ipc where broker and peer share a host, else TCP."""
@@ -118,9 +138,7 @@ def key_pair(base: Path, role: str) -> KeyPair:
     try:
         data = read_private(path)
     except FileNotFoundError:
-        public, secret = zmq.curve_keypair()
-        made = _KeyFile(role, public.decode(), secret.decode())
-        write_private(path, msgspec.json.encode(made), replace=False)
+        write_private(path, _encode_pair(role, make_pair()), replace=False)
         data = read_private(path)
     try:
         file = msgspec.json.decode(data, type=_KeyFile)
@@ -133,6 +151,27 @@ def key_pair(base: Path, role: str) -> KeyPair:
     return KeyPair(file.public.encode(), file.secret.encode())
 
 
+def new_key_pair(base: Path, role: str) -> KeyPair:
+    """Replace the key pair of ``role`` by a new one.
+
+    Raises:
+        KeyFileError: it cannot be written.
+    """
+    path = private_directory(private_directory(base) / "keys") / f"{role}.key"
+    pair = make_pair()
+    write_private(path, _encode_pair(role, pair), replace=True)
+    return pair
+
+
+def make_pair() -> KeyPair:
+    """A new pair."""
+    return KeyPair(*zmq.curve_keypair())
+
+
+def _encode_pair(role: str, pair: KeyPair) -> bytes:
+    return msgspec.json.encode(_KeyFile(role, pair.public.decode(), pair.secret.decode()))
+
+
 def _are_pair(public: str, secret: str) -> bool:
     try:
         return zmq.curve_public(secret.encode()) == public.encode()
@@ -140,7 +179,8 @@ def _are_pair(public: str, secret: str) -> bool:
         return False
 
 
-def _is_key(text: str) -> bool:
+def is_key(text: str) -> bool:
+    """Whether it is a key in Z85."""
     try:
         return len(text) == 40 and len(z85.decode(text.encode())) == 32
     except (KeyError, ValueError, struct.error):
@@ -156,7 +196,14 @@ def join_path(base: Path, role: str) -> Path:
 
 
 def write_joins(
-    base: Path, *, address: str, worker_address: str, ipc: str, worker_ipc: str
+    base: Path,
+    *,
+    address: str,
+    worker_address: str,
+    ipc: str,
+    worker_ipc: str,
+    far_address: str = "",
+    far_worker_address: str = "",
 ) -> None:
     """Write the running broker's join files.
 
@@ -178,8 +225,10 @@ def write_joins(
             pair.public.decode(),
             pair.secret.decode(),
             broker_public,
+            far_address,
+            far_worker_address,
         )
-        write_private(join_path(base, role), msgspec.json.encode(join), replace=True)
+        write_private(join_path(base, role), join.encode(), replace=True)
 
 
 def remove_joins(base: Path) -> None:
@@ -197,19 +246,63 @@ def read_join(path: Path) -> Join:
     """
     for directory in (path.parent.parent, path.parent):
         check_directory(directory)
+    join = parse_join(read_private(path), str(path), "start the broker again")
+    if not join.pid:
+        raise KeyFileError(f"{path} is damaged (it is another host's); start the broker again")
+    return join
+
+
+def parse_join(data: bytes, name: str, remedy: str) -> Join:
+    """The join file of that content; ``name`` and ``remedy`` are for the error.
+
+    Raises:
+        KeyFileError: it is damaged.
+    """
     try:
-        join = msgspec.json.decode(read_private(path), type=Join)
+        join = msgspec.json.decode(data, type=Join)
         if join.version != 1:
-            raise KeyFileError(f"{path} is of another version of achilles")
+            raise KeyFileError(f"{name} is of another version of achilles")
         for address in (join.address, join.worker_address):
             parse_endpoint(address)
     except KeyFileError:
         raise
     except (msgspec.DecodeError, ValueError, ConfigError) as error:
-        raise KeyFileError(f"{path} is damaged ({error}); start the broker again") from None
-    is_sound = _are_pair(join.public, join.secret) and _is_key(join.broker_public)
+        raise KeyFileError(f"{name} is damaged ({error}); {remedy}") from None
+    is_sound = _are_pair(join.public, join.secret) and is_key(join.broker_public)
     if join.role not in ROLES or not is_sound:
-        raise KeyFileError(f"{path} is damaged (a key or role); start the broker again")
+        raise KeyFileError(f"{name} is damaged (a key or role); {remedy}")
+    return join
+
+
+def given_join(file: str, role: str, address: str | None) -> Join:
+    """The join file that the user named, for a peer of that role.
+
+    Raises:
+        ConfigError: ``address`` is no endpoint, or another one than the file's.
+        KeyFileError: there is none, it is loose or damaged, or for another role.
+    """
+    path = Path(file).expanduser()
+    remedy = f"export it again on the broker's host with: achilles keys export {role}"
+    try:
+        join = parse_join(read_private(path), str(path), remedy)
+    except FileNotFoundError:
+        raise KeyFileError(f"there is no join file {path}; {remedy}") from None
+    return check_join(join, str(path), role, address)
+
+
+def check_join(join: Join, name: str, role: str, address: str | None) -> Join:
+    """The join file, if it is for a peer of that role at that address.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if join.role != role:
+        raise KeyFileError(
+            f"{name} is for a {join.role}, and this is a {role}; "
+            f"export one on the broker's host with: achilles keys export {role}"
+        )
+    if address not in (None, "auto") and not _same_place(str(address), join.address):
+        raise ConfigError(f"{name} is for the broker at {join.address}, not for {address}")
     return join
 
 
@@ -230,7 +323,10 @@ def find_join(base: Path, role: str, address: str | None) -> Join:
         else:
             text = f"no achilles broker of yours is running at {wanted} ({base} has no key for it)"
         raise BrokerUnreachableError(f"{text}; start one with: achilles broker") from None
-    if wanted is not None and not (wanted == join.ipc or _same_place(wanted, join.address)):
+    places = [place for place in (join.address, join.far_address) if place]
+    if wanted is not None and not (
+        wanted == join.ipc or any(_same_place(wanted, place) for place in places)
+    ):
         raise BrokerUnreachableError(
             f"your running broker is at {join.address}, not at {wanted}; there is no key for another one in {base}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import ipaddress
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,14 +13,16 @@ import zmq
 
 from achilles.core.liveness import Timings
 from achilles.core.sessions import ADMIN, CLIENT, WORKER
-from achilles.errors import ConfigError, KeyFileError
-from achilles.net.broker import Broker
+from achilles.errors import ConfigError, InsecureBindError, KeyFileError
+from achilles.net import authorized
+from achilles.net.broker import Broker, Roles
 from achilles.net.endpoint import (
     LOCAL_USER,
     Bound,
     Endpoint,
     Gatekeeper,
     bind_router,
+    hostname,
     parse_endpoint,
     raise_descriptor_limit,
 )
@@ -34,23 +37,21 @@ from achilles.net.keys import (
 from achilles.net.private import BrokerLock, private_directory
 
 CLIENTS, WORKERS = "achilles-clients", "achilles-workers"  # the ZAP domains
-
-# The roles of those whom the transport has authenticated, by the user that the gatekeeper made of their key.
-_CLIENT_ROLES = {
-    LOCAL_USER: frozenset({CLIENT, ADMIN}),
-    CLIENT: frozenset({CLIENT}),
-    ADMIN: frozenset({ADMIN}),
-}
-_WORKER_ROLES = {LOCAL_USER: frozenset({WORKER}), WORKER: frozenset({WORKER})}
+_DOORS = {CLIENTS: ("clients.ipc", (CLIENT, ADMIN)), WORKERS: ("workers.ipc", (WORKER,))}
 
 
 class Addresses(NamedTuple):
-    """Where a broker listens; the last two are None if it does so over TCP alone."""
+    """Where a broker listens; ``ipc`` and ``worker_ipc`` are None if it does so over TCP alone.
+
+    ``far_clients`` and ``far_workers`` are the same as ``clients`` and ``workers`` from other hosts.
+    """
 
     clients: Endpoint
     workers: Endpoint
     ipc: Endpoint | None
     worker_ipc: Endpoint | None
+    far_clients: Endpoint
+    far_workers: Endpoint
 
 
 def serve(
@@ -60,17 +61,21 @@ def serve(
     timings: Timings,
     credit: int,
     with_ipc: bool,
+    advertise: str | None,
     on_ready: Callable[[Addresses, Broker], None],
     is_stopping: Callable[[], bool],
 ) -> int:
     """Run a broker until ``is_stopping()`` or a shutdown; how many tasks had no result then.
 
-    Workers meet it on a port of its own, which their join file names: users never type it.
+    Workers meet it on a port of its own, which their join file names: users never type it. ``advertise`` is what
+    other hosts call this one.
 
     Raises:
-        ConfigError: the endpoint cannot be, is taken, or is not safe; a key file is not in order.
+        InsecureBindError: other machines could reach the endpoint, and its keys are not in order.
+        ConfigError: the endpoint cannot be, or is taken; a key file is not in order.
     """
     tcp = parse_endpoint(bind, to_bind=True)
+    _check_keys(home, tcp)
     raise_descriptor_limit()
     # What is last in the list goes first: the sockets, what they leave, the join files, the lock.
     with contextlib.ExitStack() as leave:
@@ -80,69 +85,136 @@ def serve(
         if run.parent != home:
             leave.callback(_remove_directory, run)
         leave.callback(remove_joins, home)
-        addresses, broker = _start(tcp, home, run if with_ipc else None, timings, credit, leave)
-        write_joins(
-            home,
-            address=str(addresses.clients),
-            worker_address=str(addresses.workers),
-            ipc=str(addresses.ipc or ""),
-            worker_ipc=str(addresses.worker_ipc or ""),
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        leave.callback(context.destroy, 0)
+        gatekeeper = Gatekeeper(context, _users(home))
+        clients, workers = _bind(context, tcp, home, run if with_ipc else None, leave)
+        addresses = _addresses(tcp, clients, workers, advertise)
+        roles: dict[str, Roles] = {domain: _roles(home, domain) for domain in _DOORS}
+
+        def reload() -> None:
+            """Keys have come or gone."""
+            gatekeeper.users = _users(home)
+            for domain in _DOORS:
+                roles[domain] = _roles(home, domain)
+            _write_joins(home, addresses)
+
+        broker = Broker(
+            [(clients.socket, lambda: roles[CLIENTS]), (workers.socket, lambda: roles[WORKERS])],
+            gatekeeper,
+            timings=timings,
+            credit=credit,
+            reload=reload,
         )
+        leave.callback(broker.close)
+        _write_joins(home, addresses)
         on_ready(addresses, broker)
         return broker.run(is_stopping)
 
 
-def _start(
+# --- Keys -----------------------------------------------------------------------------------------
+
+
+def _check_keys(home: Path, tcp: Endpoint) -> None:
+    """Make or read every key before anything listens."""
+    try:
+        key_pair(home, "broker")
+        authorized.entries(home)
+    except KeyFileError as error:
+        if tcp.is_loopback:
+            raise
+        raise InsecureBindError(
+            f"{tcp} can be reached from other machines, and the keys that would protect it are not in order: {error}"
+        ) from None
+
+
+def _users(home: Path) -> dict[str, dict[bytes, str]]:
+    return {domain: authorized.users(home, roles) for domain, (_, roles) in _DOORS.items()}
+
+
+def _roles(home: Path, domain: str) -> Roles:
+    """The roles of those whom the transport has authenticated, by the user that the gatekeeper made of their key."""
+    _, roles = _DOORS[domain]
+    found = {entry.user: frozenset({entry.role}) for entry in authorized.entries(home)}
+    return {LOCAL_USER: frozenset(roles)} | {
+        user: given for user, given in found.items() if given <= set(roles)
+    }
+
+
+# --- Sockets --------------------------------------------------------------------------------------
+
+
+def _bind(
+    context: zmq.Context[zmq.Socket[bytes]],
     tcp: Endpoint,
     home: Path,
     run: Path | None,
-    timings: Timings,
-    credit: int,
     leave: contextlib.ExitStack,
-) -> tuple[Addresses, Broker]:
-    """A broker on its sockets; ``leave`` is told how to take it away."""
+) -> list[Bound]:
+    """The socket for clients, and that for workers; ``leave`` is told how to take them away."""
     secret = key_pair(home, "broker").secret
-    users = {
-        CLIENTS: {key_pair(home, role).raw_public: role for role in (CLIENT, ADMIN)},
-        WORKERS: {key_pair(home, WORKER).raw_public: WORKER},
-    }
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    leave.callback(context.destroy, 0)
-    gatekeeper = Gatekeeper(context, users)
     bounds: list[Bound] = []
-    for domain, name in ((CLIENTS, "clients.ipc"), (WORKERS, "workers.ipc")):
+    for domain, (name, _) in _DOORS.items():
         ipc = None if run is None else parse_endpoint(f"ipc://{run / name}")
         if run is not None:
             leave.callback((run / name).unlink, missing_ok=True)
         bind = functools.partial(bind_router, context, ipc=ipc, domain=domain, broker_secret=secret)
-        if domain == CLIENTS:
-            bounds.append(bind(tcp=tcp))
-            continue
-        former = _former_worker_port(home, bounds[0].tcp)
-        try:
-            bounds.append(bind(tcp=tcp._replace(port=former)))
-        except ConfigError:
-            bounds.append(bind(tcp=tcp._replace(port=0)))
-    clients, workers = bounds
-    broker = Broker(
-        [(clients.socket, _CLIENT_ROLES), (workers.socket, _WORKER_ROLES)],
-        gatekeeper,
-        timings=timings,
-        credit=credit,
-    )
-    leave.callback(broker.close)
-    return Addresses(clients.tcp or tcp, workers.tcp or tcp, clients.ipc, workers.ipc), broker
+        ports = _worker_ports(home, tcp, bounds[0].tcp) if bounds else [tcp.port]
+        for port in ports[:-1]:
+            with contextlib.suppress(ConfigError):
+                bounds.append(bind(tcp=tcp._replace(port=port)))
+                break
+        else:
+            bounds.append(bind(tcp=tcp._replace(port=ports[-1])))
+    return bounds
 
 
-def _former_worker_port(home: Path, clients: Endpoint | None) -> int:
-    """Where the workers of a broker that was killed at this place look for it; 0 if there was none."""
+def _worker_ports(home: Path, tcp: Endpoint, clients: Endpoint | None) -> list[int]:
+    """The ports for workers to be tried in turn, so that they find the next broker where they have left this one.
+
+    First the one of a broker that was killed here, then the next to the clients', then, where no firewall has to know it,
+    any free one.
+    """
+    ports = [tcp.port + 1] if 0 < tcp.port < 65535 else []
     try:
         join = read_join(join_path(home, WORKER))
-        if clients is None or parse_endpoint(join.address) != clients:
-            return 0
-        return parse_endpoint(join.worker_address).port
+        if parse_endpoint(join.address).port == (clients or tcp).port:
+            ports.insert(0, parse_endpoint(join.worker_address).port)
     except (FileNotFoundError, KeyFileError):
-        return 0
+        pass
+    return ports if ports and not tcp.is_loopback else [*ports, 0]
+
+
+def _addresses(tcp: Endpoint, clients: Bound, workers: Bound, advertise: str | None) -> Addresses:
+    """Where peers of this host, and those of others, find the sockets."""
+    near, far = tcp.host, tcp.host
+    if _is_wildcard(tcp.host):
+        near = "::1" if ":" in tcp.host else "127.0.0.1"
+        far = hostname()
+    if advertise:
+        far = parse_endpoint(f"tcp://{advertise}:1").host
+    ports = [(bound.tcp or tcp).port for bound in (clients, workers)]
+    places = [Endpoint("tcp", host, port, "") for host in (near, far) for port in ports]
+    return Addresses(places[0], places[1], clients.ipc, workers.ipc, places[2], places[3])
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _write_joins(home: Path, addresses: Addresses) -> None:
+    write_joins(
+        home,
+        address=str(addresses.clients),
+        worker_address=str(addresses.workers),
+        ipc=str(addresses.ipc or ""),
+        worker_ipc=str(addresses.worker_ipc or ""),
+        far_address=str(addresses.far_clients),
+        far_worker_address=str(addresses.far_workers),
+    )
 
 
 def _remove_directory(path: Path) -> None:

@@ -66,7 +66,7 @@ class Worker:
         ``wanted_end()``: 0 to go on, 1 to drain, 2 to end now.
 
         Raises:
-            BrokerUnreachableError: no session within ``connect_timeout`` seconds, or the broker refused one.
+            BrokerUnreachableError: no session within ``connect_timeout`` seconds, or the broker refused or revoked it.
         """
         self._on_joined = on_joined
         try:
@@ -116,10 +116,7 @@ class Worker:
                 _LOG.warning("the broker has given this session up; its work is dropped")
                 self._sends += self._agent.reset()
             case p.Refused(reason=reason):
-                if not self._was_joined:
-                    raise BrokerUnreachableError(f"the broker refused this worker: {reason}")
-                _LOG.error("the broker refused this worker: %s", reason)
-                self._is_over = True
+                raise BrokerUnreachableError(f"the broker refused this worker: {reason}")
             case p.Goodbye(reason=reason):
                 _LOG.info("the broker says goodbye: %s", reason)
                 self._sends += self._agent.reset()

@@ -46,11 +46,15 @@ VALID: dict[str, list[p.Wire]] = {
         p.Letter(0, 1, 1, p.IMPORT, b"question"),
         p.Drain(),
     ],
-    "admin": [p.StatusRequest()],
+    "admin": [p.StatusRequest(), p.ReloadKeys()],
 }
 OF_OTHERS: dict[str, list[p.Wire]] = {
-    "client": [*(one for one in VALID["worker"] if not isinstance(one, p.Letter)), p.Shutdown()],
-    "worker": [*VALID["client"][:5], p.Shutdown()],
+    "client": [
+        *(one for one in VALID["worker"] if not isinstance(one, p.Letter)),
+        p.ReloadKeys(),
+        p.Shutdown(),
+    ],
+    "worker": [*VALID["client"][:5], p.ReloadKeys(), p.Shutdown()],
     "admin": [*VALID["client"][:4], *VALID["worker"]],
 }
 FROM_BROKERS: list[p.Wire] = [
@@ -61,6 +65,7 @@ FROM_BROKERS: list[p.Wire] = [
     p.Failed(1, p.LOST, ["story"]),
     p.Cluster(1, 1),
     p.ShuttingDown(),
+    p.KeysReloaded(1),
 ]
 
 

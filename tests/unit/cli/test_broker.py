@@ -67,7 +67,6 @@ def test_a_second_one_is_refused_and_the_first_unharmed(achilles_home: Path) -> 
     [
         (["--bind", "http://x"], {}, 2, "broker.bind from --bind: 'http://x' is not an endpoint"),
         (["--bind", "tcp://127.0.0.1:99999"], {}, 2, "'99999' in"),
-        (["--bind", "tcp://192.168.0.1:0"], {}, 2, "can be reached from other machines"),
         (["--bind", ""], {}, 2, "broker.bind must be a line of text, not ''"),
         (["--bind", "ipc:///x/y"], {}, 2, "broker.bind from --bind: .* bind to tcp://"),
         ([], {"ACHILLES_BROKER_BIND": "tcp://x"}, 78, "broker.bind from ACHILLES_BROKER_BIND"),

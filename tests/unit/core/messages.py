@@ -69,6 +69,8 @@ WIRE: list[p.Wire] = [
     ),
     p.Shutdown(),
     p.ShuttingDown(),
+    p.ReloadKeys(),
+    p.KeysReloaded(cut=2, error="damaged"),
     p.Run(
         lease=5,
         client=1,

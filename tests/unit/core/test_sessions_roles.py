@@ -13,7 +13,7 @@ from tests.unit.core.peers import BEAT, ROLES, SessionsBench, cut, submit
 ALWAYS: set[type] = {p.Heartbeat, p.Resync, p.Goodbye}
 MAY: dict[str, set[type]] = {
     "client": ALWAYS | {p.Submit, p.Blob, p.Forget, p.Cancel, p.Letter, p.StatusRequest},
-    "admin": ALWAYS | {p.StatusRequest, p.Shutdown},
+    "admin": ALWAYS | {p.StatusRequest, p.ReloadKeys, p.Shutdown},
     "worker": ALWAYS | {p.Done, p.Returned, p.Crashed, p.Letter, p.Drain},
 }
 KINDS = [type(m) for m in WIRE if not isinstance(m, p.ClientHello | p.WorkerHello)]

@@ -116,5 +116,7 @@ def test_no_worker_is_one_warning_that_says_how_to_start_one(
 
 
 def test_a_connection_says_where_it_goes(broker: RunningBroker, achilles_home: Path) -> None:
-    made = connection("auto", home=achilles_home, slots_max=0, connect_timeout=1, broker_timeout=1)
+    made = connection(
+        "auto", home=achilles_home, join=None, slots_max=0, connect_timeout=1, broker_timeout=1
+    )
     assert repr(made) == str(broker.addresses.clients)

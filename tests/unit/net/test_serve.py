@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from achilles.errors import ConfigError, InsecureBindError, KeyFileError
-from achilles.net.endpoint import IPC_PATH_MAX
-from achilles.net.keys import ROLES, find_join, read_join
+from achilles.net.endpoint import IPC_PATH_MAX, hostname
+from achilles.net.keys import ROLES, find_join, key_pair, read_join
 from tests.brokers import RunningBroker, answer_one, raw_peer
+
+ANY = ".".join("0000")  # all interfaces
 
 
 def test_a_broker_writes_join_files_and_takes_all_away_again(achilles_home: Path) -> None:
@@ -128,9 +130,34 @@ def test_what_is_loose_is_refused(achilles_home: Path) -> None:
     assert os.listdir(achilles_home / "run") == []
 
 
-def test_a_bind_beyond_loopback_is_refused(achilles_home: Path) -> None:
-    with pytest.raises(InsecureBindError):
+def test_beyond_loopback_every_key_must_be_in_order(achilles_home: Path) -> None:
+    """Before anything is bound."""
+    key_pair(achilles_home, "worker")
+    (achilles_home / "keys" / "worker.key").chmod(0o640)
+    with pytest.raises(InsecureBindError, match=r"reached from other machines.* chmod 600 "):
         RunningBroker(achilles_home, bind="tcp://192.168.1.1:5555").__enter__()
+
+
+def test_what_other_hosts_are_told(achilles_home: Path) -> None:
+    """A wildcard is no address: this host uses loopback, others what is advertised, or the host's name."""
+    with RunningBroker(achilles_home, bind=f"tcp://{ANY}:0", advertise="broker.example.org") as one:
+        assert one.addresses.clients.host == one.addresses.workers.host == "127.0.0.1"
+        join = one.join("worker")
+        port = one.addresses.workers.port
+        assert join.worker_address == f"tcp://127.0.0.1:{port}"
+        assert join.far_worker_address == f"tcp://broker.example.org:{port}"
+        far = join.for_others(key_pair(achilles_home, "client"))
+        assert (far.address, far.worker_address) == (join.far_address, join.far_worker_address)
+        assert far.ipc == far.worker_ipc == ""
+    with RunningBroker(achilles_home / "b", bind=f"tcp://{ANY}:0") as other:
+        assert other.addresses.far_clients.host == hostname()
+
+
+def test_workers_have_the_port_beside_the_clients(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home) as first:
+        port = first.addresses.clients.port
+    with RunningBroker(achilles_home, bind=f"tcp://127.0.0.1:{port}") as second:
+        assert second.addresses.workers.port == port + 1
 
 
 def test_join_files_are_readable_by_their_owner_alone(achilles_home: Path) -> None:

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import zmq
+from click.testing import CliRunner
+
+from achilles.cli import main
+from achilles.net.authorized import add, entries
+from achilles.net.keys import key_pair
+from tests.brokers import RunningBroker
+
+
+def invoke(*arguments: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(main, ["keys", *arguments])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def a_key() -> str:
+    return zmq.curve_keypair()[0].decode()
+
+
+def test_the_list_has_no_secrets(achilles_home: Path) -> None:
+    add(achilles_home, "worker", a_key(), "node7")
+    code, output, _ = invoke("list")
+    assert code == 0
+    rows = [line.split() for line in output.splitlines()]
+    assert [row[0] for row in rows] == ["role", "client", "worker", "admin", "worker"]
+    assert rows[-1][-1] == "node7"
+    assert key_pair(achilles_home, "client").fingerprint in output
+    for role in ("client", "worker", "admin"):
+        assert key_pair(achilles_home, role).secret.decode() not in output
+
+
+def test_export_is_a_join_file_with_a_key_of_its_own(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home) as broker:
+        code, output, said = invoke("export", "worker", "--name", "node7")
+        assert code == 0
+        join = json.loads(output)
+        assert join["role"] == "worker"
+        assert join["worker_address"] == str(broker.addresses.workers)
+        assert join["public"] == entries(achilles_home)[-1].public
+        assert join["secret"] not in said
+        assert "take it back with: achilles keys revoke node7" in said
+        assert "listens on loopback alone" in said
+        code, _, said = invoke("export", "worker", "--name", "node7")
+        assert code == 78
+        assert "authorized already" in said
+        assert invoke("export", "client")[0] == invoke("export", "client")[0] == 0
+        assert [one.name for one in entries(achilles_home)[-2:]] == ["client-1", "client-2"]
+
+
+def test_without_a_broker_there_is_no_address_to_export(achilles_home: Path) -> None:
+    code, output, said = invoke("export", "worker")
+    assert (code, output) == (69, "")
+    assert "no achilles broker of yours is running" in said
+    assert len(entries(achilles_home)) == 3
+
+
+def test_add_and_revoke(achilles_home: Path) -> None:
+    public = a_key()
+    code, output, _ = invoke("add", "client", public, "--name", "laptop")
+    assert code == 0
+    assert output.startswith("client laptop (")
+    code, output, _ = invoke("revoke", "laptop")
+    assert code == 0
+    assert output.startswith("revoked client laptop (")
+    code, _, said = invoke("revoke", "laptop")
+    assert code == 78
+    assert "no key is called 'laptop'" in said
+    code, _, said = invoke("add", "client", "short", "--name", "laptop")
+    assert code == 78
+    assert "is not a public key" in said
+    assert invoke("add", "king", public, "--name", "laptop")[0] == 2
+
+
+def test_rotate(achilles_home: Path) -> None:
+    before = key_pair(achilles_home, "client").fingerprint
+    code, output, _ = invoke("rotate", "client")
+    assert code == 0
+    assert before not in output
+    assert key_pair(achilles_home, "client").fingerprint in output
+    code, output, _ = invoke("rotate", "broker")
+    assert code == 0
+    assert "exported anew" in output
+
+
+def test_a_running_broker_that_cannot_read_the_keys_says_so(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home):
+        (achilles_home / "keys" / "worker.key").chmod(0o644)
+        code, _, said = invoke("rotate", "client")
+    assert code == 78
+    assert "still uses the keys that it had" in said
+    assert "chmod 600" in said
