@@ -163,7 +163,11 @@ class Mailbox:
                 name="achilles-callbacks",
                 daemon=False,
             )
-            self.callback_thread.start()
+            try:
+                self.callback_thread.start()
+            except RuntimeError:  # Python 3.12 starts no thread while the interpreter ends
+                self.callback_thread = None
+                return False
         self._callbacks.put(future)
         return True
 

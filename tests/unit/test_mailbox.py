@@ -204,6 +204,23 @@ def test_callbacks_leave_the_io_thread(box: Box) -> None:
     assert threads == [box.callback_thread]
 
 
+def test_callbacks_at_the_interpreters_end(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 starts no thread then."""
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    threads: list[threading.Thread] = []
+    box.start(threading.current_thread())
+    future = box.add()
+    future.add_done_callback(lambda _: threads.append(threading.current_thread()))
+    box.drain()
+    box.receive(values(1))
+    assert threads == [threading.current_thread()]
+    assert box.callback_thread is None
+
+
 def test_submissions_learn_blobs(box: Box) -> None:
     box.init_blob = b"init"
     submission = Submission()
