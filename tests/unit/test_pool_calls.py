@@ -276,9 +276,10 @@ def test_the_input_is_read_up_to_a_window(pool: Pool, backends: list[Backend]) -
     gc.collect()
     assert reference() is None  # and from here on only what is under way counts
     wait_until(lambda: backend.mailbox.unresolved == WINDOW_MIN, "more was submitted")
+    read = source.read
     answer(WINDOW_MIN)
-    wait_until(lambda: backend.mailbox.unresolved == WINDOW_MIN, "more was submitted")
-    assert source.read == 2 * WINDOW_MIN + half + WINDOW_MIN - half
+    wait_until(lambda: source.read > read, "more was submitted")
+    assert backend.mailbox.unresolved <= WINDOW_MIN
 
 
 def test_terminating_does_not_wait_for_the_input(pool: Pool, backends: list[Backend]) -> None:
@@ -314,13 +315,13 @@ def test_joining_reads_on_without_a_reader(pool: Pool, backends: list[Backend]) 
     pool.close()
     joining = threading.Thread(target=pool.join)
     joining.start()
-    for start in range(1, 3 * WINDOW_MIN, WINDOW_MIN):
-        wait_until(lambda: backend.mailbox.unresolved == WINDOW_MIN, "more was submitted")
-        backend.drain()
-        for id in range(start, start + WINDOW_MIN):
+
+    def is_joined() -> bool:
+        for id in backend.drain()[0]:
             returned(backend, id, id)
-    joining.join(BOUND)
-    assert not joining.is_alive()
+        return not joining.is_alive()
+
+    wait_until(is_joined, "all was submitted and answered")
     assert len(list(results)) == 3 * WINDOW_MIN
 
 
