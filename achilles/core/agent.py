@@ -59,6 +59,7 @@ class Runner:
         "chunks",
         "condemned",
         "given",
+        "has_begun",
         "is_killed",
         "is_retiring",
         "loaded",
@@ -76,6 +77,7 @@ class Runner:
         self.seq = 0
         self.given = 0
         self.results = 0
+        self.has_begun = False  # its first task, as far as is known
         self.progress_at = 0.0
         self.recalled_at = 0.0
         self.is_retiring = False
@@ -95,11 +97,16 @@ class Runner:
 
     @property
     def times_out_at(self) -> float | None:
-        """When its running task has run for longer than it may; None if nothing limits it."""
+        """When its running task has run for longer than it may; None if nothing limits it.
+
+        A runner that starts slowly takes nothing off its first task's time: that counts from when it is known to
+        run, because it was not among what was called back.
+        """
         if not self.chunks or not self.chunks[0].run.timeout or self.condemned:
             return None
-        start = 0.0 if self.results else START_SECONDS
-        return self.progress_at + self.chunks[0].run.timeout + start
+        if self.has_begun:
+            return self.progress_at + self.chunks[0].run.timeout
+        return max(self.progress_at, self.recalled_at) + START_SECONDS
 
 
 class Agent:
@@ -153,7 +160,8 @@ class Agent:
             return sends
         for number in [number for number, at in self._due.items() if now >= at]:
             runner = self._runners[number]
-            if runner.times_out_at is not None and now >= runner.times_out_at:
+            times_out_at = runner.times_out_at
+            if times_out_at is not None and now >= times_out_at and runner.has_begun:
                 chunk = runner.chunks[0]
                 runner.condemned[chunk.seq, min(chunk.open)] = p.TIMEOUT
             runner.recalled_at = now
@@ -342,6 +350,7 @@ class Agent:
         if runner is None:
             return []
         runner.progress_at = now
+        runner.has_begun = True
         runner.results += len(message.results)
         sends: list[Send] = []
         for chunk in list(runner.chunks):
@@ -385,6 +394,9 @@ class Agent:
             return []
         sends = self._take_back(runner, unstarted)
         self._drop_finished(runner)
+        if runner.chunks and not runner.has_begun:
+            runner.has_begun = True
+            runner.progress_at = now
         if runner.condemned:
             sends += self._execute_sentence(runner)
         self._watch(runner)
