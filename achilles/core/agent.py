@@ -27,6 +27,7 @@ from achilles.core import protocol as p
 STUCK_SECONDS = 0.05
 START_SECONDS = 0.2  # a runner that has shown nothing yet is perhaps still starting
 CHUNKS_MAX = 2
+UNWANTED = "unwanted"  # why a task is ended that nobody waits for
 
 To: TypeAlias = Literal["broker", "host"]
 
@@ -247,7 +248,7 @@ class Agent:
         runner = next(runner for runner in self._runners.values() if chunk in runner.chunks)
         if revoke.kill:
             for index in chunk.open.intersection(revoke.indexes):
-                runner.condemned.setdefault((chunk.seq, index), "")
+                runner.condemned.setdefault((chunk.seq, index), UNWANTED)
             self._watch(runner)
         return [Send("host", p.Recall(runner.number))]
 
@@ -440,11 +441,11 @@ class Agent:
         for chunk in runner.chunks:
             started = sorted(chunk.open)
             why = runner.condemned.get((chunk.seq, started[0])) if started else None
-            if why == p.TIMEOUT:
+            if why == p.TIMEOUT and runner.is_killed:
                 text = f"ran for more than its {chunk.run.timeout:g} s"
                 sends.append(Send("broker", p.Crashed(chunk.run.lease, started[0], text, why)))
                 self._close(chunk, started[:1])
-            elif started and why is None:
+            elif started and why != UNWANTED:
                 sends.append(Send("broker", p.Crashed(chunk.run.lease, started[0], reason)))
                 self._close(chunk, started[:1])
             if chunk.open:
