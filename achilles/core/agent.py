@@ -472,7 +472,8 @@ class Agent:
                 assert chunk.open, "a finished chunk is kept"
         placed = [c for r in self._runners.values() for c in r.chunks] + list(self._queue)
         assert len(placed) == len(self._chunks), "a lease is nowhere, or in two places"
-        assert all(self._chunks.get(chunk.run.lease) is chunk for chunk in placed)
+        is_known = all(self._chunks.get(chunk.run.lease) is chunk for chunk in placed)
+        assert is_known, "a lease is held that was reported"
         if self._queue:
             idle = [runner for runner in self._runners.values() if not runner.chunks]
             free = [runner for runner in idle if not (runner.is_retiring or runner.is_killed)]

@@ -360,7 +360,8 @@ class Sessions:
         """Assert the rules of this module; tests call it after every step."""
         assert len(self._by_token) == len(self._by_number), "a session has no number"
         for token, session in self._by_token.items():
-            assert session.link.token == token
+            assert session.link.token == token, "a session has another token than its name"
             assert token in self._lost[session.role], "a session is not watched"
-        assert all(self._by_token.get(s.link.token) is s for s in self._by_route.values())
+        on_routes = self._by_route.values()
+        assert all(self._by_token.get(s.link.token) is s for s in on_routes), "a dead route is kept"
         self.scheduler.check_invariants()
