@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test clients style format bench-quick clean
+.PHONY: help demo test clients sim style format bench-quick clean
 
 help:
 	@echo "make demo         a broker and two workers count words while one worker is killed (ROOT=DIR: of your files)"
 	@echo "make test         style, types and all tests"
 	@echo "make clients      scikit-learn, scipy, dask, black and others on achilles, and joblib's own tests"
+	@echo "make sim          20,000 simulated clusters, some 6 minutes on two cores (SIM_SEEDS=N)"
 	@echo "make style        ruff, ruff format and mypy --strict only"
 	@echo "make format       lay the code out, and repair what ruff can repair"
 	@echo "make bench-quick  speed against ProcessPoolExecutor, in one run"
@@ -27,6 +28,11 @@ test: style
 
 clients: $(VENV)/.installed-clients
 	$(BIN)/python -m pytest -o faulthandler_timeout=150 tests/clients
+
+# The seeds of `make test` and many more; two processes, because the smallest machines have two cores.
+SIM_SEEDS ?= 20000
+sim: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.sim --count $(SIM_SEEDS) --jobs 2
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -8,30 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 from achilles.core import protocol as p
 from achilles.core import submission
-from achilles.core.agent import Agent
 from achilles.core.dialer import JOINED, Dialer
 from achilles.core.link import Packet
-from achilles.core.protocol import Group
-from achilles.core.sessions import Send, Sessions
+from achilles.core.sessions import Send
 from achilles.core.submission import Submission
+from achilles.errors import ProtocolError
 from tests.sim.oracle import (
     ABANDONED,
     CANCELLED,
+    NEVER,
     OPEN,
+    TIMEOUT_SLACK,
     Truth,
     Violation,
-    WatchedScheduler,
     blob_payload,
 )
 from tests.sim.runners import Host, Runner
+from tests.sim.watch import WatchedAgent, WatchedScheduler, WatchedSessions
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
 Frames = list[p.Buffer]
 
+NOT_FOR_CLIENTS = (p.Done, p.Returned, p.Crashed, p.Drain, p.Results, p.Run, p.Revoke, p.Shutdown)
 LOOP_SECONDS = 0.005  # from when a runner's end could be seen until the worker acts on it
-NEVER = float("inf")
 
 
 class Connection:
@@ -113,7 +114,7 @@ class Node:
         if self.paused_until <= self.world.now:
             self.tick()
             if self.next_deadline() <= self.world.now:
-                raise Violation(f"{self.name} wants to be woken in the past again")
+                raise Violation("timers", f"{self.name} wants to be woken in the past again")
             self.after_step()
 
     def next_deadline(self) -> float:
@@ -132,29 +133,65 @@ class Broker(Node):
     def __init__(self, world: World, number: int) -> None:
         super().__init__(world, f"broker {number}")
         plan = world.plan
-        scheduler = WatchedScheduler(credit=plan.credit, now=world.now)
-        scheduler.oracle = world.oracle
-        scheduler.is_sound = plan.is_sound
+        scheduler = WatchedScheduler(
+            credit=plan.credit,
+            now=world.now,
+            oracle=world.oracle,
+            marks=world.marks,
+            is_sound=plan.is_sound,
+        )
         epoch = b"epoch" + number.to_bytes(11, "big")
-        self.sessions = Sessions(
+        self.sessions = WatchedSessions(
             scheduler, epoch=epoch, timings=plan.timings, credit=plan.credit, now=world.now
         )
+        self.sessions.watch(world.marks)
         self.scheduler = scheduler
         self._tick_at = world.now
 
     def on_frames(self, what: tuple[Connection, Frames]) -> None:
         connection, frames = what
         world = self.world
-        packet = Packet(*p.decode(frames))
-        if isinstance(packet.message, p.Resync):
-            world.marks["resync"] += 1
+        refused = self.sessions.refused
+        try:
+            packet = Packet(*p.decode(frames))
+        except ProtocolError as error:
+            self.transmit(self.sessions.malformed(connection.route, str(error), world.now))
+            self._check_refused(connection, refused, str(error))
+            return
+        self._mark(packet)
+        session = self.sessions._by_token.get(packet.header.token)
+        is_wrong = session is not None and (
+            packet.header.ack > session.link.sent
+            or (session.role == "client" and isinstance(packet.message, NOT_FOR_CLIENTS))
+        )
         token = world.fresh_token() if packet.header.token == p.NO_TOKEN else p.NO_TOKEN
         roles = connection.peer.roles
         sends = self.sessions.receive(connection.route, roles, packet, world.now, token)
         self.transmit(sends)
         self.transmit(self.sessions.tick(world.now))
-        if self.sessions.refused:
-            raise Violation(f"the broker refused an honest peer: {sends[-3:]}")
+        self._check_refused(connection, refused, str(sends[-3:]))
+        if is_wrong and packet.header.token in self.sessions._by_token:
+            raise Violation("a hostile peer is cut", f"{connection.peer.name} said {packet}")
+
+    def _check_refused(self, connection: Connection, before: int, text: str) -> None:
+        if self.sessions.refused > before:
+            if not connection.peer.is_hostile:
+                raise Violation("an honest peer is refused", text)
+            self.world.marks["session: > refused"] += 1
+
+    def _mark(self, packet: Packet) -> None:
+        header, message = packet
+        marks = self.world.marks
+        session = self.sessions._by_token.get(header.token)
+        if session is None:
+            marks["peer: told that its session is gone"] += header.token != p.NO_TOKEN
+        elif isinstance(message, p.Resync):
+            marks["link: sends again"] += 1
+        elif isinstance(message, p.Heartbeat):
+            marks["link: misses the last message"] += header.seq > session.link.received
+        else:
+            marks["link: gets a message twice"] += header.seq <= session.link.received
+            marks["link: misses a message"] += header.seq > session.link.received + 1
 
     def on_closed(self, route: int) -> None:
         self.sessions.closed(route, self.world.now)
@@ -178,11 +215,14 @@ class Broker(Node):
         for client in self.scheduler._clients.values():
             leases = client.running + client.prefetched
             if 0 < client.slots_max < leases:
-                raise Violation(f"{client.name} holds {leases} of {client.slots_max} slots")
+                text = f"{client.name} holds {leases} of {client.slots_max} slots"
+                raise Violation("slots_max", text)
 
 
 class Peer(Node):
     """A client's or a worker's process, with a session."""
+
+    is_hostile = False
 
     def __init__(self, world: World, name: str, hello: p.ClientHello | p.WorkerHello) -> None:
         super().__init__(world, name)
@@ -204,8 +244,11 @@ class Peer(Node):
         was_joined = self.dialer.state == JOINED
         step = self.dialer.receive(Packet(*p.decode(what[1])), self.world.now)
         self.transmit(step.packets)
-        if was_joined and self.dialer.state != JOINED:
-            self.world.marks["rejoined"] += 1
+        is_joined = self.dialer.state == JOINED
+        if was_joined != is_joined:
+            self.world.marks[
+                "peer: joined > calling" if was_joined else "peer: calling > joined"
+            ] += 1
         for message in step.messages:
             self.on_message(message)
         self.act()
@@ -251,13 +294,14 @@ class Client(Peer):
     def on_message(self, message: p.Wire) -> None:
         match message:
             case p.Welcome(credit=credit):
+                self.world.oracle.client_joined(self.number)
                 self._sends += self.submission.connect(credit)
             case p.Gone():
                 self.submission.disconnect()
             case p.Running() | p.Results() | p.Failed() | p.Cluster():
                 self._sends += self.submission.receive(message, self.world.now)
             case _:
-                raise Violation(f"{self.name} got {message}")
+                raise Violation("role", f"{self.name} got {message}")
 
     def submit(self, tasks: list[Truth]) -> None:
         """The user submits tasks, in runs of one group."""
@@ -268,21 +312,26 @@ class Client(Peer):
             while at < len(tasks) and tasks[at].group == group:
                 run.append(tasks[at])
                 at += 1
-            for blob in group[:2]:
-                if blob and not self.submission.knows_blob(blob):
+            for blob in group.needs:
+                if not self.submission.knows_blob(blob):
                     self.submission.add_blob(blob, blob_payload(self.number, blob))
             ids = [truth.id for truth in run]
             payloads: list[p.Payload] = [truth.payload for truth in run]
-            self._sends += self.submission.submit(Group(*group), ids, payloads)
+            self._sends += self.submission.submit(group, ids, payloads)
         self.act()
 
-    def cancel(self, tasks: list[Truth]) -> None:
-        """The user wants no result of these any more."""
+    def cancel(self, what: tuple[list[Truth], bool]) -> None:
+        """The user wants no result of these any more; or not even that they run on."""
+        tasks, kill = what
+        plan, now = self.world.plan, self.world.now
         for truth in tasks:
             self.world.oracle.close(truth, CANCELLED)
-            if self.world.plan.is_calm:
-                truth.start_by = self.world.now + self.world.plan.round_trip
-        self._sends += self.submission.cancel([truth.id for truth in tasks])
+            truth.is_unwanted |= kill
+            if plan.is_calm:
+                truth.start_by = now + plan.round_trip
+            if kill and (plan.is_calm or plan.is_heard):
+                truth.stop_by = now + plan.round_trip + TIMEOUT_SLACK
+        self._sends += self.submission.cancel([truth.id for truth in tasks], kill=kill)
         self.act()
 
     def leave(self, is_polite: bool) -> None:
@@ -294,6 +343,9 @@ class Client(Peer):
         for truth in self.world.oracle.tasks.values():
             if truth.client != self.number:
                 continue
+            truth.is_unwanted = True
+            stop_by = start_by + TIMEOUT_SLACK if plan.is_calm else NEVER
+            truth.stop_by = min(truth.stop_by, stop_by) if is_polite else stop_by
             if truth.state == OPEN:
                 self.world.oracle.close(truth, ABANDONED)
                 truth.start_by = start_by if plan.is_calm else truth.start_by
@@ -311,9 +363,14 @@ class Client(Peer):
         for to, message in self._sends:
             if to == "broker":
                 outgoing.append(message)
+                if isinstance(message, p.Submit):
+                    for id in message.ids:
+                        oracle.tasks[self.number, id].was_sent = True
             elif isinstance(message, p.Results):
                 oracle.results(self.number, message)
             elif isinstance(message, p.Failed):
+                in_doubt = message.story[0].startswith("the broker was lost")
+                self.world.marks["task: in doubt > failed at the client"] += in_doubt
                 oracle.failed(self.number, message)
         self._sends.clear()
         self.transmit(self.dialer.send(outgoing))
@@ -325,14 +382,19 @@ class Client(Peer):
 class Worker(Peer):
     """A worker's process and its runners."""
 
-    def __init__(self, world: World, number: int, life: int, slots: int) -> None:
+    def __init__(self, world: World, number: int, life: int) -> None:
         name = f"worker-{number}.{life}"
-        hello = p.WorkerHello(world.fresh_token(), "0", "3.11", name, slots, 1000 + number)
+        slots = world.plan.workers[number]
+        self.tags = world.plan.tags[number]
+        hello = p.WorkerHello(
+            world.fresh_token(), "0", "3.11", name, slots, 1000 + number, list(self.tags)
+        )
         super().__init__(world, name, hello)
         self.number = number
         self.life = life
         self.is_draining = False
-        self.agent = Agent(slots, tasks_max=world.plan.tasks_max)
+        self.agent = WatchedAgent(slots, tasks_max=world.plan.tasks_max)
+        self.agent.marks = world.marks
         self.host = Host(
             name,
             slots,
@@ -370,16 +432,18 @@ class Worker(Peer):
         match message:
             case p.Welcome() | p.Gone():
                 self._runs.clear()
+                for runner in self.host.runners.values():
+                    runner.is_written_off = True
                 self._sends += self.agent.reset()
             case p.Run(lease=lease):
                 if lease in self._runs:
-                    raise Violation(f"{self.name} got lease {lease} twice")
+                    raise Violation("fresh lease", f"{self.name} got lease {lease} twice")
                 self._runs[lease] = message
                 self._sends += self.agent.receive(message, self.world.now)
             case p.Revoke() | p.Blob() | p.Forget() | p.Drain():
                 self._sends += self.agent.receive(message, self.world.now)
             case _:
-                raise Violation(f"{self.name} got {message}")
+                raise Violation("role", f"{self.name} got {message}")
 
     def drain(self, _: None) -> None:
         """The worker is asked to end when it has finished what runs (SIGTERM)."""
@@ -408,7 +472,8 @@ class Worker(Peer):
                 outgoing.append(message)
                 if isinstance(message, p.Crashed):
                     payload = self._runs[message.lease].payloads[message.index]
-                    self.world.oracle.charged(self.world.oracle.of_payload(payload))
+                    truth = self.world.oracle.of_payload(payload)
+                    self.world.oracle.charged(truth, message.kind)
         self.transmit(self.dialer.send(outgoing))
         if self.agent.is_drained:
             self.host.close()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from achilles.core.agent import START_SECONDS
 from achilles.core.liveness import Timings
-from tests.sim.oracle import Truth, task_payload
+from achilles.core.protocol import PLAIN, Group, Options
+from achilles.core.scheduler import LOSSES_MAX
+from tests.sim.oracle import ALWAYS, Truth, task_payload
 
 KINDS = (
     "cut",  # a connection breaks
@@ -19,17 +23,41 @@ KINDS = (
     "runner-crash",
     "poison",  # tasks that kill their runner each time
     "cancel",
+    "kill",  # tasks are cancelled that are not to go on where they run
     "client-leave",
     "client-pause",
+    "hostile",  # a client says what it must not
     "broker-crash",
     "broker-pause",
 )
 
 CHANCE = 0.6
 # Where the network and the workers do what they should, more can be asked of the system.
-SOUND = frozenset({"runner-crash", "poison", "cancel", "broker-pause"})  # nobody is to be given up
-CALM = frozenset({"cancel", "client-leave"})  # and nothing is to be late
+SOUND = frozenset({"runner-crash", "poison", "cancel", "kill", "broker-pause"})  # no peer is lost
+CALM = frozenset({"cancel", "kill", "client-leave"})  # and nothing is to be late
+HEARD = frozenset({"runner-crash", "poison", "cancel", "kill"})  # nor what a client says
 WORK_SECONDS_MAX = 12.0  # a slot, so that a run does not take for ever
+TAGS = ("big", "gpu")
+
+
+class Trim(NamedTuple):
+    """What of a plan to leave out, to look at a failure with less of everything."""
+
+    kinds: frozenset[str] | None = None  # only these kinds of fault
+    tasks: int | None = None  # only so many tasks
+    workers: int | None = None  # only so many workers
+    horizon: float | None = None  # the faults end after so much of their time
+
+    def __str__(self) -> str:
+        """The same as arguments of ``python -m tests.sim``."""
+        words = [] if self.kinds is None else ["--kinds", *(k for k in KINDS if k in self.kinds)]
+        for name in ("tasks", "workers", "horizon"):
+            if (value := getattr(self, name)) is not None:
+                words += [f"--{name}", f"{value:g}"]
+        return " ".join(words)
+
+
+WHOLE = Trim()
 
 
 @dataclass
@@ -46,8 +74,10 @@ class Plan:
     credit: int
     tasks_max: int
     blobs_kept: int
+    losses_max: int
     clients: list[int]  # slots_max of each
     workers: list[int]  # slots of each
+    tags: list[tuple[str, ...]]  # of each; the first has all that any task wants
     batches: list[tuple[float, list[Truth]]] = field(default_factory=list)
 
     @property
@@ -56,9 +86,19 @@ class Plan:
         return self.kinds <= SOUND
 
     @property
+    def has_tags(self) -> bool:
+        """Whether some workers cannot run all tasks."""
+        return any(self.tags)
+
+    @property
     def is_calm(self) -> bool:
         """Whether nothing should be late."""
         return self.kinds <= CALM
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether what a client says comes soon to where its tasks run."""
+        return self.kinds <= HEARD
 
     @property
     def round_trip(self) -> float:
@@ -78,7 +118,7 @@ class Plan:
         )
 
 
-def make_plan(seed: int, kinds: frozenset[str] | None = None) -> Plan:
+def make_plan(seed: int, trim: Trim = WHOLE) -> Plan:
     """The plan of a seed: a quarter with no or few kinds of fault, each twentieth with all of them."""
     swarm = random.Random(f"{seed}/swarm")
     drawn = frozenset(kind for kind in KINDS if swarm.random() < CHANCE)
@@ -92,7 +132,7 @@ def make_plan(seed: int, kinds: frozenset[str] | None = None) -> Plan:
     scale = chance.choice((1.0, 3.0, 5.0))
     plan = Plan(
         seed=seed,
-        kinds=drawn if kinds is None else kinds,
+        kinds=drawn if trim.kinds is None else trim.kinds,
         timings=Timings(*(seconds / scale for seconds in Timings())),
         scale=scale,
         horizon=chance.uniform(4.0, 30.0) / scale,
@@ -105,9 +145,34 @@ def make_plan(seed: int, kinds: frozenset[str] | None = None) -> Plan:
             chance.choice((0, 0, 0, chance.randint(1, 4))) for _ in range(chance.randint(1, 3))
         ],
         workers=[chance.randint(1, 4) for _ in range(chance.randint(1, 6))],
+        tags=[],
+        losses_max=random.Random(f"{seed}/limits").choice((LOSSES_MAX, LOSSES_MAX, 2)),
     )
+    _add_tags(plan)
     _add_work(plan)
+    _trim(plan, trim)
     return plan
+
+
+def _trim(plan: Plan, trim: Trim) -> None:
+    if trim.workers is not None:
+        del plan.workers[trim.workers :], plan.tags[trim.workers :]
+    if trim.horizon is not None:
+        plan.horizon *= trim.horizon
+    if trim.tasks is not None:
+        left = trim.tasks
+        for _, batch in plan.batches:
+            del batch[left:]
+            left -= len(batch)
+        plan.batches = [(at, batch) for at, batch in plan.batches if batch]
+
+
+def _add_tags(plan: Plan) -> None:
+    chance = plan.stream("tags")
+    plan.tags = [()] * len(plan.workers)
+    if chance.random() < 0.4:
+        sets = [(), TAGS[:1], TAGS[1:], TAGS]
+        plan.tags = [TAGS, *(chance.choice(sets) for _ in plan.workers[1:])]
 
 
 def _add_work(plan: Plan) -> None:
@@ -115,11 +180,11 @@ def _add_work(plan: Plan) -> None:
     total = int(20 * 15 ** (chance.random() ** 1.5))  # from 20 to 300, rather few
     profiles: dict[tuple[int, int], str] = {}
     next_ids = [1] * len(plan.clients)
-    groups = [_groups(chance) for _ in plan.clients]
+    groups = [_groups(chance, plan.has_tags) for _ in plan.clients]
     while total > 0:
         client = chance.randrange(len(plan.clients))
         group = chance.choice(groups[client])
-        profile = profiles.setdefault((client, group[0]), chance.choice(_PROFILES))
+        profile = profiles.setdefault((client, group.fn), chance.choice(_PROFILES))
         batch = []
         for _ in range(min(total, chance.choice((1, 3, 10, 40, 100)))):
             id = next_ids[client]
@@ -133,6 +198,7 @@ def _add_work(plan: Plan) -> None:
     if share * plan.scale > WORK_SECONDS_MAX:
         for truth in tasks:
             truth.seconds *= WORK_SECONDS_MAX / (share * plan.scale)
+    _set_times(chance, tasks)
     if chance.random() < 0.02:
         chance.choice(tasks).payload += b"." * 70_000  # travels in a part of its own
     # A client's ids ascend in the order in which it submits.
@@ -145,15 +211,46 @@ def _add_work(plan: Plan) -> None:
         seen[truth.client] += 1
 
 
+def _set_times(chance: random.Random, tasks: list[Truth]) -> None:
+    """Where there is a timeout, a task keeps to it clearly, or clearly does not."""
+    overlong = 0
+    for truth in tasks:
+        timeout = truth.options.timeout
+        if timeout:
+            truth.seconds = min(truth.seconds, 0.8 * timeout)
+            if chance.random() < 0.15 and overlong < OVERLONG_MAX:
+                overlong += 1
+                truth.seconds = timeout * chance.uniform(1.5, 4.0) + 2 * START_SECONDS
+
+
+OVERLONG_MAX = 12  # tasks in a run that have to be ended
 _PROFILES = ("instant", "tiny", "short", "long", "mixed", "mixed")
 
 
-def _groups(chance: random.Random) -> list[tuple[int, int, int]]:
-    """Functions with their initializer and chunk_max; number 0 travels with each call."""
+def _groups(chance: random.Random, has_tags: bool) -> list[Group]:
+    """Functions with their initializer, chunk_max, options and other blobs; number 0 travels with each call."""
     return [
-        (fn, chance.choice((0, 0, 100)), chance.choice((0, 0, 1, 3, 10)))
+        Group(
+            fn,
+            chance.choice((0, 0, 100)),
+            chance.choice((0, 0, 1, 3, 10)),
+            _options(chance, has_tags),
+            chance.choice(((), (), (), (201,), (201, 202))),
+        )
         for fn in range(chance.choice((0, 1)), chance.randint(2, 5))
     ]
+
+
+def _options(chance: random.Random, has_tags: bool) -> Options | None:
+    at_most_once = chance.random() < 0.15
+    options = Options(
+        timeout=chance.choice((0.0, 0.0, 0.05, 0.2, 0.5)),
+        retries=0 if at_most_once else chance.choice((0, 0, 0, 1, 3)),
+        at_most_once=at_most_once,
+        priority=chance.choice((0, 0, 0, -3, 2, 7)),
+        tags=chance.choice(((), TAGS[:1], TAGS[1:], TAGS)) if has_tags else (),
+    )
+    return None if options == PLAIN or chance.random() < 0.3 else options
 
 
 def _seconds(chance: random.Random, profile: str) -> float:
@@ -174,7 +271,7 @@ def _task(
     chance: random.Random,
     client: int,
     id: int,
-    group: tuple[int, int, int],
+    group: Group,
     profile: str,
     has_poison: bool,
 ) -> Truth:
@@ -184,6 +281,6 @@ def _task(
         group=group,
         seconds=_seconds(chance, profile),
         is_poison=chance.random() < 0.02 and has_poison,
-        does_raise=chance.random() < 0.1,
+        raises_until=chance.choice((1, 2, ALWAYS)) if chance.random() < 0.12 else 0,
         payload=task_payload(client, id, chance.choice((0, 20))),
     )

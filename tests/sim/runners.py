@@ -2,6 +2,7 @@
 
 Tasks run one after the other; a recall takes back all that have not started. A result that comes within a
 millisecond of the runner's last one, and is not its chunk's last, is seen up to 5 ms later, as in the real thing.
+A killed runner is gone at once, which is seen a little later.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tests.sim.oracle import Oracle, Truth, Violation, join, outcome
 
 QUICK = 0.001
 STREAM_INTERVAL = 0.005
+BURY_SECONDS = 0.003
 
 Timer = Callable[[float, Callable[[Any], None], Any], None]  # seconds from now, function, argument
 
@@ -23,10 +25,9 @@ class Entry:
     """A task at a runner."""
 
     __slots__ = (
-        "client",
-        "fn",
+        "attempt",
+        "blobs",
         "index",
-        "init",
         "is_last",
         "payload",
         "placed_at",
@@ -37,9 +38,9 @@ class Entry:
 
     def __init__(self, command: p.Execute, index: int, truth: Truth, now: float) -> None:
         self.seq = command.seq
-        self.client = command.client
-        self.fn = command.fn
-        self.init = command.init
+        needs = p.Group(command.fn, command.init, blobs=command.blobs).needs
+        self.blobs = [(command.client, blob) for blob in needs]
+        self.attempt = command.attempt
         self.index = index
         self.is_last = index == len(command.payloads) - 1
         self.payload = command.payloads[index]
@@ -57,6 +58,8 @@ class Runner:
         self.is_dead = False
         self.is_retiring = False
         self.is_doomed = False  # it dies as soon as it has nothing to do
+        self.is_killed = False
+        self.is_written_off = False  # its worker's session has ended
         self.last_seq = 0
         self.is_stillborn = (
             False  # it died before it got to work: that is charged to its first task
@@ -65,6 +68,7 @@ class Runner:
         self.is_polled = False
         self.queue: deque[Entry] = deque()
         self.current: Entry | None = None
+        self.crashed: Entry | None = None  # the task that it died in
         self.blobs: dict[tuple[int, int], bytes] = {}
         self.outbox: list[tuple[int, int, int, float, bytes]] = []
 
@@ -81,7 +85,7 @@ class Runner:
 
 
 class IdleWatch:
-    """Rule 6 of the oracle: nothing waits behind a running task for long while a slot idles, anywhere."""
+    """Nothing waits behind a running task for long while a slot idles, anywhere."""
 
     def __init__(self, bound: float, fresh_bound: float) -> None:
         self._bound = bound
@@ -110,7 +114,8 @@ class IdleWatch:
         waited = now - max(entry.placed_at, self._idle_since, runner.current.started_at)
         if waited > (self._bound if runner.has_shown_life else self._fresh_bound):
             raise Violation(
-                f"{entry.truth} waited for {waited:.3f} s behind {runner.current.truth} while a slot idled"
+                "nobody waits behind",
+                f"{entry.truth} waited for {waited:.3f} s behind {runner.current.truth} while a slot idled",
             )
 
 
@@ -143,10 +148,10 @@ class Host:
             watch.changed(slots, clock())
 
     def apply(self, command: p.RunnerCommand) -> list[p.RunnerEvent]:
-        """Do what the agent says; recalls and kills are answered at once."""
+        """Do what the agent says; recalls are answered at once, kills a little later."""
         if isinstance(command, p.Spawn):
-            if len(self.runners) >= self._slots:
-                raise Violation(f"{self.name} is told to start more runners than it has slots")
+            if sum(not runner.is_killed for runner in self.runners.values()) >= self._slots:
+                raise Violation("slots", f"{self.name} is to start more runners than it has slots")
             runner = self.runners[command.runner] = Runner(command.runner)
             self._timer(self._spawn_seconds(), self._ready, runner)
             return []
@@ -170,7 +175,7 @@ class Host:
             case p.ToRunner():
                 return []
             case p.Kill():
-                return self.end(runner, is_asked=True)
+                self._kill(runner)
             case p.Retire():
                 runner.is_retiring = True
                 self._exit_if_over(runner)
@@ -186,27 +191,38 @@ class Host:
             del self.runners[runner.number]
             counts = runner.counts()
             if counts and runner.is_stillborn:
-                self._oracle.crashed(runner.queue[0].truth)
+                self._oracle.crashed(runner.queue[0].truth, is_stillborn=True)
             self._take_all(runner)
             reason = "" if runner.is_retiring else "was killed by SIGSEGV"
+            reason = "was killed" if runner.is_killed else reason
             events.append(p.RunnerDied(runner.number, reason, counts, runner.last_seq))
         return events
 
-    def end(self, runner: Runner, *, is_asked: bool) -> list[p.RunnerEvent]:
-        """The runner dies now; what it wrote before can still be read."""
+    def crash(self, runner: Runner) -> None:
+        """The runner dies now by itself; what it wrote before can still be read."""
+        entry = runner.crashed = self._end(runner)
+        if entry is not None:
+            self._oracle.crashed(entry.truth)
+        elif not runner.has_shown_life and not runner.is_retiring:
+            runner.is_stillborn = True
+        self._notify(runner)
+
+    def _kill(self, runner: Runner) -> None:
+        """End it, perhaps when it has just died by itself, which the worker has not seen yet."""
+        was_dead, runner.is_killed = runner.is_dead, True
+        entry = runner.crashed if was_dead else self._end(runner)
+        if entry is not None and not runner.is_written_off:
+            self._oracle.killed(entry.truth, self._clock() - entry.started_at)
+        if not was_dead:
+            self._timer(BURY_SECONDS, self._notify, runner)
+
+    def _end(self, runner: Runner) -> Entry | None:
         was_busy = runner.is_busy
         runner.is_dead = True
-        truth = runner.current.truth if runner.current else None
-        runner.current = None
-        if not is_asked:
-            if truth is not None:
-                self._oracle.crashed(truth)
-            elif not runner.has_shown_life and not runner.is_retiring:
-                runner.is_stillborn = True
-            self._notify(runner)
+        entry, runner.current = runner.current, None
         if self._watch and was_busy and not runner.queue:
             self._watch.changed(1, self._clock())
-        return self.collect(runner) if is_asked else []
+        return entry
 
     def close(self) -> None:
         """All runners die with their worker."""
@@ -242,7 +258,7 @@ class Host:
         entry = runner.current = runner.queue.popleft()
         entry.started_at = self._clock()
         truth = entry.truth
-        self._oracle.started(truth, self.name, entry.started_at)
+        self._oracle.started(truth, entry.attempt, self.name, entry.started_at)
         if truth.is_poison:
             self._timer(truth.seconds / 2, self._poisoned, (runner, entry))
         else:
@@ -251,7 +267,8 @@ class Host:
     def _poisoned(self, what: tuple[Runner, Entry]) -> None:
         runner, entry = what
         if runner.current is entry:
-            self.end(runner, is_asked=False)
+            self._oracle.marks["fault: a task kills its runner"] += 1
+            self.crash(runner)
 
     def _finished(self, what: tuple[Runner, Entry]) -> None:
         runner, entry = what
@@ -260,12 +277,14 @@ class Host:
         if self._watch and runner.queue:
             self._watch.unblocked(runner, runner.queue[0], self._clock())
         runner.current = None
+        if not runner.is_written_off:
+            self._oracle.finished(entry.truth, entry.attempt, self._clock())
         status, payload = self._run(runner, entry)
         seconds = entry.truth.seconds
         runner.outbox.append((entry.seq, entry.index, status, seconds, payload))
         runner.has_shown_life = True
         if runner.is_doomed and not runner.queue:
-            self.end(runner, is_asked=False)
+            self.crash(runner)
             return
         if entry.is_last or seconds >= QUICK:
             self._notify(runner)
@@ -278,12 +297,10 @@ class Host:
         self._exit_if_over(runner)
 
     def _run(self, runner: Runner, entry: Entry) -> tuple[int, bytes]:
-        names = [(entry.client, entry.fn), (entry.client, entry.init)]
-        blobs = [runner.blobs.get(name) if name[1] else b"" for name in names]
-        if blobs[0] is None or blobs[1] is None:
+        blobs = [runner.blobs[name] for name in entry.blobs if name in runner.blobs]
+        if len(blobs) < len(entry.blobs):
             return p.ERROR, b"the runner lacks a blob"
-        payload = join(entry.payload)
-        return outcome(blobs[0], blobs[1], payload, does_raise=entry.truth.does_raise)
+        return outcome(blobs, join(entry.payload), entry.attempt, entry.truth)
 
     def _poll(self, runner: Runner) -> None:
         runner.is_polled = False

@@ -1,8 +1,5 @@
-"""The simulator is worth trusting: each of these small mistakes, planted in a copy of the cores, is caught.
-
-A mutant is a replacement in a core's text. When a core changes so that the text is no longer there, find the new
-place of the same mistake.
-"""
+"""The simulator is worth trusting: each of the mistakes of `tests.sim.mutants`, planted in a copy of the cores, is
+caught within 2,000 seeds by a rule that it breaks, not by some crash that follows from it."""
 
 from __future__ import annotations
 
@@ -11,180 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from tests.sim.mutants import MUTANTS, Mutant
+
 ROOT = Path(__file__).parents[2]
-SEEDS = 600
-
-
-class Mutant(NamedTuple):
-    """A mistake: in which core, what stands there, and what to put instead."""
-
-    name: str
-    module: str
-    old: str
-    new: str
-    first: int = 1  # a seed to begin with; later where early ones are known not to meet it
-
-
-MUTANTS = [
-    Mutant(
-        "a client gets more slots than it wants",
-        "tables",
-        "<= self.places",
-        "<= self.running",
-    ),
-    Mutant(
-        "a lost worker's tasks are not queued again",
-        "scheduler",
-        "self._requeue(lease.queue, open_tasks[len(started) :], is_reassigned=True)",
-        "pass",
-    ),
-    Mutant(
-        "returned tasks are not queued again",
-        "scheduler",
-        "self._requeue(lease.queue, held)",
-        "pass",
-    ),
-    Mutant(
-        "a task is retried for ever",
-        "scheduler",
-        "if blame.crashes >= CRASHES_MAX or",
-        "if",
-    ),
-    Mutant(
-        "a client that left still waits",
-        "scheduler",
-        "queue.tasks.clear()\n            queue.live = 0",
-        "pass",
-        first=401,
-    ),
-    Mutant(
-        "a client that left is not revoked",
-        "scheduler",
-        "if lease.client is client:\n                    everything",
-        "if not lease:\n                    everything",
-    ),
-    Mutant(
-        "a forgotten blob counts as sent",
-        "scheduler",
-        "worker.blobs.difference_update",
-        "list",
-    ),
-    Mutant(
-        "work goes on when the session has ended",
-        "agent",
-        "        self._runners.clear()\n        self._chunks.clear()\n        self._queue.clear()",
-        "        return []",
-    ),
-    Mutant(
-        "what was given back is not reported",
-        "agent",
-        'return [Send("broker", p.Returned(chunk.run.lease, back))]',
-        "return []",
-    ),
-    Mutant(
-        "one task fewer is given back",
-        "agent",
-        "last = range(size - counts.get(chunk.seq, 0), size)",
-        "last = range(size - counts.get(chunk.seq, 0) + 1, size)",
-    ),
-    Mutant(
-        "a crash is charged to nobody",
-        "agent",
-        "p.Crashed(chunk.run.lease, started[0], reason)",
-        "p.Returned(chunk.run.lease, started[:1])",
-    ),
-    Mutant(
-        "a crash is charged to the chunk behind, too",
-        "agent",
-        "sends = self._take_back(runner, unstarted)\n        reason",
-        "sends: list[Send] = []\n        reason",
-    ),
-    Mutant(
-        "work that crossed with its runner's death is charged",
-        "agent",
-        "message.unstarted + _crossed(runner.chunks, message.last_seq)",
-        "message.unstarted",
-    ),
-    Mutant(
-        "revokes are not heeded",
-        "agent",
-        "chunk = self._chunks.get(revoke.lease)\n        if chunk is None:",
-        "chunk = self._chunks.get(revoke.lease)\n        if chunk:",
-    ),
-    Mutant(
-        "nothing is called back from behind a long task",
-        "agent",
-        "runner.recalled_at = now\n",
-        "runner.recalled_at = now + 9\n            continue\n",
-    ),
-    Mutant(
-        "runners keep forgotten blobs in their account",
-        "agent",
-        "runner.loaded.difference_update(gone)",
-        "pass",
-    ),
-    Mutant(
-        "messages that came twice are handled twice",
-        "link",
-        "        return False, self._ask(now) if header.seq > self.received else []",
-        "        return header.seq <= self.received, []",
-        first=201,
-    ),
-    Mutant(
-        "gaps are passed over",
-        "link",
-        "if header.seq == self.received + 1:\n            self.received += 1",
-        "if header.seq > self.received:\n            self.received = header.seq",
-    ),
-    Mutant("nothing is sent again", "link", "for packet in self._kept", "for packet in ()"),
-    Mutant(
-        "a lost tail is not noticed",
-        "link",
-        "return True, self._ask(now) if header.seq > self.received else []",
-        "return True, []",
-    ),
-    Mutant(
-        "acknowledged messages are kept",
-        "link",
-        "while kept and kept[0].header.seq <= header.ack:",
-        "while kept and kept[0].header.seq < header.ack:",
-    ),
-    Mutant(
-        "a new session begins unnoticed",
-        "dialer",
-        "heartbeat_interval\n        return Step([], [message])",
-        "heartbeat_interval\n        return Step([], [])",
-    ),
-    Mutant("routes stay", "sessions", "session.route = route\n        self._by", "self._by"),
-    Mutant(
-        "no amnesty after a stall",
-        "sessions",
-        "watch.amnesty(now)",
-        "pass",
-    ),
-    Mutant(
-        "a new broker gets only what the old one lacked",
-        "submission",
-        "self._backlog = deque(sorted(self._tasks))",
-        "self._backlog = deque(sorted(self._backlog))",
-    ),
-    Mutant(
-        "a blob is not sent to a new broker",
-        "submission",
-        "self._sent_blobs.clear()",
-        "pass",
-    ),
-    Mutant(
-        "cancelled tasks get results",
-        "submission",
-        "if count == len(fresh):",
-        "if fresh:",
-    ),
-]
+SEEDS = 2000
+MUTANTS_MIN = 40
 
 
 @pytest.fixture(scope="module")
@@ -197,29 +28,33 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for name in ("__init__.py", "errors.py"):
         shutil.copy(ROOT / "achilles" / name, package / name)
-    shutil.copytree(
-        ROOT / "tests" / "sim", place / "tests" / "sim", ignore=shutil.ignore_patterns("test_*")
-    )
+    ignored = shutil.ignore_patterns("test_*", "__pycache__")
+    shutil.copytree(ROOT / "tests" / "sim", place / "tests" / "sim", ignore=ignored)
     return place
 
 
-def _run(place: Path, first: int, count: int) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-B",
-        "-m",
-        "tests.sim",
-        "--first",
-        str(first),
-        "--count",
-        str(count),
-    ]
+def _run(place: Path, first: int, count: int, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-B", "-m", "tests.sim", "--only-seeds", "--no-shrink", *words]
     environment = {"PATH": os.environ.get("PATH", ""), "PYTHONHASHSEED": "0"}
     return subprocess.run(
-        command, cwd=place, env=environment, capture_output=True, text=True, timeout=50
+        [*command, "--first", str(first), "--count", str(count)],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
 
 
+def _is_caught(mutant: Mutant, run: subprocess.CompletedProcess[str]) -> bool:
+    """Whether a seed failed by one of the mutant's rules."""
+    told = [line for line in run.stderr.splitlines() if line.startswith("FAILED [")]
+    return any(
+        line.startswith(f"FAILED [{check}] seed") for check in mutant.checks for line in told
+    )
+
+
+@pytest.mark.timeout(300)  # where the seed that is tried first catches it no more
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_mutant_is_caught(mutant: Mutant, copy: Path) -> None:
     path = copy / "achilles" / "core" / f"{mutant.module}.py"
@@ -229,14 +64,24 @@ def test_mutant_is_caught(mutant: Mutant, copy: Path) -> None:
     )
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
-        run = _run(copy, mutant.first, SEEDS)
+        run = _run(copy, mutant.seed, 1)
+        if not _is_caught(mutant, run):
+            run = _run(copy, 0, SEEDS, "--until", *mutant.checks)
     finally:
         path.write_text(original)
-    assert run.returncode == 1, f"{mutant.name}: survived {SEEDS} seeds\n{run.stdout}{run.stderr}"
-    assert "To see it again: python -m tests.sim --seed" in run.stderr, run.stderr
+    assert _is_caught(mutant, run), (
+        f"{mutant.name}: not told as {mutant.checks} within {SEEDS} seeds\n{run.stderr[-3000:]}"
+    )
+    assert run.returncode == 1
+    assert "To see it again: python -m tests.sim --seed" in run.stderr
+
+
+def test_there_are_enough_mutants() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= MUTANTS_MIN
+    assert all(mutant.checks for mutant in MUTANTS)
 
 
 def test_copy_without_mutant_passes(copy: Path) -> None:
     run = _run(copy, 1, 20)
     assert run.returncode == 0, run.stderr
-    assert "20 seeds, 0 failed" in run.stderr
+    assert "20 runs, 0 failed" in run.stderr

@@ -9,6 +9,7 @@ that are seeded by the seed and the stream's name. Every message crosses the cod
 from __future__ import annotations
 
 import heapq
+import random
 import struct
 import zlib
 from collections import Counter
@@ -18,15 +19,15 @@ from typing import Any
 from achilles.core import protocol as p
 from achilles.core.agent import START_SECONDS, STUCK_SECONDS
 from achilles.core.link import Packet
+from achilles.errors import ProtocolError
+from tests.sim.hostile import Hostile
 from tests.sim.nodes import Broker, Client, Connection, Frames, Node, Peer, Worker
-from tests.sim.oracle import (
-    Oracle,
-    Violation,
-)
+from tests.sim.oracle import Oracle, Violation
 from tests.sim.plan import Plan
 from tests.sim.runners import IdleWatch
 
 STEPS_MAX = 400_000
+CODEC_STRIDE = 32  # every so many messages are encoded twice
 RECONNECT_SECONDS = (0.02, 1.0)
 DELAY_MAX = 6.0
 
@@ -39,30 +40,36 @@ class World:
     ) -> None:
         self.plan = plan
         self.now = 0.0
-        self.oracle = Oracle()
+        self.marks: Counter[str] = Counter()  # what happened how often
+        self.oracle = Oracle(
+            self.marks,
+            plan.losses_max,
+            is_exact=plan.is_sound,
+            is_prompt="worker-pause" not in plan.kinds,
+        )
         self.trace = 0  # a checksum of every message and its time
         self.steps = 0
-        self.marks: Counter[str] = Counter()  # what happened how often
         self.is_healed = False
         self.drop = 0.0  # the share of messages that the network loses
         self.slowness = 1.0
         self._log = log
         self._stride = stride
         self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
-        self._pushed = 0
+        self._pushed = self._sent = 0
         self._tokens = 0
         self._network = plan.stream("network")
         self._spawning = plan.stream("runners")
         self._routes: dict[int, Connection] = {}
         self._route = 0
+        self.hostile: Hostile | None = None
         self.watch: IdleWatch | None = None
-        if plan.is_calm:
+        if plan.is_calm and not plan.has_tags:
             slack = 3 * plan.round_trip
             self.watch = IdleWatch(STUCK_SECONDS + slack, START_SECONDS + slack)
         self._broker_number = 1
         self.broker = Broker(self, 1)
         self.clients = [Client(self, n, slots_max) for n, slots_max in enumerate(plan.clients)]
-        self.workers = [Worker(self, n, 1, slots) for n, slots in enumerate(plan.workers)]
+        self.workers = [Worker(self, n, 1) for n in range(len(plan.workers))]
 
     # --- Time -------------------------------------------------------------------------------------
 
@@ -82,7 +89,7 @@ class World:
     def count_step(self, node: Node) -> None:
         self.steps += 1
         if self.steps > STEPS_MAX:
-            raise Violation(f"{STEPS_MAX} steps: something goes round in circles")
+            raise Violation("no circles", f"{STEPS_MAX} steps")
         if isinstance(node, Worker) or self.steps % self._stride == 0:
             node.check()
 
@@ -117,6 +124,8 @@ class World:
         peer.connection = self._routes[self._route] = Connection(self._route, peer, factor)
         if self._network.random() < 0.85:
             peer.deliver(peer.on_connected, None)
+        else:
+            self.marks["fault: a connection that the peer does not see"] += 1
 
     def cut(self, peer: Peer, *, reconnect: bool = True) -> None:
         """The peer's connection breaks. What is under way is lost, or a part of it comes late."""
@@ -127,10 +136,14 @@ class World:
         connection.is_open = False
         chance = self._network
         if chance.random() < 0.3:
-            connection.late_until = self.now + chance.random() * 4 * self.plan.delay
+            late = chance.choice((4 * self.plan.delay, 2.0 / self.plan.scale))
+            connection.late_until = self.now + chance.random() * late
+            self.marks["fault: a cut lets a part through"] += 1
         if chance.random() < 0.75:
             noticed_at = self.now + chance.expovariate(1.0) * 0.2
             self.at(noticed_at, self._notice_close, (self.broker, connection.route))
+        else:
+            self.marks["fault: a cut that the broker does not see"] += 1
         if reconnect:
             self.at(self.now + chance.uniform(*RECONNECT_SECONDS), self.connect, peer)
 
@@ -147,46 +160,71 @@ class World:
 
     def send_up(self, connection: Connection | None, packet: Packet) -> None:
         """From a peer to the broker."""
-        frames = p.encode(*packet)
-        if connection is None or connection.up_mute_until > self.now or self._is_dropped():
+        frames = self._encode(packet)
+        if connection is not None:
+            self.send_frames(connection, frames)
+
+    def send_frames(self, connection: Connection, frames: Frames) -> None:
+        """The same of what may be no message at all."""
+        if connection.up_mute_until > self.now or self._is_dropped():
             return
         connection.up_at = max(connection.up_at, self.now + self._delay(connection))
         self.at(connection.up_at, self._arrive_up, (connection, frames, self.broker))
 
     def send_down(self, route: int, packet: Packet) -> None:
         """From the broker to a peer."""
-        frames = p.encode(*packet)
+        frames = self._encode(packet)
         connection = self._routes[route]
         if not connection.is_open or connection.down_mute_until > self.now or self._is_dropped():
             return
         connection.down_at = max(connection.down_at, self.now + self._delay(connection))
         self.at(connection.down_at, self._arrive_down, (connection, frames))
 
+    def _encode(self, packet: Packet) -> Frames:
+        frames = p.encode(*packet)
+        self._sent += 1
+        if self._sent % CODEC_STRIDE == 0:
+            again = p.encode(*p.decode(frames))
+            if b"".join(again) != b"".join(frames):
+                raise Violation("codec", f"{packet} is another message on the other side")
+        return frames
+
     def _is_dropped(self) -> bool:
-        return self.drop > 0 and self._network.random() < self.drop
+        is_dropped = self.drop > 0 and self._network.random() < self.drop
+        self.marks["fault: a message is dropped"] += is_dropped
+        return is_dropped
 
     def _arrive_up(self, what: tuple[Connection, Frames, Broker]) -> None:
         connection, frames, broker = what
         if (connection.is_open or self.now <= connection.late_until) and broker.is_up:
             self._note("▲", connection, frames)
-            self.marks["late"] += not connection.is_open
+            self.marks["fault: a message comes after its connection"] += not connection.is_open
             broker.deliver(broker.on_frames, (connection, frames))
 
     def _arrive_down(self, what: tuple[Connection, Frames]) -> None:
         connection, frames = what
         if connection.is_open or self.now <= connection.late_until:
             self._note("▼", connection, frames)
-            self.marks["late"] += not connection.is_open
+            self.marks["fault: a message comes after its connection"] += not connection.is_open
             connection.peer.deliver(connection.peer.on_frames, (connection, frames))
 
     def _note(self, direction: str, connection: Connection, frames: Frames) -> None:
         self.trace = zlib.crc32(frames[0], zlib.crc32(_TIME.pack(self.now), self.trace))
         if self._log:
-            header, message = p.decode(frames)
+            try:
+                header, message = p.decode(frames)
+            except ProtocolError as error:
+                self.note(f"{direction} {connection.peer.name} {error}")
+                return
             where = f"{connection.peer.name} #{connection.route}"
             self._log(
                 f"{self.now:10.4f} {direction} {where} {header.seq}/{header.ack} {str(message)[:300]}"
             )
+
+    def fault(self, site: str, where: str = "") -> None:
+        """Something goes wrong; ``site`` is one of those in `tests.sim.coverage`."""
+        self.marks[f"fault: {site}"] += 1
+        self.note(f"{site} {where}")
 
     def note(self, text: str) -> None:
         """Say in the log what happens."""
@@ -195,10 +233,18 @@ class World:
 
     # --- What befalls processes -------------------------------------------------------------------
 
+    def misbehave(self, chance: random.Random) -> None:
+        """A hostile peer comes, or does its worst."""
+        if self.hostile is None:
+            self.hostile = Hostile(self, len(self.plan.clients))
+            self.hostile.start()
+        else:
+            self.hostile.deliver(self.hostile.misbehave, chance)
+
     def restart_worker(self, worker: Worker) -> None:
         """A new process in the place of one that is gone."""
         if self.workers[worker.number] is worker:
-            new = Worker(self, worker.number, worker.life + 1, self.plan.workers[worker.number])
+            new = Worker(self, worker.number, worker.life + 1)
             self.workers[worker.number] = new
             new.start()
 
@@ -208,7 +254,7 @@ class World:
             return
         self.broker.is_up = False
         self.oracle.client_lost()
-        for peer in [*self.clients, *self.workers]:
+        for peer in [*self.clients, *self.workers, *([self.hostile] if self.hostile else [])]:
             self.cut(peer)
 
     def restart_broker(self, _: None) -> None:
@@ -223,6 +269,8 @@ class World:
         self.drop = 0.0
         self.slowness = 1.0
         self.restart_broker(None)
+        if self.hostile:
+            self.hostile.die()
         for worker in list(self.workers):
             if not worker.is_up:
                 self.restart_worker(worker)
