@@ -22,7 +22,8 @@ from achilles.futures import Future, as_completed
 from achilles.mailbox import INIT_BLOB, Mailbox
 from achilles.maps import name_of, results
 from achilles.options import merge_options
-from achilles.runtime.functions import FunctionTable
+from achilles.runtime.arguments import ArgumentTable, Attached, join_attached
+from achilles.runtime.functions import FunctionTable, bytes_of
 from achilles.runtime.serialize import dumps, dumps_call, join_inline
 
 if TYPE_CHECKING:
@@ -172,7 +173,8 @@ class DistributedExecutor(concurrent.futures.Executor):
         join = settings["join"]
         address = address or settings["address"] or ("auto" if join else None)
         self._pid = os.getpid()
-        self._functions = FunctionTable()
+        self._arguments = ArgumentTable()
+        self._functions = FunctionTable(self._arguments)
         self._table_lock = threading.RLock()
         self._options: p.Options | None = None
         self._base: DistributedExecutor | None = None  # of a view, what it is a view of
@@ -223,14 +225,17 @@ class DistributedExecutor(concurrent.futures.Executor):
         self._check_usable()
         name = name_of(fn)
         try:
-            payload = dumps_call(args, kwargs, fn)
+            payload = dumps_call(args, kwargs, fn, self._arguments)
             with self._table_lock:
                 number, blob = self._functions.encode(fn)
         except Exception as error:
             return self._failed(error, name)
+        blobs: tuple[int, ...] = ()
+        if type(blob) is not bytes or isinstance(payload, Attached):
+            payload, blob, blobs = join_attached(payload, blob)
         if not number:
-            payload = join_inline(blob, payload)
-        group = self._group(number, self._max_tasks)
+            payload = join_inline(bytes_of(blob), payload)
+        group = self._group(number, self._max_tasks, blobs)
         future = self._mailbox.submit(group, blob, payload, name)
         if not self._core.is_started:
             self._start()
@@ -485,8 +490,8 @@ class DistributedExecutor(concurrent.futures.Executor):
                 "create one after the fork"
             )
 
-    def _group(self, fn: int, chunk_max: int) -> p.Group:
-        return self._mailbox.group(fn, self._init, chunk_max, self._options)
+    def _group(self, fn: int, chunk_max: int, blobs: tuple[int, ...] = ()) -> p.Group:
+        return self._mailbox.group(fn, self._init, chunk_max, self._options, blobs)
 
     def _start(self) -> None:
         with self._core.lock:

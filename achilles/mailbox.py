@@ -21,6 +21,8 @@ from achilles.core import protocol as p
 from achilles.core.protocol import Group
 from achilles.core.submission import Send, Submission
 from achilles.futures import Future, MapRun
+from achilles.runtime.arguments import Attached
+from achilles.runtime.functions import Pickled, bytes_of
 from achilles.runtime.serialize import load_outcome, loads
 
 Sink: TypeAlias = "Future | tuple[MapRun, int]"
@@ -31,10 +33,10 @@ _LOG = logging.getLogger("concurrent.futures")
 
 
 class Batch(NamedTuple):
-    """Tasks of one group, and the pickle of their function if it has a number."""
+    """Tasks of one group, and the pickle of their function if it has a number, with all that they refer to."""
 
     group: Group
-    blob: bytes
+    blob: Pickled
     ids: list[int]
     payloads: list[p.Payload]
 
@@ -45,7 +47,7 @@ class Mailbox:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._ids = itertools.count(1)
-        self._inbox: deque[tuple[int, Group, bytes, p.Payload, Sink]] = deque()
+        self._inbox: deque[tuple[int, Group, Pickled, p.Payload, Sink]] = deque()
         self._cancels: deque[int] = deque()
         self._sinks: dict[int, Sink] = {}
         self._running_items: set[int] = set()  # tasks of maps; a future knows it by itself
@@ -64,8 +66,11 @@ class Mailbox:
 
     # --- User threads -----------------------------------------------------------------------------
 
-    def submit(self, group: Group, blob: bytes, payload: p.Payload, name: str) -> Future:
-        """Enqueue one task; ``blob`` is its function's pickle, if the function has a number."""
+    def submit(self, group: Group, blob: Pickled, payload: p.Payload, name: str) -> Future:
+        """Enqueue one task; ``blob`` is its function's pickle, if the function has a number.
+
+        What the group's ``blobs`` are is attached to it.
+        """
         id = next(self._ids)
         future = Future(self, id, name)
         with self._lock:
@@ -77,7 +82,7 @@ class Mailbox:
         return future
 
     def submit_item(
-        self, group: Group, blob: bytes, payload: p.Payload, run: MapRun, index: int
+        self, group: Group, blob: Pickled, payload: p.Payload, run: MapRun, index: int
     ) -> int:
         """Enqueue one item of a map; its id."""
         id = next(self._ids)
@@ -197,8 +202,12 @@ class Mailbox:
     def submit_to(self, submission: Submission, batch: Batch) -> list[Send]:
         """Hand a batch to the submission, which must know its blobs."""
         group = batch.group
+        blob = batch.blob
+        if isinstance(blob, Attached):
+            for one in blob.shared:
+                submission.add_blob(one.number, one.payload, is_kept=one.is_kept)
         if group.fn and not submission.knows_blob(group.fn):
-            submission.add_blob(group.fn, batch.blob)
+            submission.add_blob(group.fn, bytes_of(blob))
         if group.init and not submission.knows_blob(group.init):
             submission.add_blob(group.init, self.init_blob)
         return submission.submit(group, batch.ids, batch.payloads)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from achilles.futures import MapRun, UnorderedRun
 from achilles.mailbox import FAILED
+from achilles.runtime.arguments import Attached, join_attached
 from achilles.runtime.serialize import dumps_call, load_outcome
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ class MapCall:
         try:
             with executor._table_lock:
                 number, self._blob = executor._functions.encode(self._fn, shared=True)
-            self._group = executor._group(number, chunk_max)
+            self._key = number, chunk_max
+            _, self._blob, blobs = join_attached(b"", self._blob)
+            self._group = executor._group(*self._key, blobs)
         except Exception as error:
             self._error = error
         if buffersize is not None:
@@ -144,16 +147,18 @@ class MapCall:
         payload: Any = b""
         if error is None:
             try:
-                payload = dumps_call(args, {}, self._fn)
+                payload = dumps_call(args, {}, self._fn, self._executor._arguments)
             except Exception as caught:
                 error = caught
         if error is not None:
             self._mailbox.put_error(self.run, index, error)
             self._ids[index] = 0
             return
-        self._ids[index] = self._mailbox.submit_item(
-            self._group, self._blob, payload, self.run, index
-        )
+        group, blob = self._group, self._blob
+        if isinstance(payload, Attached):
+            payload, blob, blobs = join_attached(payload, blob)
+            group = self._executor._group(*self._key, blobs)
+        self._ids[index] = self._mailbox.submit_item(group, blob, payload, self.run, index)
         if not self._executor._core.is_started:
             self._executor._start()
 

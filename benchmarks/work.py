@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 
 def noop(value: object = None) -> object:
@@ -26,3 +27,8 @@ def tell_and_wait(directory: str, seconds: float) -> int:
         pass
     time.sleep(seconds)
     return os.getpid()
+
+
+def last_byte(data: Any, index: int) -> tuple[int, int]:
+    """The index, and the last byte of the data."""
+    return index, int(data[-1])

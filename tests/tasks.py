@@ -30,6 +30,30 @@ def capture(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
     return args, kwargs
 
 
+def second(_: object, value: Any) -> Any:
+    return value
+
+
+def first_plus(array: Any, value: float) -> float:
+    return float(array[0]) + value
+
+
+def add_one(array: Any) -> float:
+    """Write to the array; the sum of what is in it then."""
+    array += 1
+    return float(array.sum())
+
+
+class Holder:
+    """A callable that holds an array."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __call__(self, value: float) -> float:
+        return first_plus(self.array, value)
+
+
 def fail(text: str = "as wanted") -> NoReturn:
     raise ValueError(text)  # a comment that the traceback shows
 

@@ -18,6 +18,8 @@ from achilles.core import protocol as p
 from achilles.core.protocol import Group
 
 BLOBS_KEPT = 256  # unused blobs that stay at the broker, for functions that come back
+BYTES_KEPT = 256 << 20  # the same in bytes, of those of `LARGE` and more
+LARGE = 1 << 20
 
 To: TypeAlias = Literal["broker", "user"]
 
@@ -32,11 +34,13 @@ class Send(NamedTuple):
 class _Blob:
     """A blob and how many unresolved tasks name it."""
 
-    __slots__ = ("payload", "tasks")
+    __slots__ = ("is_kept", "payload", "size", "tasks")
 
-    def __init__(self, payload: p.Payload) -> None:
+    def __init__(self, payload: p.Payload, is_kept: bool) -> None:
         self.payload = payload
+        self.size = p.size_of(payload)
         self.tasks = 0
+        self.is_kept = is_kept  # for a while, when no task names it any more
 
 
 class Submission:
@@ -48,6 +52,8 @@ class Submission:
         self._at_broker = 0  # unresolved tasks that it has
         self._blobs: OrderedDict[int, _Blob] = OrderedDict()
         self._sent_blobs: set[int] = set()
+        self._idle: OrderedDict[int, int] = OrderedDict()  # sizes of large blobs that no task names
+        self._idle_bytes = 0
         self._credit: int | None = None  # None: no session
 
     # --- Sessions ---------------------------------------------------------------------------------
@@ -80,10 +86,16 @@ class Submission:
 
     # --- From the user ----------------------------------------------------------------------------
 
-    def add_blob(self, blob: int, payload: p.Payload) -> None:
-        """Make a blob known; it travels with the first task that names it."""
-        if blob not in self._blobs:
-            self._blobs[blob] = _Blob(payload)
+    def add_blob(self, blob: int, payload: p.Payload, *, is_kept: bool = True) -> None:
+        """Make a blob known; it travels with the first task that names it.
+
+        One that is large and not ``is_kept`` is forgotten with the last task that names it.
+        """
+        entry = self._blobs.get(blob)
+        if entry is None:
+            self._blobs[blob] = _Blob(payload, is_kept)
+        elif is_kept:
+            entry.is_kept = True
 
     def knows_blob(self, blob: int) -> bool:
         return blob in self._blobs
@@ -95,6 +107,8 @@ class Submission:
             tasks[id] = (group, payload)
         for blob in group.needs:
             self._blobs[blob].tasks += len(ids)
+            if blob in self._idle:
+                self._idle_bytes -= self._idle.pop(blob)
         if self._credit is None:
             self._backlog.extend(ids)
             return []
@@ -188,12 +202,22 @@ class Submission:
             return False
         fn, init, _, _, blobs = entry[0]
         if fn:
-            self._blobs[fn].tasks -= 1
+            self._release(fn)
         if init:
-            self._blobs[init].tasks -= 1
+            self._release(init)
         for blob in blobs:
-            self._blobs[blob].tasks -= 1
+            self._release(blob)
         return True
+
+    def _release(self, blob: int) -> None:
+        """One task fewer names the blob."""
+        entry = self._blobs[blob]
+        entry.tasks -= 1
+        if not entry.tasks and entry.size >= LARGE:
+            self._idle[blob] = entry.size
+            self._idle_bytes += entry.size
+            if not entry.is_kept:
+                self._idle.move_to_end(blob, last=False)
 
     def _room(self, wanted: int) -> int:
         """How many of ``wanted`` tasks the broker takes now."""
@@ -235,15 +259,31 @@ class Submission:
 
     def _drop_blobs(self) -> list[Send]:
         """Forget the oldest blobs that no task names, beyond those that may stay."""
-        if len(self._blobs) <= BLOBS_KEPT:
-            return []
+        unused = self._drop_idle() if self._idle else []
         surplus = len(self._blobs) - BLOBS_KEPT
-        unused = [blob for blob, entry in self._blobs.items() if not entry.tasks][:surplus]
-        for blob in unused:
-            del self._blobs[blob]
+        if surplus > 0:
+            small = [blob for blob, entry in self._blobs.items() if not entry.tasks][:surplus]
+            unused += small
+            for blob in small:
+                del self._blobs[blob]
+                self._idle_bytes -= self._idle.pop(blob, 0)
+        if not unused:
+            return []
         sent = [blob for blob in unused if blob in self._sent_blobs]
         self._sent_blobs.difference_update(sent)
         return [Send("broker", p.Forget(0, sent))] if sent else []
+
+    def _drop_idle(self) -> list[int]:
+        """Drop large blobs that no task names: those not to be kept, and the oldest beyond the bound."""
+        dropped = []
+        while self._idle:
+            blob = next(iter(self._idle))
+            if self._idle_bytes <= BYTES_KEPT and self._blobs[blob].is_kept:
+                break
+            self._idle_bytes -= self._idle.pop(blob)
+            del self._blobs[blob]
+            dropped.append(blob)
+        return dropped
 
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""
@@ -258,6 +298,8 @@ class Submission:
                 counts[blob] = counts.get(blob, 0) + 1
         for blob, entry in self._blobs.items():
             assert entry.tasks == counts.get(blob, 0), "a blob's tasks are miscounted"
+        assert self._idle_bytes == sum(self._idle.values()), "idle blobs are miscounted"
+        assert not any(self._blobs[blob].tasks for blob in self._idle), "a needed blob is idle"
         assert self._sent_blobs <= self._blobs.keys(), "a forgotten blob counts as sent"
 
 

@@ -17,6 +17,7 @@ from achilles.errors import BrokerUnreachableError
 from achilles.net.peer import Dial, Peer
 from achilles.net.transport import SocketLoop
 from achilles.runtime.host import RunnerHost
+from achilles.runtime.shared import store
 
 CLOSE_SECONDS = 5.0
 
@@ -121,6 +122,9 @@ class Worker:
                 _LOG.info("the broker says goodbye: %s", reason)
                 self._sends += self._agent.reset()
                 self._is_over = True
+            case p.Blob(payload=p.Parts() as parts):
+                message.payload = store(parts)  # once for all runners
+                self._sends += self._agent.receive(message, now)
             case p.Run() | p.Revoke() | p.Blob() | p.Forget() | p.Letter() | p.Drain():
                 self._sends += self._agent.receive(message, now)
             case _:

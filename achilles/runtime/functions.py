@@ -20,8 +20,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from types import CellType, CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
+from achilles.runtime.arguments import ArgumentTable, Attached
 from achilles.runtime.serialize import (
     by_value_modules,
     describe,
@@ -30,6 +31,8 @@ from achilles.runtime.serialize import (
     is_stateless,
     why,
 )
+
+Pickled: TypeAlias = "bytes | Attached"
 
 INLINE_MAX = 2048
 NUMBERS_MAX = 4096  # pickles whose numbers are remembered
@@ -49,7 +52,8 @@ _ASYNC_FLAGS = 0x80 | 0x200  # coroutine functions and asynchronous generators
 class FunctionTable:
     """The functions of one executor. Not thread-safe: the caller holds a lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: ArgumentTable | None = None) -> None:
+        self._arguments = arguments  # what large parts of functions are shared with
         self._entries: dict[int, _Entry] = {}  # by id of the function, while it lives
         self._numbers: OrderedDict[bytes, int] = OrderedDict()  # by digest of the pickle
         self._last = 0
@@ -57,11 +61,11 @@ class FunctionTable:
     def __repr__(self) -> str:
         return f"<FunctionTable {len(self._entries)} functions, {len(self._numbers)} numbers>"
 
-    def encode(self, fn: Callable[..., Any], shared: bool = False) -> tuple[int, bytes]:
+    def encode(self, fn: Callable[..., Any], shared: bool = False) -> tuple[int, Pickled]:
         """The function's number and pickle; number 0: it is to travel with its call.
 
         ``shared`` says that many calls will use it, so that it gets a number at once. A number stands for the
-        same bytes for ever.
+        same bytes for ever. Large parts of it may be attached.
 
         Raises:
             ArgumentPickleError: the function cannot be pickled.
@@ -70,30 +74,39 @@ class FunctionTable:
         entry = self._entries.get(id(fn))
         if entry is not None and entry.is_valid(fn):
             if not entry.answer[0]:
-                entry.answer = (self._number(entry.answer[1]), entry.answer[1])
+                entry.answer = (self._number(bytes_of(entry.answer[1])), entry.answer[1])
             return entry.answer
         return self._encode(fn, shared)
 
-    def _encode(self, fn: Callable[..., Any], shared: bool) -> tuple[int, bytes]:
+    def _encode(self, fn: Callable[..., Any], shared: bool) -> tuple[int, Pickled]:
         _check(fn)
         modules = set(by_value_modules())
         watches = _watch(fn)  # before it is pickled, so that what changes meanwhile is seen
         try:
-            data = dumps(fn)
+            pickled = self._pickle(fn)
         except (Exception, SystemExit) as error:
             from achilles.task_errors import ArgumentPickleError
 
             raise ArgumentPickleError(f"{describe(fn)} cannot be pickled: {why(error)}") from error
+        data = bytes_of(pickled)
         if is_stateless(fn) and is_plain(data):
             watches = []  # it is found by its name, whatever happens to it here
             shared = True
         is_numbered = shared or len(data) > INLINE_MAX
-        answer = (self._number(data) if is_numbered else 0, data)
+        answer = (self._number(data) if is_numbered else 0, pickled)
         if watches is not None:
             if len(self._entries) >= ENTRIES_MAX:
                 self._entries.clear()
             self._entries[id(fn)] = _Entry(self._entries, fn, watches, modules, answer)
         return answer
+
+    def _pickle(self, fn: Callable[..., Any]) -> Pickled:
+        if self._arguments is None:
+            return dumps(fn)
+        encoded = self._arguments.encode(fn)
+        if isinstance(encoded, Attached):
+            return Attached(bytes(encoded.payload), encoded.shared)
+        return encoded if isinstance(encoded, bytes) else b"".join(encoded)
 
     def _number(self, data: bytes) -> int:
         digest = blake2b(data, digest_size=16).digest()
@@ -106,6 +119,11 @@ class FunctionTable:
         else:
             self._numbers.move_to_end(digest)
         return number
+
+
+def bytes_of(pickled: Pickled) -> bytes:
+    """The function's pickle without what is attached to it."""
+    return pickled if type(pickled) is bytes else bytes(pickled.payload)  # type: ignore[union-attr]
 
 
 def _check(fn: object) -> None:
@@ -126,7 +144,7 @@ class _Entry:
         fn: Callable[..., Any],
         watches: list[_Watch],
         modules: set[str],
-        answer: tuple[int, bytes],
+        answer: tuple[int, Pickled],
     ) -> None:
         key = id(fn)
         self.reference = weakref.ref(fn, lambda _: entries.pop(key, None))

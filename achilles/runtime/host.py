@@ -108,9 +108,9 @@ class RunnerHost:
                 case Load(client=client, blob=blob, payload=payload):
                     runner.load(client, blob, payload)
                 case Unload(client=client, blobs=[]):
-                    runner.send(("forget_client", client))
+                    runner.unload(("forget_client", client))
                 case Unload(client=client, blobs=blobs):
-                    runner.send(("forget", client, blobs))
+                    runner.unload(("forget", client, blobs))
                 case Recall(runner=number):
                     self.events.append(RunnerRecalled(number, runner.recall()))
                 case Kill():
@@ -260,6 +260,13 @@ class _Runner:
         sent = self._hand_over([payload])
         if sent is not None:
             self.send(("load", client, blob, *sent))
+
+    def unload(self, command: tuple[Any, ...]) -> None:
+        """Have it forget something, soon: a runner without work would read that only with its next chunk."""
+        self.send(command)
+        if not (self.chunks or self.outbox or self.is_syncing or self.is_retired):
+            self.is_syncing = True
+            self.send(("sync",), b"\0")
 
     def _hand_over(self, payloads: list[Payload]) -> list[bytes | None] | None:
         """The payloads as a command has them: None for each that was handed over in shared memory.

@@ -34,6 +34,7 @@ from achilles.runtime.serialize import (
     ERROR,
     INIT_FAILED,
     LARGE,
+    SHARING,
     Buffer,
     Encoded,
     dump_result,
@@ -47,6 +48,7 @@ TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer
 if TYPE_CHECKING:
     from typing import Any, NoReturn, TypeAlias
 
+    from achilles.runtime.arguments import Resolve
     from achilles.runtime.imports import ClientModules
     from achilles.runtime.shared import Handoff
 
@@ -84,7 +86,7 @@ class Runner:
         self.is_fork = False
         self.rest = b""  # what was read of the socket behind the last command
         self.blobs: dict[tuple[int, int], bytes] = {}
-        self.functions: dict[tuple[int, int], Any] = {}  # unpickled blobs that hold no state
+        self.functions: dict[tuple[int, int], Any] = {}  # values of blobs that hold no state
         self.modules: ClientModules | None = None  # of those clients that are elsewhere
         self.inits: dict[tuple[int, int], bytes | None] = {}  # how the initializers ended
         os.register_at_fork(after_in_child=self._forked)
@@ -160,11 +162,13 @@ class Runner:
                     payloads[:] = [self._receive() if one is None else one for one in payloads]
                 return tuple(chunk)
             case ("load", client, blob, payload):
-                self.blobs[client, blob] = self._receive() if payload is None else payload
+                self.blobs[client, blob] = self._receive(keep=True) if payload is None else payload
             case ("forget", client, [*blobs]):
                 self._forget([(client, blob) for blob in blobs])
             case ("forget_client", client):
-                self._forget([key for key in (*self.blobs, *self.inits) if key[0] == client])
+                self._forget(
+                    [key for key in (*self.blobs, *self.functions, *self.inits) if key[0] == client]
+                )
                 if self.modules is not None:
                     self.modules.forget(client)
             case ("discard", count):
@@ -194,9 +198,9 @@ class Runner:
             missing -= len(part)
         return b"".join(parts)
 
-    def _receive(self) -> Any:
+    def _receive(self, *, keep: bool = False) -> Any:
         """The next payload that the host handed over."""
-        return self._open_handoff().receive()
+        return self._open_handoff().receive(keep=keep)
 
     def _open_handoff(self) -> Handoff:
         if self.handoff is None:
@@ -235,6 +239,7 @@ class Runner:
             self.modules.switch_to(client)
         failed_init = self._initialize(client, init) if init else None
         shared = self.functions.get((client, fn))
+        resolve = self._resolver(client) if blobs else None
         call: Any = shared
         data: Encoded
         for index, payload in enumerate(payloads):
@@ -248,9 +253,9 @@ class Runner:
                     status, data = INIT_FAILED, failed_init
                 else:
                     if shared is None:
-                        call, payload = self._function(client, fn, payload)
+                        call, payload = self._function(client, fn, payload, resolve)
                         shared = self.functions.get((client, fn))
-                    args, kwargs = loads(payload)
+                    args, kwargs = loads(payload, resolve)
                     status, data = dump_result(call(*args, **kwargs), call)
             except BaseException as error:
                 status, data = ERROR, _dump_error(error, is_loaded=args is not None)
@@ -274,15 +279,36 @@ class Runner:
         payloads = call = shared = data = None  # type: ignore[assignment]
         return self._next_token()
 
-    def _function(self, client: int, fn: int, payload: Any) -> tuple[Any, Any]:
+    def _resolver(self, client: int) -> Resolve:
+        """What finds the large objects that calls of this client refer to: immutable ones once, others anew."""
+
+        def resolve(kind: int, number: int) -> Any:
+            key = (client, number)
+            if key in self.functions:
+                return self.functions[key]
+            if key not in self.blobs:
+                raise RuntimeError(f"the worker did not pass object {number} on to its runner")
+            from achilles.runtime.arguments import BUFFER, take
+
+            value = take(kind, self.blobs[key])
+            if kind != BUFFER:
+                self.functions[key] = value
+                del self.blobs[key]
+            return value
+
+        return resolve
+
+    def _function(
+        self, client: int, fn: int, payload: Any, resolve: Resolve | None
+    ) -> tuple[Any, Any]:
         """The task's function, and its payload without it. A function without state is kept."""
         if fn == 0:
-            return split_inline(payload)
+            return split_inline(payload, resolve)
         blob = self.blobs.get((client, fn))
         if blob is None:
             raise RuntimeError(f"the worker did not pass function {fn} on to its runner")
-        call = loads(blob)
-        if is_stateless(call):
+        call = loads(blob, resolve)
+        if is_stateless(call) and blob[0] != SHARING:  # what it has of these a task may write to
             self.functions[client, fn] = call
         return call, payload
 

@@ -5,6 +5,7 @@ A payload's first byte says its form::
     0x80   a pickle
     0x01   a pickle with buffers:   01, <I n>, (n+1) times <Q size>, the pickle, then n buffers, each aligned to 64
     0x02   a call with its function: 02, <I size>, the function's pickle of that size, a payload of the above
+    0x03   a pickle that refers to what travelled before; see `achilles.runtime.arguments`
 
 Plain pickle is tried first, because it is several times faster. cloudpickle takes what plain pickle cannot, and
 whatever names ``__main__`` (another module in the process that unpickles) or a module registered by value.
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from pickle import PickleBuffer
     from typing import Any, NoReturn, TypeAlias
 
+    from achilles.runtime.arguments import ArgumentTable, Attached, Resolve
+
 VALUE = 0  # the statuses of a result; achilles.core.protocol has the same for the wire
 ERROR = 1
 INIT_FAILED = 2
@@ -43,8 +46,9 @@ Encoded: TypeAlias = (
     "bytes | list[Buffer]"  # one buffer, or several whose value is their concatenation
 )
 
-_PICKLE, _BUFFERS, _INLINE = 0x80, 0x01, 0x02
-_ALIGN = 64
+_PICKLE, _BUFFERS, _INLINE, SHARING = 0x80, 0x01, 0x02, 0x03
+SHARE_MIN = 1 << 20  # arguments of so many bytes are looked at, whether they were given before
+ALIGN = 64
 _LENGTH = Struct("<I")
 _NOTHING: set[str] = set()
 _registered: set[str] | None = None  # see by_value_modules
@@ -69,9 +73,7 @@ def dumps(obj: object) -> bytes:
     Raises:
         Exception: whatever the pickler or the object's own methods raise; RecursionError if it is too deep.
     """
-    data = _pickle(obj, None)
-    assert type(data) is bytes
-    return data
+    return pickle_with(obj, None)
 
 
 def encode(obj: object) -> Encoded:
@@ -87,6 +89,34 @@ def encode(obj: object) -> Encoded:
     except Exception:
         pass  # the careful way says what is wrong, or does it
     buffers: list[memoryview] = []
+    data = pickle_with(obj, buffers)
+    return lay_out(data, buffers) if buffers else data
+
+
+def pickle_with(obj: object, buffers: list[memoryview] | None) -> bytes:
+    """A pickle of ``obj``; its large buffers are put into the list, if there is one, instead.
+
+    Raises:
+        Exception: as `dumps` does.
+    """
+    try:
+        data = _dumps(obj, 5, buffer_callback=keeper(buffers))
+        if is_plain(data):
+            return data
+    except RecursionError:
+        raise
+    except Exception:
+        pass  # cloudpickle can more; if it cannot, its error is as good
+    from cloudpickle import dumps as by_value
+
+    return by_value(obj, 5, buffer_callback=keeper(buffers))  # type: ignore[no-any-return]
+
+
+def keeper(buffers: list[memoryview] | None) -> Callable[[PickleBuffer], bool] | None:
+    """A new attempt's ``buffer_callback``: it puts large buffers into the list, which is empty again."""
+    if buffers is None:
+        return None
+    buffers.clear()
 
     def keep(buffer: PickleBuffer) -> bool:
         view = buffer.raw()
@@ -95,26 +125,7 @@ def encode(obj: object) -> Encoded:
         buffers.append(view)
         return False
 
-    data = _pickle(obj, keep)
-    return _lay_out(data, buffers) if buffers else data
-
-
-def _pickle(obj: object, keep: Callable[[PickleBuffer], bool] | None) -> bytes:
-    try:
-        data = _dumps(obj, 5, buffer_callback=keep)
-        if is_plain(data):
-            return data
-    except RecursionError:
-        raise
-    except Exception:
-        pass  # cloudpickle can more; if it cannot, its error is as good
-    return _pickle_by_value(obj, keep)
-
-
-def _pickle_by_value(obj: object, keep: Callable[[PickleBuffer], bool] | None) -> bytes:
-    from cloudpickle import dumps as by_value
-
-    return by_value(obj, 5, buffer_callback=keep)  # type: ignore[no-any-return]
+    return keep
 
 
 def is_plain(data: bytes) -> bool:
@@ -139,43 +150,49 @@ def by_value_modules() -> set[str]:
     return cloudpickle.list_registry_pickle_by_value()  # type: ignore[no-any-return]
 
 
-def _lay_out(data: bytes, buffers: list[memoryview]) -> list[Buffer]:
+def lay_out(data: bytes, buffers: list[memoryview]) -> list[Buffer]:
     """The parts of a payload with buffers."""
     sizes = [len(data), *(buffer.nbytes for buffer in buffers)]
     head = Struct(f"<BI{len(sizes)}Q").pack(_BUFFERS, len(buffers), *sizes)
     parts: list[Buffer] = [head, data]
     at = len(head) + len(data)
     for buffer in buffers:
-        padding = -at % _ALIGN
+        padding = -at % ALIGN
         parts += (bytes(padding), buffer)
         at += padding + buffer.nbytes
     return parts
 
 
 def dumps_call(
-    args: tuple[Any, ...], kwargs: dict[str, Any], fn: object = None
-) -> bytes | memoryview:
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fn: object = None,
+    table: ArgumentTable | None = None,
+) -> bytes | memoryview | Attached:
     """The payload of a call, with the arguments' values of this moment.
 
-    It is a memoryview where it lies in memory that can be handed to a runner without a copy.
+    It is a memoryview where it lies in memory that can be handed to a runner without a copy. With a ``table``,
+    large arguments may be attached to it instead.
 
     Raises:
         ArgumentPickleError: an argument (it is named, with ``fn``) cannot be pickled.
     """
+    if table is None or not (table.is_watching and table.has_large(args, kwargs)):
+        try:
+            data = _dumps((args, kwargs), 5, buffer_callback=_keep_small)
+            if (len(data) < SHORT or b"__main__" not in data) and not (
+                by_value_modules() if _registered is None else _registered
+            ):
+                if table is None or len(data) < SHARE_MIN or not table.has_large(args, kwargs):
+                    return data
+        except (Exception, SystemExit):
+            pass  # the careful way says what is wrong, or does it
     try:
-        data = _dumps((args, kwargs), 5, buffer_callback=_keep_small)
-        if (len(data) < SHORT or b"__main__" not in data) and not (
-            by_value_modules() if _registered is None else _registered
-        ):
-            return data
-    except (Exception, SystemExit):
-        pass  # the careful way says what is wrong, or does it
-    try:
-        encoded = encode((args, kwargs))
+        encoded = encode((args, kwargs)) if table is None else table.encode((args, kwargs))
     except (Exception, SystemExit) as error:
         _blame_argument(args, kwargs, fn, error)
     _warn_of_files((*args, *kwargs.values()), fn)
-    if isinstance(encoded, bytes):
+    if not isinstance(encoded, list):
         return encoded
     from achilles.runtime.shared import store
 
@@ -185,7 +202,7 @@ def dumps_call(
 def join_inline(function: bytes, payload: bytes | memoryview) -> bytes:
     """A call that brings its function along."""
     if type(payload) is not bytes:
-        function += bytes(-(5 + len(function)) % _ALIGN)  # unpickling stops before it
+        function += bytes(-(5 + len(function)) % ALIGN)  # unpickling stops before it
     return b"".join((b"\x02", _LENGTH.pack(len(function)), function, payload))
 
 
@@ -213,17 +230,17 @@ def dump_result(value: object, call: object) -> tuple[int, Encoded]:
 # --- Bytes to values ------------------------------------------------------------------------------
 
 
-def loads(payload: Any) -> Any:
+def loads(payload: Any, resolve: Resolve | None = None) -> Any:
     """The value of a payload: bytes, or any buffer, or a tuple or list of them to be read as one.
 
-    Buffers in it are writable and not shared with anybody.
+    Buffers in it are writable and not shared with anybody. ``resolve`` finds what it refers to.
 
     Raises:
         BaseException: whatever the objects' own methods raise.
     """
     if payload[0] == _PICKLE:
         return _loads(payload)
-    return _loads_buffers(_one_view(payload))
+    return _loads_buffers(_one_view(payload), resolve)
 
 
 def _one_view(payload: Any) -> memoryview:
@@ -234,7 +251,11 @@ def _one_view(payload: Any) -> memoryview:
     return memoryview(bytearray().join(payload))
 
 
-def _loads_buffers(view: memoryview) -> Any:
+def _loads_buffers(view: memoryview, resolve: Resolve | None) -> Any:
+    if view[0] == SHARING and resolve is not None:
+        from achilles.runtime.arguments import loads_attached
+
+        return loads_attached(view, resolve)
     if view[0] != _BUFFERS:
         return _loads(view)
     (count,) = _LENGTH.unpack_from(view, 1)
@@ -244,20 +265,20 @@ def _loads_buffers(view: memoryview) -> Any:
     at += size
     buffers: list[Buffer] = []
     for size in sizes:
-        at += -at % _ALIGN
+        at += -at % ALIGN
         part = view[at : at + size]
         buffers.append(bytearray(part) if part.readonly else part)
         at += size
     return _loads(data, buffers=buffers)
 
 
-def split_inline(payload: Any) -> tuple[Any, Any]:
+def split_inline(payload: Any, resolve: Resolve | None = None) -> tuple[Any, Any]:
     """The function of a call that brings it along, and the rest of the payload."""
     view = _one_view(payload)
     if view[0] != _INLINE:
         raise ValueError("a call without its function")
     (size,) = _LENGTH.unpack_from(view, 1)
-    return loads(view[5 : 5 + size]), view[5 + size :]
+    return loads(view[5 : 5 + size], resolve), view[5 + size :]
 
 
 def load_outcome(status: int, payload: Any) -> tuple[Any, BaseException | None]:

@@ -66,6 +66,17 @@ def store(parts: Sequence[Buffer]) -> bytes | memoryview:
     return b"".join(parts)
 
 
+def fresh(payload: Buffer) -> bytearray | memoryview:
+    """The same bytes in memory of one's own, writable; not copied before they are written, where that is possible."""
+    fd = _fd_of((payload,))
+    if fd >= 0 and len(_mappings) < MAPPINGS_MAX:
+        try:
+            return memoryview(_map(fd, keep=False))
+        except (OSError, ValueError):
+            pass  # out of descriptors, or of address space
+    return bytearray(payload)
+
+
 class Handoff:
     """One end of a socket pair over which two processes hand payloads to each other."""
 
@@ -92,8 +103,8 @@ class Handoff:
                 os.close(fd)
         return True
 
-    def receive(self) -> memoryview:
-        """What the other side has sent, in the order of its sends.
+    def receive(self, *, keep: bool = False) -> memoryview:
+        """What the other side has sent, in the order of its sends; ``keep``: `fresh` may be wanted of it.
 
         Raises:
             OSError: nothing is there, or this process has too many open files.
@@ -103,12 +114,16 @@ class Handoff:
         for level, kind, data in ancillary:
             if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
                 fd = int.from_bytes(data[:_FD_SIZE], sys.byteorder)
+                is_kept = False
                 try:
                     if len(_mappings) < MAPPINGS_MAX:
-                        return memoryview(_map(fd, keep=False))
+                        view = memoryview(_map(fd, keep=keep))
+                        is_kept = keep
+                        return view
                     return _read(fd)
                 finally:
-                    os.close(fd)
+                    if not is_kept:
+                        os.close(fd)
         raise OSError("a payload came without its memory (too many open files?)")
 
 

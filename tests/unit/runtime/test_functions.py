@@ -18,7 +18,7 @@ import pytest
 
 from achilles.errors import ArgumentPickleError
 from achilles.runtime import functions, serialize
-from achilles.runtime.functions import INLINE_MAX, FunctionTable
+from achilles.runtime.functions import INLINE_MAX, FunctionTable, Pickled, bytes_of
 from achilles.runtime.serialize import loads
 from tests.unit.runtime import tasks
 
@@ -49,8 +49,8 @@ def main_module(source: str) -> dict[str, Any]:
     return scope
 
 
-def call(encoded: tuple[int, bytes], *args: Any) -> Any:
-    return loads(encoded[1])(*args)
+def call(encoded: tuple[int, Pickled], *args: Any) -> Any:
+    return loads(bytes_of(encoded[1]))(*args)
 
 
 def test_importable_functions_are_pickled_once_and_numbered(

@@ -15,7 +15,7 @@ import pytest
 
 from achilles.core.protocol import ERROR, INIT_FAILED, VALUE, Execute, Load, Recall, Unload
 from achilles.errors import RemoteError, ResultPickleError
-from achilles.runtime.functions import FunctionTable
+from achilles.runtime.functions import FunctionTable, bytes_of
 from achilles.runtime.serialize import LARGE, dumps, dumps_call, join_inline, load_outcome
 from tests.unit.runtime import tasks
 from tests.unit.runtime.driver import CLIENT, Driver, Gate, driving
@@ -49,7 +49,8 @@ def test_a_runner_without_tasks_sleeps(driver: Driver) -> None:
 
 def test_a_function_that_comes_with_its_call(driver: Driver) -> None:
     fn = dumps(lambda x: x + 1)
-    payloads: list[Any] = [join_inline(fn, dumps_call((n,), {})) for n in range(3)]
+    calls: list[Any] = [dumps_call((n,), {}) for n in range(3)]
+    payloads: list[Any] = [join_inline(fn, call) for call in calls]
     driver.apply(Execute(1, 1, CLIENT, 0, 0, payloads))
     assert [driver.outcome(1, index) for index in range(3)] == [1, 2, 3]
 
@@ -327,7 +328,7 @@ def test_a_lambda_of_the_clients_main_module(driver: Driver) -> None:
     scope: dict[str, Any] = {"__name__": "__main__", "offset": 5}
     exec("def shift(x): return x + offset", scope)
     number, data = FunctionTable().encode(scope["shift"], shared=True)
-    driver.apply(Load(1, CLIENT, number, data))
+    driver.apply(Load(1, CLIENT, number, bytes_of(data)))
     driver.execute(1, number, (1,))
     assert driver.outcome(1) == 6
 

@@ -15,6 +15,7 @@ import pytest
 
 from achilles.errors import ArgumentPickleError, ResultPickleError, ResultUnpickleError
 from achilles.runtime import shared
+from achilles.runtime.arguments import Attached
 from achilles.runtime.serialize import (
     ERROR,
     LARGE,
@@ -335,3 +336,13 @@ def test_what_has_no_state() -> None:
         tasks.Counter().__call__,
     )
     assert not any(map(is_stateless, stateful))
+
+
+def test_buffers_before_what_only_cloudpickle_takes_stay_in_their_places() -> None:
+    """The first attempt had taken some of them."""
+    one, two = np.full(LARGE, 1, np.uint8), np.full(LARGE, 2, np.uint8)
+    payload = dumps_call((one, lambda: 3, two), {})
+    assert not isinstance(payload, Attached)
+    (first, function, second), _ = loads(payload)
+    assert (first[0], function(), second[0]) == (1, 3, 2)
+    assert len(payload) < 3 * LARGE

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from achilles.runtime import shared
-from achilles.runtime.shared import Handoff, store
+from achilles.runtime.shared import Handoff, fresh, store
 from tests.unit.runtime import tasks
 
 pytestmark = pytest.mark.skipif(not shared.IS_AVAILABLE, reason="there is no memfd here")
@@ -113,3 +113,24 @@ def test_a_payload_without_its_memory() -> None:
         near.send(b"m")
         with pytest.raises(OSError, match="too many open files"):
             Handoff(far).receive()
+
+
+def test_what_is_kept_can_be_had_anew(
+    ends: tuple[Handoff, Handoff], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = ends
+    assert near.send([bytes(BIG)])
+    received = far.receive(keep=True)
+    first, second = fresh(received), fresh(received)
+    assert isinstance(first, memoryview)
+    assert isinstance(first.obj, shared.Mapping)
+    first[0] = 1
+    assert (first[0], second[0], received[0]) == (1, 0, 0)
+    monkeypatch.setattr(shared, "MAPPINGS_MAX", 0)
+    copied = fresh(received)
+    assert type(copied) is bytearray
+    assert len(copied) == BIG
+    monkeypatch.undo()
+    assert near.send([b"small"])
+    assert bytes(fresh(far.receive())) == b"small"  # not kept: a copy
+    del first, second, received

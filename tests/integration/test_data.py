@@ -1,0 +1,208 @@
+"""Large arguments and functions travel once, are the value at the call, and are each task's own."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from achilles import DistributedExecutor
+from achilles.core import protocol as p
+from achilles.mailbox import Mailbox
+from tests import tasks
+from tests.integration.test_faults import kill_broker, own_cluster, start_broker
+from tests.modes import EMBEDDED, OURS, Maker, of_modes, wait_until
+
+np = pytest.importorskip("numpy")
+
+MIB = 1 << 20
+
+Sent = list[tuple[type, int]]
+
+
+def array(fill: float, mib: int = 2) -> Any:
+    return np.full(mib * MIB // 8, float(fill))
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """The kinds and sizes of what submissions sent to their brokers."""
+    messages: list[tuple[type, int]] = []
+    original = Mailbox.submit_to
+
+    def submit_to(self: Mailbox, submission: Any, batch: Any) -> Any:
+        sends = original(self, submission, batch)
+        for _, message in sends:
+            if isinstance(message, p.Blob):
+                messages.append((p.Blob, p.size_of(message.payload)))
+            elif isinstance(message, p.Submit):
+                messages.extend((p.Submit, p.size_of(payload)) for payload in message.payloads)
+        return sends
+
+    monkeypatch.setattr(Mailbox, "submit_to", submit_to)
+    return messages
+
+
+def large_blobs(sent: Sent) -> int:
+    return sum(kind is p.Blob and size >= MIB for kind, size in sent)
+
+
+def bytes_of_tasks(sent: Sent) -> int:
+    return sum(size for kind, size in sent if kind is p.Submit)
+
+
+def memfds(pid: int) -> int:
+    """How many large payloads a process has mapped."""
+    return sum(
+        "memfd:achilles" in line for line in Path(f"/proc/{pid}/maps").read_text().split("\n")
+    )
+
+
+@of_modes(*OURS)
+@pytest.mark.parametrize("kind", ["array", "bytes", "str", "nested"])
+def test_two_hundred_tasks_and_one_transfer(make: Maker, sent: Sent, kind: str) -> None:
+    value: Any = {
+        "array": array(1, 16),
+        "bytes": bytes(16 * MIB),
+        "str": "x" * (16 * MIB),
+        "nested": [{"deep": array(1, 16)}],
+    }[kind]
+    executor = make(2)
+    futures = [executor.submit(tasks.second, value, n) for n in range(200)]
+    assert [future.result(60) for future in futures] == list(range(200))
+    assert large_blobs(sent) == 1
+    assert bytes_of_tasks(sent) < MIB
+
+
+@of_modes(*OURS)
+@pytest.mark.parametrize("kind", ["partial", "closure", "object", "map"])
+def test_functions_are_not_sent_again_either(make: Maker, sent: Sent, kind: str) -> None:
+    x = array(3, 4)
+    fn: Any = {
+        "partial": functools.partial(tasks.first_plus, x),
+        "closure": lambda n: float(x[0]) + n,
+        "object": tasks.Holder(x),
+        "map": functools.partial(tasks.first_plus, x),
+    }[kind]
+    executor = make(2)
+    if kind == "map":
+        assert list(executor.map(fn, range(40))) == [3.0 + n for n in range(40)]
+    else:
+        futures = [executor.submit(fn, n) for n in range(40)]
+        assert [future.result(60) for future in futures] == [3.0 + n for n in range(40)]
+    assert large_blobs(sent) == 1
+    assert bytes_of_tasks(sent) < MIB
+
+
+@of_modes(*OURS)
+def test_one_after_the_other_it_travels_at_most_twice(make: Maker, sent: Sent) -> None:
+    x, executor = array(5), make(2)
+    for n in range(10):
+        assert executor.submit(tasks.first_plus, x, n).result(60) == 5.0 + n
+    assert large_blobs(sent) <= 2
+
+
+@of_modes(*OURS)
+def test_items_of_maps_share(make: Maker, sent: Sent) -> None:
+    x, y, executor = array(1), array(2), make(2)
+    assert list(executor.map(tasks.first_plus, [x, y] * 20, range(40))) == [
+        (1.0, 2.0)[n % 2] + n for n in range(40)
+    ]
+    assert large_blobs(sent) == 2
+
+
+@of_modes(*OURS)
+def test_a_change_between_calls_is_seen(make: Maker) -> None:
+    x, executor = array(0), make(2)
+    futures = []
+    for n in range(30):
+        x[n % 3] = n
+        futures.append((float(x.sum()), executor.submit(np.sum, x)))
+        futures.append((float(x.sum()), executor.submit(functools.partial(np.sum, x))))
+    for expected, future in futures:
+        assert future.result(60) == expected
+
+
+@of_modes(*OURS)
+def test_what_a_task_writes_is_its_own(make: Maker) -> None:
+    x, executor = array(1), make(1)
+    held = functools.partial(tasks.add_one, x)
+    futures = [executor.submit(tasks.add_one, x) for _ in range(10)]
+    futures += [executor.submit(held) for _ in range(10)]
+    futures += [executor.submit(lambda: tasks.add_one(x)) for _ in range(10)]
+    assert [future.result(60) for future in futures] == [2.0 * len(x)] * 30
+    assert (x == 1).all()
+
+
+@of_modes(*OURS)
+def test_what_was_used_once_is_forgotten_everywhere(make: Maker, sent: Sent) -> None:
+    executor = make(1)
+    pid = executor.submit(os.getpid).result(60)
+    parent = executor.submit(os.getppid).result(60)
+    before = memfds(pid), memfds(parent)
+    for n in range(20):
+        assert executor.submit(tasks.first_plus, array(n), 1).result(60) == n + 1
+    assert large_blobs(sent) == 20
+    submission = executor._core.backend._submission
+    wait_until(lambda: len(submission._blobs) <= 4, "the client forgets")
+    if make.mode == EMBEDDED:  # other runners of a cluster may have had it
+        wait_until(lambda: memfds(pid) <= before[0], "the runner forgets")
+    wait_until(lambda: memfds(parent) <= before[1] + 1, "the worker forgets")
+
+
+@of_modes(EMBEDDED)
+def test_what_is_used_often_is_kept_within_bounds(
+    make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("achilles.core.submission.BYTES_KEPT", 8 * MIB)
+    executor = make(1)
+    executor._arguments._bytes_kept = 8 * MIB
+    arrays = [array(n) for n in range(20)]
+    for _ in range(3):
+        for n, x in enumerate(arrays):
+            futures = [executor.submit(tasks.first_plus, x, 1) for _ in range(2)]
+            assert [future.result(60) for future in futures] == [n + 1, n + 1]
+    pid = executor.submit(os.getpid).result(60)
+    submission = executor._core.backend._submission
+    assert submission._idle_bytes <= 8 * MIB
+    assert executor._arguments._kept <= 8 * MIB
+    wait_until(lambda: memfds(pid) <= 5, "the runner forgets")
+
+
+def test_a_new_broker_gets_it_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    x, gate = array(4, 4), tmp_path / "gate"
+    with (
+        own_cluster(monkeypatch, workers=1, slots=1) as cluster,
+        DistributedExecutor(address=cluster.address) as executor,
+    ):
+        assert executor.submit(tasks.first_plus, x, 1).result(60) == 5
+        assert executor.submit(tasks.first_plus, x, 2).result(60) == 6
+        blocker = executor.submit(tasks.await_file, str(gate))
+        futures = [executor.submit(tasks.first_plus, x, n) for n in range(10)]
+        wait_until(blocker.running)
+        kill_broker(cluster)
+        gate.touch()
+        start_broker(cluster)
+        assert [future.result(60) for future in futures] == [4.0 + n for n in range(10)]
+
+
+def test_each_worker_gets_it_once_and_a_late_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = array(4, 4)
+    with (
+        own_cluster(monkeypatch, workers=1, slots=2) as cluster,
+        DistributedExecutor(address=cluster.address) as executor,
+    ):
+        first = cluster.workers[0]
+        futures = [executor.submit(tasks.first_plus, x, n) for n in range(20)]
+        assert [future.result(60) for future in futures] == [4.0 + n for n in range(20)]
+        assert memfds(first.pid) == 1
+        second = cluster.add_worker(2)
+        cluster.wait_until(lambda status: status["workers"] == 2)
+        first.terminate()
+        cluster.wait_until(lambda status: status["workers"] == 1)
+        futures = [executor.submit(tasks.first_plus, x, n) for n in range(20)]
+        assert [future.result(60) for future in futures] == [4.0 + n for n in range(20)]
+        assert memfds(second.pid) == 1
