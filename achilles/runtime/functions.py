@@ -27,7 +27,6 @@ from achilles.runtime.serialize import (
     by_value_modules,
     describe,
     dumps,
-    is_plain,
     is_stateless,
     why,
 )
@@ -89,7 +88,7 @@ class FunctionTable:
 
             raise ArgumentPickleError(f"{describe(fn)} cannot be pickled: {why(error)}") from error
         data = bytes_of(pickled)
-        if is_stateless(fn) and is_plain(data):
+        if is_stateless(fn) and _is_importable(fn):
             watches = []  # it is found by its name, whatever happens to it here
             shared = True
         is_numbered = shared or len(data) > INLINE_MAX
@@ -219,7 +218,7 @@ class _Watch:
 def _watch(fn: object) -> list[_Watch] | None:
     """The fingerprint of a function; None if it has none."""
     if not isinstance(fn, FunctionType):
-        return [] if is_stateless(fn) else None
+        return [] if is_stateless(fn) and _is_importable(fn) else None
     watches: list[_Watch] = []
     seen: set[FunctionType] = set()
     waiting = [fn]

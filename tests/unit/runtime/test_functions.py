@@ -455,3 +455,25 @@ def test_entries_are_bounded(table: FunctionTable, monkeypatch: pytest.MonkeyPat
     for n, f in enumerate(kept):
         assert call(table.encode(f)) == n
         assert len(table._entries) <= 3
+
+
+def test_a_closure_of_a_module_is_seen_to_change(table: FunctionTable) -> None:
+    """Its module can be imported elsewhere, but it is not to be found there."""
+    value = 1
+
+    def call() -> int:
+        return value
+
+    first = table.encode(call, True)
+    assert table.encode(call, True)[1] is first[1]
+    value = 2
+    assert loads(table.encode(call, True)[1])() == 2
+
+
+def test_a_class_that_travels_by_value_is_seen_to_change(table: FunctionTable) -> None:
+    class Local:
+        value = 1
+
+    assert loads(table.encode(Local)[1]).value == 1
+    Local.value = 2
+    assert loads(table.encode(Local)[1]).value == 2
