@@ -6,7 +6,9 @@ Rules
     3. Nothing waits behind one task for more than `STUCK_SECONDS`: what has not started goes back.
     4. A task is ended (it took too long, or nobody wants it any more) when it is alone on its runner: then its
        runner is killed, and no neighbour with it.
-    5. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies before it
+    5. A task whose lease is lent waits for tasks of its own: it takes up no slot, and nothing waits behind it. There are as
+       many runners more; those that are idle for long afterwards are let go.
+    6. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies before it
        finished anything, in spite of having work, charges its first task: or nothing would ever end.
 
 Picture
@@ -22,10 +24,14 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from typing import Literal, NamedTuple, TypeAlias
 
+from achilles.core import envelope
 from achilles.core import protocol as p
+from achilles.core.runners import START_SECONDS as START_SECONDS
+from achilles.core.runners import STUCK_SECONDS as STUCK_SECONDS
+from achilles.core.runners import Chunk, Runner
+from achilles.errors import ProtocolError
 
-STUCK_SECONDS = 0.05
-START_SECONDS = 0.2  # a runner that has shown nothing yet is perhaps still starting
+SURPLUS_SECONDS = 5.0  # a runner beyond the slots may be idle for so long
 CHUNKS_MAX = 2
 UNWANTED = "unwanted"  # why a task is ended that nobody waits for
 
@@ -37,77 +43,6 @@ class Send(NamedTuple):
 
     to: To
     message: p.FromWorker | p.RunnerCommand
-
-
-class Chunk:
-    """A lease as the worker sees it: ``open`` holds the indexes of its tasks that were not reported yet.
-
-    ``seq`` names it at its runner; 0 while it has none.
-    """
-
-    __slots__ = ("open", "run", "seq")
-
-    def __init__(self, run: p.Run) -> None:
-        self.run = run
-        self.seq = 0
-        self.open: set[int] = set(range(len(run.ids)))
-
-
-class Runner:
-    """A child process, its chunks in order, and when it last got on."""
-
-    __slots__ = (
-        "chunks",
-        "condemned",
-        "given",
-        "has_begun",
-        "is_killed",
-        "is_retiring",
-        "loaded",
-        "number",
-        "progress_at",
-        "recalled_at",
-        "results",
-        "seq",
-    )
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.chunks: deque[Chunk] = deque()
-        self.loaded: set[tuple[int, int]] = set()
-        self.seq = 0
-        self.given = 0
-        self.results = 0
-        self.has_begun = False  # its first task, as far as is known
-        self.progress_at = 0.0
-        self.recalled_at = 0.0
-        self.is_retiring = False
-        self.condemned: dict[
-            tuple[int, int], str
-        ] = {}  # (seq, index) of tasks to be ended, and why
-        self.is_killed = False
-
-    @property
-    def stuck_at(self) -> float | None:
-        """When what waits behind its running task has waited long enough; None if nothing does."""
-        chunks = self.chunks
-        if len(chunks) > 1 or (chunks and len(chunks[0].open) > 1):
-            since = max(self.progress_at, self.recalled_at)
-            return since + (STUCK_SECONDS if self.results else START_SECONDS)
-        return None
-
-    @property
-    def times_out_at(self) -> float | None:
-        """When its running task has run for longer than it may; None if nothing limits it.
-
-        A runner that starts slowly takes nothing off its first task's time: that counts from when it is known to
-        run, because it was not among what was called back.
-        """
-        if not self.chunks or not self.chunks[0].run.timeout or self.condemned:
-            return None
-        if self.has_begun:
-            return self.progress_at + self.chunks[0].run.timeout
-        return max(self.progress_at, self.recalled_at) + START_SECONDS
 
 
 class Agent:
@@ -124,6 +59,8 @@ class Agent:
         self._due: dict[int, float] = {}  # the runners that `tick` has to look at, and when
         self._is_draining = False
         self._said_goodbye = False
+        self._lent: set[int] = set()  # leases
+        self._has_lent = False
 
     # --- The core's contract ----------------------------------------------------------------------
 
@@ -141,6 +78,10 @@ class Agent:
                 return self._revoke(message)
             case p.Letter(runner=runner, client=client, kind=kind, body=body):
                 return [Send("host", p.ToRunner(runner, client, kind, body))]
+            case p.Lend(lease=lease, is_lent=is_lent):
+                return self._lend(lease, is_lent, now)
+            case p.Relay():
+                return self._to_task(message)
             case p.Drain():
                 return self.drain()
             case p.Goodbye():
@@ -155,8 +96,12 @@ class Agent:
                 return self._letter(message)
 
     def tick(self, now: float) -> list[Send]:
-        """Call back what waits behind a task that runs long; end the task that ran for too long."""
+        """Call back what waits behind a task that runs long; end the task that ran for too long; let surplus runners go."""
         sends: list[Send] = []
+        if len(self._runners) > self._slots:
+            for runner in self._surplus():
+                if now >= runner.progress_at + SURPLUS_SECONDS:
+                    self._retire(runner, sends)
         if not self._due:
             return sends
         for number in [number for number, at in self._due.items() if now >= at]:
@@ -172,7 +117,11 @@ class Agent:
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        return min(self._due.values()) if self._due else None
+        wanted = min(self._due.values()) if self._due else None
+        if len(self._runners) > self._slots and (surplus := self._surplus()):
+            at = surplus[0].progress_at + SURPLUS_SECONDS
+            wanted = at if wanted is None else min(at, wanted)
+        return wanted
 
     def drain(self) -> list[Send]:
         """Take no more work, give back what has not started, say goodbye when the rest is done."""
@@ -193,6 +142,7 @@ class Agent:
         self._chunks.clear()
         self._queue.clear()
         self._due.clear()
+        self._lent.clear()
         self._blobs.clear()
         self._said_goodbye = self._is_draining  # nobody is left to say it to
         return sends
@@ -206,6 +156,11 @@ class Agent:
     def running(self) -> int:
         """How many runners have work."""
         return sum(bool(runner.chunks) for runner in self._runners.values())
+
+    @property
+    def _busy(self) -> int:
+        """How many runners work, each in a slot."""
+        return self.running - len(self._lent)
 
     def __repr__(self) -> str:
         return f"<Agent {len(self._runners)}/{self._slots} runners | {len(self._chunks)} leases>"
@@ -228,7 +183,8 @@ class Agent:
             del self._blobs[key]
         sends = []
         for runner in self._runners.values():
-            if runner.loaded.intersection(gone):
+            has_submitted = runner.has_submitted and not blobs
+            if has_submitted or runner.loaded.intersection(gone):
                 runner.loaded.difference_update(gone)
                 sends.append(Send("host", p.Unload(runner.number, client, blobs)))
         return sends
@@ -245,7 +201,7 @@ class Agent:
         if chunk in self._queue:
             self._queue.remove(chunk)
             return self._give_back(chunk, chunk.open)
-        runner = next(runner for runner in self._runners.values() if chunk in runner.chunks)
+        runner = self._holder(chunk)
         if revoke.kill:
             for index in chunk.open.intersection(revoke.indexes):
                 runner.condemned.setdefault((chunk.seq, index), UNWANTED)
@@ -262,6 +218,101 @@ class Agent:
         chunk.open.difference_update(indexes)
         if not chunk.open:
             del self._chunks[chunk.run.lease]
+            self._lent.discard(chunk.run.lease)
+
+    # --- Tasks that submit tasks ------------------------------------------------------------------
+
+    def _letter(self, letter: p.FromRunner) -> list[Send]:
+        """A runner has written on its side channel."""
+        runner = self._runners.get(letter.runner)
+        if runner is None:
+            return []
+        match letter.kind:
+            case envelope.NESTED:
+                return self._from_task(runner, letter)
+            case p.IMPORT | p.OUTPUT:
+                return self._to_client(runner, letter)
+            case _:
+                return []  # user code can write there what it likes
+
+    def _to_client(self, runner: Runner, letter: p.FromRunner) -> list[Send]:
+        """Pass a letter on, if it concerns the client that the runner works for."""
+        if all(chunk.root != letter.client for chunk in runner.chunks):
+            return []
+        if len(letter.body) > p.LETTER_MAX:
+            return []
+        passed = p.Letter(0, letter.runner, letter.client, letter.kind, letter.body)
+        return [Send("broker", passed)]
+
+    def _from_task(self, runner: Runner, letter: p.FromRunner) -> list[Send]:
+        """Pass on what a task says as a client. User code can write anything there, and would end its runner by it."""
+        client = letter.client
+        try:
+            seq, message = envelope.unpack(letter.body)
+            match message:
+                case p.Submit(ids=ids):
+                    runner.submitted.update([(client, id) for id in ids])
+                case p.Cancel(ids=ids):
+                    runner.submitted.difference_update([(client, id) for id in ids])
+                case p.Blob() | p.Forget() | p.StatusRequest():
+                    pass
+                case _:
+                    raise ProtocolError(f"a task does not send {type(message).__name__}")
+        except ProtocolError as error:
+            return self._blame(runner, f"wrote to the worker's side channel: {error}")
+        runner.has_submitted = True
+        lease = 0
+        for chunk in runner.chunks:
+            if chunk.seq == seq and chunk.root == client:
+                lease = chunk.run.lease
+        return [Send("broker", p.Relay(runner.number, client, lease, message))]
+
+    def _blame(self, runner: Runner, fault: str) -> list[Send]:
+        """Kill a runner that cannot be trusted any more."""
+        if runner.is_killed:
+            return []
+        runner.is_killed = True
+        runner.fault = f"{fault}, and was killed"
+        return [Send("host", p.Kill(runner.number))]
+
+    def _to_task(self, relay: p.Relay) -> list[Send]:
+        """What the broker tells a task that submitted tasks."""
+        runner, client, message = self._runners.get(relay.runner), relay.client, relay.message
+        if runner is None:
+            return []
+        if isinstance(message, p.Results):
+            runner.submitted.difference_update([(client, id) for id in message.ids])
+        elif isinstance(message, p.Failed):
+            runner.submitted.discard((client, message.id))
+        body = envelope.pack(0, message)
+        return [Send("host", p.ToRunner(relay.runner, client, envelope.NESTED, body))]
+
+    def _lend(self, lease: int, is_lent: bool, now: float) -> list[Send]:
+        """A task waits for others: what is behind it goes elsewhere, and its slot is free; or it goes on."""
+        chunk = self._chunks.get(lease)
+        if chunk is None or chunk in self._queue:
+            return []
+        runner = self._holder(chunk)
+        chunk.is_lent = is_lent
+        if not is_lent:
+            self._lent.discard(lease)
+            return []
+        self._lent.add(lease)
+        self._has_lent = True
+        sends: list[Send] = []
+        if runner.stuck_at is not None:
+            sends.append(Send("host", p.Recall(runner.number)))
+        return [*sends, *self._assign(now)]
+
+    def _holder(self, chunk: Chunk) -> Runner:
+        return next(runner for runner in self._runners.values() if chunk in runner.chunks)
+
+    def _surplus(self) -> list[Runner]:
+        """Idle runners beyond the slots, as many as are too many, the longest idle first."""
+        staying = [runner for runner in self._runners.values() if not runner.is_retiring]
+        idle = [runner for runner in staying if not runner.chunks and not runner.submitted]
+        idle.sort(key=lambda runner: runner.progress_at)
+        return idle[: max(0, len(staying) - self._slots - len(self._lent))]
 
     # --- Runners ----------------------------------------------------------------------------------
 
@@ -283,16 +334,19 @@ class Agent:
             for runner in self._runners.values()
             if not (runner.is_retiring or runner.condemned or runner.is_killed)
         ]
-        for runner in candidates:
-            if not runner.chunks and self._fits(runner, tasks, sends):
-                return runner
-        if len(self._runners) < self._slots:
+        busy = self._busy if len(self._runners) > self._slots else 0
+        if busy < self._slots:
+            for runner in candidates:
+                if not runner.chunks and self._fits(runner, tasks, sends):
+                    return runner
+        if len(self._runners) < self._slots + len(self._lent):
             runner = self._runners[self._next_runner] = Runner(self._next_runner)
             self._next_runner += 1
             sends.append(Send("host", p.Spawn(runner.number)))
             return runner
         for runner in candidates:
-            if 0 < len(runner.chunks) < CHUNKS_MAX and self._fits(runner, tasks, sends):
+            has_room = 0 < len(runner.chunks) < CHUNKS_MAX and not runner.is_lent
+            if has_room and self._fits(runner, tasks, sends):
                 return runner
         return None
 
@@ -316,7 +370,7 @@ class Agent:
         runner.given += len(run.ids)
         sends = []
         for blob in (run.fn, run.init, *run.blobs):
-            key = (run.client, blob)
+            key = (chunk.root if blob == run.init else run.client, blob)
             if blob and key not in runner.loaded and key in self._blobs:
                 runner.loaded.add(key)
                 sends.append(Send("host", p.Load(runner.number, *key, self._blobs[key])))
@@ -330,6 +384,7 @@ class Agent:
             run.payloads,
             run.attempt,
             run.blobs,
+            run.root,
         )
         sends.append(Send("host", command))
         if self._tasks_max and runner.given >= self._tasks_max:
@@ -415,16 +470,6 @@ class Agent:
                 sends += self._give_back(chunk, back)
         return sends
 
-    def _letter(self, letter: p.FromRunner) -> list[Send]:
-        """Pass a runner's letter on, if it concerns the client that the runner works for."""
-        runner = self._runners.get(letter.runner)
-        if runner is None or all(chunk.run.client != letter.client for chunk in runner.chunks):
-            return []
-        if letter.kind not in (p.IMPORT, p.OUTPUT) or len(letter.body) > p.LETTER_MAX:
-            return []  # user code can write there what it likes
-        passed = p.Letter(0, letter.runner, letter.client, letter.kind, letter.body)
-        return [Send("broker", passed)]
-
     def _died(self, message: p.RunnerDied, now: float) -> list[Send]:
         runner = self._runners.pop(message.runner, None)
         if runner is None:
@@ -437,7 +482,10 @@ class Agent:
         if is_stillborn and sum(count for _, count in unstarted) == held:
             unstarted = _without_first(unstarted)
         sends = self._take_back(runner, unstarted)
-        reason = message.reason or "exited before it was done"
+        reason = runner.fault or message.reason or "exited before it was done"
+        if runner.has_submitted:
+            goodbye = p.Goodbye("the runner has ended")
+            sends.append(Send("broker", p.Relay(runner.number, 0, 0, goodbye)))
         for chunk in runner.chunks:
             started = sorted(chunk.open)
             why = runner.condemned.get((chunk.seq, started[0])) if started else None
@@ -462,7 +510,8 @@ class Agent:
 
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""
-        assert len(self._runners) <= self._slots, "more runners than slots"
+        if not self._has_lent:
+            assert len(self._runners) <= self._slots, "more runners than slots"
         assert self._due.keys() <= self._runners.keys(), "a dead runner is looked at"
         for runner in self._runners.values():
             wanted = [at for at in (runner.stuck_at, runner.times_out_at) if at is not None]
@@ -477,7 +526,7 @@ class Agent:
         if self._queue:
             idle = [runner for runner in self._runners.values() if not runner.chunks]
             free = [runner for runner in idle if not (runner.is_retiring or runner.is_killed)]
-            assert not free, "a runner idles while a chunk waits"
+            assert not free or self._busy >= self._slots, "a runner idles while a chunk waits"
 
 
 def _crossed(chunks: Iterable[Chunk], last_seq: int) -> list[tuple[int, int]]:

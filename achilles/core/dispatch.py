@@ -3,8 +3,11 @@
 Rules
     1. A worker holds at most one lease for each slot, and one more in advance for each.
     2. A slot goes to the client that holds fewest; of a client's tasks, to those of the highest priority, then to the oldest.
+       A client and its nested ones are one here; among them the deepest goes first.
     3. No slot idles while a task waits that may run there (tags, and the client's own limit).
     4. A task that was charged before travels alone, so that the next crash is its own.
+    5. A lease whose task has tasks of its own under way is *lent*: it takes up no slot, or they might never get one. When
+       they are resolved it takes its slot again at once, even if that means one too many for a moment.
 
 Theory
     Workers are kept by their tags, of which there are few sets, so that a dispatch looks at each set and not at each
@@ -14,23 +17,17 @@ Theory
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from achilles.core import protocol as p
 from achilles.core.chunking import chunk_size
 from achilles.core.tables import READY, Client, Lease, PeerId, TaskQueue, Worker
+from achilles.core.tables import Send as Send
 
 ANNOUNCE_SECONDS = 0.005  # most tasks are done before anybody could ask whether they run
 PREFETCH_PAUSE = 0.5  # after tasks came back from behind a long one, seconds
 
 Places: TypeAlias = "dict[frozenset[str], dict[PeerId, Worker]]"
-
-
-class Send(NamedTuple):
-    """A message on its way to a peer."""
-
-    to: PeerId
-    message: p.ToClient | p.ToWorker
 
 
 class Dispatcher:
@@ -67,9 +64,9 @@ class Dispatcher:
                     del places[worker.tags]
         if worker.state != READY or worker.is_gone:
             return
-        if len(worker.leases) < worker.slots:
+        if worker.taken < worker.slots:
             self._idle.setdefault(worker.tags, {})[worker.peer] = worker
-        elif len(worker.leases) < 2 * worker.slots:
+        elif worker.ahead < worker.slots:
             self._room.setdefault(worker.tags, {})[worker.peer] = worker
 
     # --- Leases -----------------------------------------------------------------------------------
@@ -95,22 +92,34 @@ class Dispatcher:
     def _for_slot(self, tags: frozenset[str]) -> TaskQueue | None:
         best: TaskQueue | None = None
         for client in self.waiting.values():
-            if client.has_all_its_slots or (best and best.client.running <= client.running):
+            root = client.root
+            if root.has_all_its_slots:
                 continue
+            if best is not None:
+                other = best.client
+                if other.root is root:
+                    if client.urgency <= other.urgency:
+                        continue
+                elif other.root.running <= root.running:
+                    continue
             best = client.next_queue(tags) or best
         return best
 
     def _in_advance(self, tags: frozenset[str], now: float) -> TaskQueue | None:
         best: TaskQueue | None = None
         for client in self.waiting.values():
-            if client.has_all_its_slots or (best and best.client.places <= client.places):
+            root = client.root
+            if root.has_all_its_slots:
                 continue
+            if best is not None:
+                other = best.client
+                if other.root is root:
+                    if client.urgency <= other.urgency:
+                        continue
+                elif other.root.places <= root.places:
+                    continue
             queue = client.next_queue(tags)
-            if queue is None or queue.pause_until > now:
-                continue
-            # An unknown function may send one task ahead, or a client that came later would never start
-            # where others keep every slot busy.
-            if queue.estimate.is_short or (queue.estimate.seconds is None and not queue.leases):
+            if queue is not None and queue.pause_until <= now and queue.may_wait:
                 best = queue
         return best
 
@@ -131,14 +140,16 @@ class Dispatcher:
             task.lease = lease
         queue.leases += 1
         if in_slot:
-            client.running += 1
+            client.root.running += 1
+            worker.taken += 1
         else:
-            client.prefetched += 1
+            client.root.prefetched += 1
         self.place(worker)
         for blob in queue.needs:
-            if (client.number, blob) not in worker.blobs:
-                worker.blobs.add((client.number, blob))
-                sends.append(Send(worker.peer, p.Blob(client.number, blob, client.blobs[blob])))
+            owner = client.owner(blob, group)
+            if (owner.number, blob) not in worker.blobs:
+                worker.blobs.add((owner.number, blob))
+                sends.append(Send(worker.peer, p.Blob(owner.number, blob, owner.blobs[blob])))
         run = p.Run(
             number,
             client.number,
@@ -149,6 +160,7 @@ class Dispatcher:
             queue.options.timeout,
             1 if tasks[0].blame is None else tasks[0].blame.attempts + 1,
             group.blobs,
+            0 if client.root is client else client.root.number,
         )
         sends.append(Send(worker.peer, run))
         self._unannounced.append((now + ANNOUNCE_SECONDS, lease))
@@ -161,17 +173,62 @@ class Dispatcher:
         while unannounced and not unannounced[0][1].left:
             unannounced.popleft()
         lease.queue.leases -= 1
-        if not lease.in_slot:
-            lease.client.prefetched -= 1
+        if lease.is_lent:
+            lease.is_lent = False
+            worker.lent -= 1
+        elif not lease.in_slot:
+            lease.client.root.prefetched -= 1
         else:
-            lease.client.running -= 1
-            for other in worker.leases.values():
-                if not other.in_slot:
-                    other.in_slot = True
-                    other.client.prefetched -= 1
-                    other.client.running += 1
-                    break
+            lease.client.root.running -= 1
+            worker.taken -= 1
+            if worker.taken < worker.slots:
+                for other in worker.leases.values():
+                    if not other.in_slot and not other.is_lent:
+                        self.promote(other)
+                        break
         self.place(worker)
+
+    def confirm(self, lease: Lease) -> None:
+        """The lease runs, as its results show. It may have had no slot, if another's was lent meanwhile."""
+        worker = lease.worker
+        if not lease.in_slot and not lease.is_lent and worker.taken < worker.slots:
+            self.promote(lease)
+
+    def promote(self, lease: Lease) -> None:
+        """A lease that was given in advance has its slot from here on."""
+        lease.in_slot = True
+        lease.worker.taken += 1
+        lease.client.root.prefetched -= 1
+        lease.client.root.running += 1
+        self.place(lease.worker)
+
+    def lend(self, client: Client) -> list[Send]:
+        """Lend the place of the lease that has tasks of this client under way, or take it back."""
+        return self.set_lent(client.parent, bool(client.tasks)) if client.parent else []
+
+    def set_lent(self, lease: Lease | None, is_lent: bool) -> list[Send]:
+        """Have the lease take up no slot, or one again; nothing if that is so already, or if it has ended."""
+        if lease is None or not lease.left or lease.is_lent == is_lent:
+            return []
+        worker, root = lease.worker, lease.client.root
+        worker.has_lent = True
+        lease.queue.does_lend = True
+        lease.is_lent = is_lent
+        if not is_lent:
+            lease.in_slot = True
+            worker.lent -= 1
+            worker.taken += 1
+            root.running += 1
+        else:
+            worker.lent += 1
+            if lease.in_slot:
+                worker.taken -= 1
+                root.running -= 1
+            else:
+                root.prefetched -= 1
+            lease.in_slot = False
+        self.place(worker)
+        return [] if worker.is_gone else [Send(worker.peer, p.Lend(lease.number, is_lent))]
 
     def requeue(self, queue: TaskQueue, waiting: int) -> None:
         """``waiting`` tasks were put at the front of the queue."""
@@ -191,7 +248,7 @@ class Dispatcher:
             _, lease = unannounced.popleft()
             ids = [task.id for task in lease.tasks if task is not None and task.queue is not None]
             if lease.left and ids:
-                sends.append(Send(lease.client.peer, p.Running(ids)))
+                sends.append(lease.client.tell(p.Running(ids)))
         return sends
 
     def next_deadline(self) -> float | None:
@@ -205,13 +262,17 @@ class Dispatcher:
         assert self.slots == sum(worker.slots for worker in workers), "slots miscounted"
         idle = {peer for group in self._idle.values() for peer in group}
         for worker in workers:
-            assert len(worker.leases) <= 2 * worker.slots, f"{worker.name} holds too many leases"
-            in_slots = sum(lease.in_slot for lease in worker.leases.values())
-            assert in_slots == min(len(worker.leases), worker.slots), "a slot leaks"
-            is_idle = worker.state == READY and len(worker.leases) < worker.slots
+            leases = list(worker.leases.values())
+            assert worker.taken == sum(lease.in_slot for lease in leases), "a slot leaks"
+            assert worker.lent == sum(lease.is_lent for lease in leases), "a lent place leaks"
+            assert not any(one.in_slot and one.is_lent for one in leases), "lent and in a slot"
+            assert worker.ahead <= worker.slots, f"{worker.name} holds too many leases"
+            if not worker.has_lent:
+                assert worker.taken == min(len(leases), worker.slots), "a slot leaks"
+            is_idle = worker.state == READY and worker.taken < worker.slots
             assert is_idle == (worker.peer in idle), "the idle workers are not the idle ones"
         assert idle <= {worker.peer for worker in workers}, "a worker that left has a place"
         for client in self.waiting.values():
             for tags in self._idle:
-                if not client.has_all_its_slots and client.next_queue(tags):
+                if not client.root.has_all_its_slots and client.next_queue(tags):
                     raise AssertionError("a slot idles while a task waits")

@@ -10,8 +10,11 @@ On the wire a message is ``[header + body, part, part, ...]``: a fixed header (s
 msgpack, and behind it the parts of payloads that are too large to be copied into the body. A payload of
 the body that travels in parts is the number of its parts there.
 
-    client  ──ClientHello Submit Blob Forget Cancel──▶  broker  ──Run Blob Forget Revoke──▶  worker
+    client  ──ClientHello Submit Blob Forget Cancel──▶  broker  ──Run Blob Forget Revoke Lend──▶  worker
             ◀──Welcome Running Results Failed Cluster──         ◀──WorkerHello Done Returned Crashed──
+
+    a task, as a client  ── its worker ──Relay(Submit Blob Forget Cancel)──▶  broker
+                                       ◀──Relay(Running Results Failed Cluster)──
 
 A worker and its runners speak in messages too (`Spawn` … `RunnerDied`). They never cross a wire as such:
 ``runtime.host`` turns them into what a child process reads and writes.
@@ -80,6 +83,7 @@ STATUSES = frozenset({VALUE, ERROR, INIT_FAILED})
 CRASHED = "crashed"  # the task ended its runner, too often
 LOST = "lost"  # the task started on too many workers that vanished
 TIMEOUT = "timeout"  # the task ran longer than it was allowed to
+REFUSED = "refused"  # a task submitted it that was not (any more) in a position to
 
 
 class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -343,6 +347,9 @@ class Run(Message, tag="run"):
     timeout: float = 0.0  # seconds that each task may run; 0: no limit
     attempt: int = 1
     blobs: tuple[int, ...] = ()
+    root: int = (
+        0  # the client that all this is done for in the end, whose initializer it is; 0: ``client``
+    )
 
 
 class Revoke(Message, tag="revoke"):
@@ -380,6 +387,26 @@ class Crashed(Message, tag="crashed"):
     index: int
     reason: str
     kind: str = CRASHED
+
+
+class Lend(Message, tag="lend"):
+    """The lease's task waits for tasks of its own, and takes up no slot; or it does so again."""
+
+    lease: int
+    is_lent: bool
+
+
+class Relay(Message, tag="relay"):
+    """What a task that submits tasks says, as a client, and what it is told.
+
+    ``client`` is the broker's number for the client that the task belongs to, ``lease`` the one that is run (0 on the way
+    back). A `Goodbye` says that the runner has ended, with all that its tasks had submitted.
+    """
+
+    runner: int
+    client: int
+    lease: int
+    message: FromTask | ToTask
 
 
 class Drain(Message, tag="drain"):
@@ -423,6 +450,7 @@ class Execute(Message, tag="execute"):
     payloads: list[Payload]
     attempt: int = 1
     blobs: tuple[int, ...] = ()
+    root: int = 0
 
 
 class Recall(Message, tag="recall"):
@@ -493,13 +521,15 @@ RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied | FromRunner
 
 # What may cross the wire, by who sends it. The broker refuses the rest by role (default deny).
 FromClient: TypeAlias = Submit | Blob | Forget | Cancel | Letter | StatusRequest | Goodbye
+FromTask: TypeAlias = Submit | Blob | Forget | Cancel | StatusRequest | Goodbye
+ToTask: TypeAlias = Running | Results | Failed | Cluster | Status
 FromAdmin: TypeAlias = StatusRequest | ReloadKeys | Shutdown | Goodbye
-FromWorker: TypeAlias = Done | Returned | Crashed | Letter | Drain | Goodbye
+FromWorker: TypeAlias = Done | Returned | Crashed | Letter | Relay | Drain | Goodbye
 ToClient: TypeAlias = (
     Running | Results | Failed | Cluster | Letter | Status | ShuttingDown | Goodbye
 )
 ToAdmin: TypeAlias = Status | ShuttingDown | KeysReloaded | Goodbye
-ToWorker: TypeAlias = Run | Revoke | Blob | Forget | Letter | Drain | Goodbye
+ToWorker: TypeAlias = Run | Revoke | Blob | Forget | Lend | Relay | Letter | Drain | Goodbye
 Session: TypeAlias = ClientHello | WorkerHello | Welcome | Refused | Gone | Heartbeat | Resync
 Wire: TypeAlias = FromClient | FromAdmin | FromWorker | ToClient | ToAdmin | ToWorker | Session
 
@@ -527,11 +557,12 @@ _decode_body = msgspec.msgpack.Decoder(Wire).decode
 def encode(header: Header, message: Wire) -> list[Buffer]:
     """The message's frames; large payloads are not copied."""
     head = _HEADER.pack(_MAGIC, VERSION, header.token, header.seq, header.ack)
-    if type(message) in _WITH_PAYLOADS:
-        for payload in message.payloads:  # type: ignore[union-attr]
+    carrier = message.message if type(message) is Relay else message
+    if type(carrier) in _WITH_PAYLOADS:
+        for payload in carrier.payloads:  # type: ignore[union-attr]
             if type(payload) is not bytes or len(payload) > INLINE_MAX:
                 return _encode_in_parts(head, message)
-    elif type(message) is Blob:
+    elif type(carrier) is Blob:
         return _encode_in_parts(head, message)
     return [head + _encode_body(message)]
 
@@ -565,10 +596,15 @@ def decode(frames: Sequence[Buffer]) -> tuple[Header, Wire]:
 
 
 def _payloads_of(message: Wire) -> list[Payload]:
+    if isinstance(message, Relay):
+        return _payloads_of(message.message)
     return [message.payload] if isinstance(message, Blob) else message.payloads  # type: ignore[union-attr]
 
 
 def _with_payloads(message: Wire, payloads: list[Any]) -> Wire:
+    if isinstance(message, Relay):
+        inner = _with_payloads(message.message, payloads)
+        return msgspec.structs.replace(message, message=inner)
     if isinstance(message, Blob):
         return msgspec.structs.replace(message, payload=payloads[0])
     return msgspec.structs.replace(message, payloads=payloads)
@@ -601,23 +637,28 @@ def _gather(payloads: list[Any], frames: Sequence[Buffer], at: int) -> int:
 
 
 def _check(message: Wire, frames: Sequence[Buffer]) -> None:
-    """Bound what the types leave open.
+    """Bound what the types leave open, and put payloads that came in parts where they belong.
 
     Raises:
         ProtocolError: counts that disagree, or that are out of range.
     """
     used = 1
-    if type(message) in _WITH_PAYLOADS:
-        for payload in message.payloads:  # type: ignore[union-attr]
+    carrier = message.message if type(message) is Relay else message
+    if type(carrier) in _WITH_PAYLOADS:
+        for payload in carrier.payloads:  # type: ignore[union-attr]
             if type(payload) is not bytes:
-                used = _gather(message.payloads, frames, 1)  # type: ignore[union-attr]
+                used = _gather(carrier.payloads, frames, 1)  # type: ignore[union-attr]
                 break
-    elif type(message) is Blob:
-        payloads = [message.payload]
+    elif type(carrier) is Blob:
+        payloads = [carrier.payload]
         used = _gather(payloads, frames, 1)
-        message.payload = payloads[0]
+        carrier.payload = payloads[0]
     if used != len(frames):
         raise ProtocolError(f"{len(frames)} frames where {used} were announced")
+    _check_fields(message)
+
+
+def _check_fields(message: Wire) -> None:
     match message:
         case Submit(ids=ids) | Run(ids=ids):
             _check_columns(ids, len(message.payloads))
@@ -644,6 +685,9 @@ def _check(message: Wire, frames: Sequence[Buffer]) -> None:
             if kind not in (IMPORT, OUTPUT) or len(body) > LETTER_MAX:
                 raise ProtocolError("a letter of an unknown kind, or an over-long one")
             _check_range([message.worker, message.runner, message.client])
+        case Relay(message=inner):
+            _check_range([message.runner, message.client, message.lease])
+            _check_fields(inner)
         case Goodbye(reason=text) | Refused(reason=text):
             _check_text("reason", text)
         case Welcome():
@@ -661,6 +705,7 @@ def _check(message: Wire, frames: Sequence[Buffer]) -> None:
             | KeysReloaded()
             | ShuttingDown()
             | Drain()
+            | Lend()
             | Gone()
             | Heartbeat()
             | Resync()

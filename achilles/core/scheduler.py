@@ -8,6 +8,7 @@ Rules
        back, or waited behind another task, is not.
     5. A peer's messages can be wrong in any way that their types allow: that raises `ProtocolError`
        before anything has changed, or is counted as late.
+    6. Tasks may submit tasks: see `nesting`.
 
 Picture
     client ─Submit─▶ TaskQueue (one for each function) ─chunk─▶ Lease ─Run─▶ worker
@@ -27,6 +28,7 @@ from collections.abc import Iterable
 
 from achilles.core import protocol as p
 from achilles.core.dispatch import PREFETCH_PAUSE, Dispatcher, Send
+from achilles.core.nesting import Nesting
 from achilles.core.tables import (
     DRAINING,
     READY,
@@ -55,7 +57,14 @@ class Scheduler:
         self._clients: dict[PeerId, Client] = {}
         self._workers: dict[PeerId, Worker] = {}
         self._desk = Dispatcher()
-        self._next_number = 1  # of clients and workers
+        self._numbers = itertools.count(1)  # of clients and workers
+        self._nesting = Nesting(
+            self._clients,
+            self._desk,
+            self._numbers,
+            receive=self._from_client,
+            end=self._client_left,
+        )
         self._done = self._failed = self._reassigned = self._late = 0
 
     # --- Sessions ---------------------------------------------------------------------------------
@@ -64,14 +73,12 @@ class Scheduler:
         """A new session begins."""
         match hello:
             case p.WorkerHello():
-                worker = Worker(peer, self._next_number, hello, now)
-                self._next_number += 1
+                worker = Worker(peer, next(self._numbers), hello, now)
                 self._workers[peer] = worker
                 self._desk.add(worker)
                 return [*self._cluster_changed(), *self._desk.dispatch(now)]
             case p.ClientHello():
-                client = Client(peer, self._next_number, hello)
-                self._next_number += 1
+                client = Client(peer, next(self._numbers), hello)
                 self._clients[peer] = client
                 return [Send(peer, self._cluster())]
 
@@ -80,7 +87,7 @@ class Scheduler:
         if worker := self._workers.pop(peer, None):
             return self._worker_left(worker, now, reason, charge)
         if client := self._clients.pop(peer, None):
-            return self._client_left(client, now)
+            return [*self._nesting.root_left(client), *self._client_left(client)]
         return []
 
     def heard(self, peer: PeerId, now: float) -> None:
@@ -133,7 +140,7 @@ class Scheduler:
         """The state in numbers."""
         return p.Status(
             workers=[worker.status(now) for worker in self._workers.values()],
-            clients=[c.status() for c in self._clients.values() if c.role == "client"],
+            clients=self._nesting.client_statuses(),
             queued=sum(client.live for client in self._clients.values()),
             running=sum(len(client.tasks) - client.live for client in self._clients.values()),
             done=self._done,
@@ -156,7 +163,7 @@ class Scheduler:
         match message:
             case p.Submit():
                 self._submit(client, message)
-                return self._desk.dispatch(now)
+                return [*self._desk.lend(client), *self._desk.dispatch(now)]
             case p.Blob(blob=blob, payload=payload):
                 if blob < 1:
                     raise ProtocolError("a blob's number is at least 1")
@@ -169,10 +176,10 @@ class Scheduler:
             case p.Letter():
                 return self._to_runner(client, message)
             case p.StatusRequest():
-                return [Send(client.peer, self.status(now))]
+                return [client.tell(self.status(now))]
             case p.Goodbye(reason=reason):
                 return self.leave(client.peer, now, reason)
-            case p.Done() | p.Returned() | p.Crashed() | p.Drain():
+            case p.Done() | p.Returned() | p.Crashed() | p.Drain() | p.Relay():
                 raise ProtocolError(f"a client does not send {type(message).__name__}")
 
     def _submit(self, client: Client, message: p.Submit) -> None:
@@ -181,7 +188,7 @@ class Scheduler:
         group = message.group
         queue = client.queues.get(group)
         for blob in queue.needs if queue is not None else group.needs:
-            if blob not in client.blobs:
+            if blob not in client.owner(blob, group).blobs:
                 raise ProtocolError(f"a task names blob {blob}, which was not sent")
         if queue is None:
             queue = client.queues[group] = TaskQueue(client, group)
@@ -213,6 +220,7 @@ class Scheduler:
         for queue in using:
             if not queue.tasks and not queue.leases:
                 del client.queues[queue.group]
+        blobs = self._nesting.without_shared(client, blobs)
         for blob in blobs:
             client.blobs.pop(blob, None)
         sends = []
@@ -251,7 +259,7 @@ class Scheduler:
             task.payload = None
         if client.live == 0:
             self._desk.waiting.pop(client.peer, None)
-        return sends
+        return [*sends, *self._desk.lend(client)]
 
     def _unqueue(self, task: Task) -> None:
         queue = task.queue
@@ -259,7 +267,7 @@ class Scheduler:
             queue.live -= 1
             queue.client.live -= 1
 
-    def _client_left(self, client: Client, now: float) -> list[Send]:
+    def _client_left(self, client: Client) -> list[Send]:
         self._desk.waiting.pop(client.peer, None)
         sends = []
         for task in client.tasks.values():
@@ -278,7 +286,7 @@ class Scheduler:
             if any(number == client.number for number, _ in worker.blobs):
                 worker.blobs = {key for key in worker.blobs if key[0] != client.number}
                 sends.append(Send(worker.peer, p.Forget(client.number, [])))
-        return sends
+        return [*sends, *self._desk.lend(client)]
 
     # --- From workers -----------------------------------------------------------------------------
 
@@ -298,6 +306,8 @@ class Scheduler:
                 worker.state = DRAINING
                 self._desk.place(worker)
                 return self._cluster_changed()
+            case p.Relay():
+                return self._nesting.receive(worker, message, self._cluster(), now)
             case p.Goodbye(reason=reason):
                 return self.leave(worker.peer, now, reason, charge=False)
             case p.Submit() | p.Blob() | p.Forget() | p.Cancel() | p.StatusRequest():
@@ -332,7 +342,9 @@ class Scheduler:
         lease.client.done += len(ids)
         sends: list[Send] = []
         if ids:
-            sends.append(Send(lease.client.peer, p.Results(ids, statuses, payloads)))
+            sends.append(lease.client.tell(p.Results(ids, statuses, payloads)))
+            sends += self._desk.lend(lease.client)
+        self._desk.confirm(lease)
         self._close_if_done(lease)
         sends += self._desk.dispatch(now)
         return sends
@@ -394,7 +406,7 @@ class Scheduler:
         if queue is None:
             return []
         if not _may_retry(task, queue):
-            return [self._give_up(task, queue, p.TIMEOUT, text)]
+            return self._give_up(task, queue, p.TIMEOUT, text)
         _blame(task).story.append(text[: p.TEXT_MAX])
         self._requeue(queue, [task])
         return []
@@ -411,19 +423,19 @@ class Scheduler:
             blame.losses += 1
         kind = p.CRASHED if is_crash else p.LOST
         if queue.options.at_most_once:
-            return [self._give_up(task, queue, kind, f"{text}; it may run at most once")]
+            return self._give_up(task, queue, kind, f"{text}; it may run at most once")
         if blame.crashes >= CRASHES_MAX or blame.losses >= LOSSES_MAX:
-            return [self._give_up(task, queue, kind, text)]
+            return self._give_up(task, queue, kind, text)
         blame.story.append(text[: p.TEXT_MAX])
         self._requeue(queue, [task], is_reassigned=True)
         return []
 
-    def _give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> Send:
+    def _give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> list[Send]:
         """The task fails; ``text`` is the last line of its story."""
         story = [*_blame(task).story, text[: p.TEXT_MAX]]
         del queue.client.tasks[task.id]
         self._failed += 1
-        return Send(queue.client.peer, p.Failed(task.id, kind, story))
+        return [queue.client.tell(p.Failed(task.id, kind, story)), *self._desk.lend(queue.client)]
 
     def _requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:
         """Put leased tasks back to the front of their queue, without those that nobody waits for.
@@ -444,7 +456,7 @@ class Scheduler:
 
         What was sent ahead had perhaps, too, which matters only to tasks that may run at most once (and come alone).
         """
-        return lease.in_slot or lease.queue.options.at_most_once
+        return lease.in_slot or lease.is_lent or lease.queue.options.at_most_once
 
     def _close_if_done(self, lease: Lease) -> None:
         if lease.left == 0:
@@ -452,7 +464,7 @@ class Scheduler:
 
     def _worker_left(self, worker: Worker, now: float, reason: str, charge: bool) -> list[Send]:
         self._desk.remove(worker)
-        sends: list[Send] = []
+        sends = self._nesting.worker_left(worker)
         # The youngest first: what was sent ahead is not promoted to a slot meanwhile, and the oldest end up in front.
         for lease in reversed(list(worker.leases.values())):
             open_tasks = [task for task in lease.tasks if task is not None]
@@ -493,7 +505,7 @@ class Scheduler:
 
     def _cluster_changed(self) -> list[Send]:
         message = self._cluster()
-        return [Send(peer, message) for peer in self._clients]
+        return [client.tell(message) for client in self._clients.values()]
 
     # --- Invariants -------------------------------------------------------------------------------
 
@@ -509,18 +521,20 @@ class Scheduler:
             for task in open_tasks:
                 held[id(task)] = held.get(id(task), 0) + 1
         for client in self._clients.values():
-            client.check_invariants(held, [lease for lease in leases if lease.client is client])
+            places = [lease for lease in leases if lease.client.root is client]
+            client.check_invariants(held, places)
             is_waiting = client.peer in self._desk.waiting
             assert (client.live > 0) == is_waiting, "a client waits in vain"
         assert self._desk.waiting.keys() <= self._clients.keys(), "a client that left waits"
         self._desk.check_invariants(workers)
+        self._nesting.check_invariants(workers, leases)
 
 
 def _served(worker: Worker, number: int) -> Client | None:
-    """The client of that number, if the worker holds a lease of it."""
+    """The client of that number, if the worker holds a lease that is its own, or made on its behalf."""
     for lease in worker.leases.values():
-        if lease.client.number == number:
-            return lease.client
+        if lease.client.root.number == number:
+            return lease.client.root
     return None
 
 

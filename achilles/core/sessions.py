@@ -27,7 +27,7 @@ _ALWAYS = (p.Heartbeat, p.Resync, p.Goodbye)
 ALLOWED: dict[str, frozenset[type]] = {
     CLIENT: frozenset({*_ALWAYS, p.Submit, p.Blob, p.Forget, p.Cancel, p.Letter, p.StatusRequest}),
     ADMIN: frozenset({*_ALWAYS, p.StatusRequest, p.ReloadKeys, p.Shutdown}),
-    WORKER: frozenset({*_ALWAYS, p.Done, p.Returned, p.Crashed, p.Letter, p.Drain}),
+    WORKER: frozenset({*_ALWAYS, p.Done, p.Returned, p.Crashed, p.Letter, p.Relay, p.Drain}),
 }
 
 
@@ -44,6 +44,7 @@ _FOR_SCHEDULER = (
     p.Crashed,
     p.Letter,
     p.Drain,
+    p.Relay,
 )
 
 

@@ -165,6 +165,11 @@ class Submission:
         """When `tick` wants to be called."""
         return None
 
+    @property
+    def has_backlog(self) -> bool:
+        """Whether tasks wait until the broker takes them."""
+        return bool(self._backlog)
+
     def __len__(self) -> int:
         """How many tasks have no outcome yet."""
         return len(self._tasks)

@@ -4,6 +4,8 @@ Rules
     1. A task knows its queue while somebody waits for its result, and its lease while it is at a worker.
     2. A queue's tasks are in the order in which they came; one that is put back stands in front again.
     3. A client's queues stand in the order of their oldest tasks, so that the oldest of all goes first.
+    4. A task that submits tasks is a client as well, a nested one: of the *root*, the client that all is done for in the
+       end. What they hold is counted there.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Hashable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from achilles.core import protocol as p
 from achilles.core.chunking import Estimate
@@ -21,6 +23,13 @@ Rank: TypeAlias = "tuple[int, int]"
 Tags: TypeAlias = "tuple[str, ...]"
 
 READY, SUSPECT, DRAINING = "ready", "suspect", "draining"
+
+
+class Send(NamedTuple):
+    """A message on its way to a peer."""
+
+    to: PeerId
+    message: p.ToClient | p.ToWorker
 
 
 class Blame:
@@ -58,6 +67,7 @@ class TaskQueue:
 
     __slots__ = (
         "client",
+        "does_lend",
         "entry",
         "estimate",
         "group",
@@ -73,6 +83,7 @@ class TaskQueue:
         self.client = client
         self.group = group
         self.needs = group.needs
+        self.does_lend = False  # its tasks wait for tasks of their own
         self.options = group.options or p.PLAIN
         self.entry: Rank | None = None  # under which it stands in its client's order
         self.estimate = Estimate()
@@ -90,7 +101,16 @@ class TaskQueue:
     @property
     def chunk_max(self) -> int:
         """At most so many tasks may travel together; 0: no limit."""
-        return 1 if self.options.at_most_once else self.group.chunk_max
+        return 1 if self.options.at_most_once or self.does_lend else self.group.chunk_max
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a chunk may be sent ahead, behind one that runs."""
+        if self.does_lend:
+            return False
+        # An unknown function may send one task ahead, or a client that came later would never start
+        # where others keep every slot busy.
+        return self.estimate.is_short or (self.estimate.seconds is None and not self.leases)
 
     def head(self) -> Task | None:
         """The oldest task that is not cancelled."""
@@ -117,7 +137,7 @@ class TaskQueue:
 
 
 class Client:
-    """A client's session: its tasks, its queues, and the places that it holds."""
+    """A client's session: its tasks, its queues, and the places that it and its nested clients hold."""
 
     def __init__(self, peer: PeerId, number: int, hello: p.ClientHello) -> None:
         self.peer = peer
@@ -125,6 +145,8 @@ class Client:
         self.name = hello.name
         self.role = hello.role
         self.slots_max = hello.slots_max
+        self.root: Client = self
+        self.parent: Lease | None = None
         self.tasks: dict[int, Task] = {}
         self.blobs: dict[int, p.Payload] = {}
         self.queues: dict[p.Group, TaskQueue] = {}
@@ -135,6 +157,19 @@ class Client:
         self.running = 0  # leases in slots
         self.prefetched = 0  # leases waiting behind those
         self.done = 0
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """Of one root's clients the highest goes first: the deepest, so that few tasks wait for others, then the newest."""
+        return (0, 0) if self.parent is None else (self.parent.depth + 1, self.parent.number)
+
+    def tell(self, message: p.ToTask) -> Send:
+        """The message on its way to the client."""
+        return Send(self.peer, message)
+
+    def owner(self, blob: int, group: p.Group) -> Client:
+        """Whose blob a group means by that number: an initializer is the root's, for it runs once a runner."""
+        return self.root if blob == group.init else self
 
     @property
     def places(self) -> int:
@@ -176,7 +211,10 @@ class Client:
         return p.ClientStatus(self.name, self.live, len(self.tasks) - self.live, self.done)
 
     def check_invariants(self, held: dict[int, int], leases: list[Lease]) -> None:
-        """Assert that nothing is miscounted; ``held``: by task, how often workers hold it."""
+        """Assert that nothing is miscounted.
+
+        ``held``: by task, how often workers hold it; ``leases``: its own and, if it is a root, those made on its behalf.
+        """
         queued = [
             task for queue in self.queues.values() for task in queue.tasks if task.queue is not None
         ]
@@ -187,7 +225,8 @@ class Client:
         assert all(held.get(id(task)) == 1 for task in leased), "a leased task is not held"
         assert len(queued) + len(leased) == len(self.tasks), "a task is nowhere"
         assert self.running == sum(lease.in_slot for lease in leases), "running miscounted"
-        assert self.prefetched == len(leases) - self.running, "prefetched miscounted"
+        lent = sum(lease.is_lent for lease in leases)
+        assert self.prefetched == len(leases) - self.running - lent, "prefetched miscounted"
 
 
 def _first(order: list[tuple[Rank, int, TaskQueue]]) -> tuple[Rank, TaskQueue] | None:
@@ -222,9 +261,17 @@ class Worker:
         self.state = READY
         self.is_gone = False
         self.leases: dict[int, Lease] = {}
+        self.taken = 0  # slots with a lease
+        self.lent = 0  # leases that wait for tasks of their own
+        self.has_lent = False
         self.blobs: set[tuple[int, int]] = set()
         self.heard_at = now
         self.done = 0
+
+    @property
+    def ahead(self) -> int:
+        """How many leases wait behind those in slots."""
+        return len(self.leases) - self.taken - self.lent
 
     def status(self, now: float) -> p.WorkerStatus:
         """This worker in numbers."""
@@ -238,7 +285,10 @@ class Worker:
 class Lease:
     """A chunk at a worker; a task's entry becomes None when it is accounted for, ``left`` counts the others."""
 
-    __slots__ = ("client", "in_slot", "left", "number", "queue", "since", "tasks", "worker")
+    __slots__ = (
+        *("client", "depth", "in_slot", "is_lent", "left", "number", "queue", "since", "tasks"),
+        "worker",
+    )
 
     def __init__(
         self,
@@ -256,4 +306,6 @@ class Lease:
         self.tasks: list[Task | None] = list(tasks)
         self.left = len(tasks)
         self.in_slot = in_slot
+        self.is_lent = False
+        self.depth = queue.client.urgency[0]
         self.since = now

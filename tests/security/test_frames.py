@@ -45,6 +45,10 @@ VALID: dict[str, list[p.Wire]] = {
         p.Crashed(1, 0, "reason"),
         p.Letter(0, 1, 1, p.IMPORT, b"question"),
         p.Drain(),
+        p.Relay(1, 1, 1, p.Submit(0, 0, [1, 2], [b"a", b"b"])),
+        p.Relay(1, 1, 1, p.Blob(0, 2, b"function")),
+        p.Relay(1, 1, 1, p.Cancel([1])),
+        p.Relay(1, 1, 0, p.Goodbye("ended")),
     ],
     "admin": [p.StatusRequest(), p.ReloadKeys()],
 }
@@ -66,6 +70,7 @@ FROM_BROKERS: list[p.Wire] = [
     p.Cluster(1, 1),
     p.ShuttingDown(),
     p.KeysReloaded(1),
+    p.Lend(1, True),
 ]
 
 
@@ -152,6 +157,19 @@ def malformed_frames(peer: RawPeer) -> dict[str, Sequence[bytes]]:
         "too many tasks": [
             header() + msgspec.msgpack.encode(["submit", 0, 0, [*range(10_001)], [b""] * 10_001, 0])
         ],
+        "too many tasks in a relay": [
+            header()
+            + msgspec.msgpack.encode(
+                ["relay", 1, 1, 1, ["submit", 0, 0, [*range(10_001)], [b""] * 10_001, 0]]
+            )
+        ],
+        "a relay in a relay": [
+            header()
+            + msgspec.msgpack.encode(["relay", 1, 1, 1, ["relay", 1, 1, 1, ["cancel", [1]]]])
+        ],
+        "a relay without its parts": [
+            header() + msgspec.msgpack.encode(["relay", 1, 1, 1, [*submit[:4], [2], 0]])
+        ],
         "columns of two lengths": [
             header() + msgspec.msgpack.encode(["submit", 0, 0, [1, 2], [b"a"], 0])
         ],
@@ -229,6 +247,13 @@ def test_truncation_at_every_byte_cuts_the_session(scene: Scene) -> None:
             peer.send_frames(*in_session(peer, whole[HEADER_SIZE:length]))
             peer.expect(p.Refused)
     scene.check_still_serves()
+
+
+def test_what_a_broker_tells_a_task_is_not_for_workers_to_say(scene: Scene) -> None:
+    with scene.attacker("worker") as peer:
+        peer.hello("worker")
+        peer.send(p.Relay(1, 1, 1, p.Results([1], b"\0", [b"value"])))
+        assert "a task does not send Results" in scene.cut(peer)
 
 
 @pytest.mark.parametrize("role", list(OF_OTHERS))

@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant(
         "tasks that may run at most once share a chunk",
         "tables",
-        "return 1 if self.options.at_most_once else self.group.chunk_max",
+        "return 1 if self.options.at_most_once or self.does_lend else self.group.chunk_max",
         "return self.group.chunk_max",
         ("at most once",),
         seed=8,
@@ -90,8 +90,8 @@ MUTANTS = [
     Mutant(
         "the fair share is ignored",
         "dispatch",
-        "(best and best.client.running <= client.running)",
-        "best",
+        "elif other.root.running <= root.running:",
+        "else:",
         ("fair share",),
         seed=3,
     ),
@@ -106,15 +106,15 @@ MUTANTS = [
     Mutant(
         "a worker gets too much in advance",
         "dispatch",
-        "elif len(worker.leases) < 2 * worker.slots:",
-        "elif len(worker.leases) < 3 * worker.slots:",
+        "elif worker.ahead < worker.slots:",
+        "elif worker.ahead < 2 * worker.slots:",
         ("a worker holds too many leases",),
         seed=12,
     ),
     Mutant(
         "a slot leaks",
         "dispatch",
-        "            lease.client.running -= 1\n",
+        "            lease.client.root.running -= 1\n",
         "",
         ("running miscounted",),
         seed=2,
@@ -122,9 +122,8 @@ MUTANTS = [
     Mutant(
         "what waits behind does not move up",
         "dispatch",
-        "                    other.in_slot = True\n                    other.client.prefetched -= 1\n"
-        "                    other.client.running += 1\n",
-        "                    pass\n",
+        "                        self.promote(other)\n",
+        "                        pass\n",
         ("a slot leaks",),
         seed=4,
     ),
@@ -218,8 +217,8 @@ MUTANTS = [
     Mutant(
         "a task that may run at most once runs again when it was sent ahead",
         "scheduler",
-        "return lease.in_slot or lease.queue.options.at_most_once",
-        "return lease.in_slot",
+        "return lease.in_slot or lease.is_lent or lease.queue.options.at_most_once",
+        "return lease.in_slot or lease.is_lent",
         ("at most once",),
         seed=113,
     ),
@@ -360,7 +359,7 @@ MUTANTS = [
     ),
     Mutant(
         "nothing is called back from behind a long task",
-        "agent",
+        "runners",
         "return since + (STUCK_SECONDS if self.results else START_SECONDS)",
         "return None",
         ("nobody waits behind",),
@@ -368,7 +367,7 @@ MUTANTS = [
     ),
     Mutant(
         "timeouts are not enforced",
-        "agent",
+        "runners",
         "return self.progress_at + self.chunks[0].run.timeout",
         "return None",
         ("timeout enforced",),
@@ -376,7 +375,7 @@ MUTANTS = [
     ),
     Mutant(
         "a slow start takes time off the first task's timeout",
-        "agent",
+        "runners",
         "self.has_begun = False",
         "self.has_begun = True",
         ("no task ends early",),

@@ -11,10 +11,11 @@ from collections.abc import Hashable, Iterable
 
 from achilles.core import protocol as p
 from achilles.core import sessions
-from achilles.core.agent import Agent, Runner
+from achilles.core.agent import Agent
 from achilles.core.agent import Send as AgentSend
 from achilles.core.dispatch import Dispatcher, Send
 from achilles.core.link import Packet
+from achilles.core.runners import Runner
 from achilles.core.scheduler import Scheduler
 from achilles.core.sessions import Route, Session, Sessions
 from achilles.core.sessions import Send as SessionSend
@@ -189,7 +190,7 @@ class WatchedScheduler(Scheduler):
         self._marks["task: cancelled > returned"] += len(tasks) - wanted
         super()._requeue(queue, tasks, is_reassigned=is_reassigned)
 
-    def _give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> Send:
+    def _give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> list[Send]:
         once = ", at most once" * (queue.options.at_most_once and kind != p.TIMEOUT)
         self._marks[f"task: leased > failed as {kind}{once}"] += 1
         return super()._give_up(task, queue, kind, text)

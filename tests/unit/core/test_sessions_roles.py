@@ -14,7 +14,7 @@ ALWAYS: set[type] = {p.Heartbeat, p.Resync, p.Goodbye}
 MAY: dict[str, set[type]] = {
     "client": ALWAYS | {p.Submit, p.Blob, p.Forget, p.Cancel, p.Letter, p.StatusRequest},
     "admin": ALWAYS | {p.StatusRequest, p.ReloadKeys, p.Shutdown},
-    "worker": ALWAYS | {p.Done, p.Returned, p.Crashed, p.Letter, p.Drain},
+    "worker": ALWAYS | {p.Done, p.Returned, p.Crashed, p.Letter, p.Relay, p.Drain},
 }
 KINDS = [type(m) for m in WIRE if not isinstance(m, p.ClientHello | p.WorkerHello)]
 

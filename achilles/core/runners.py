@@ -1,0 +1,97 @@
+"""What the agent keeps: its chunks and its runners."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from achilles.core import protocol as p
+
+STUCK_SECONDS = 0.05
+START_SECONDS = 0.2  # a runner that has shown nothing yet is perhaps still starting
+
+
+class Chunk:
+    """A lease as the worker sees it: ``open`` holds the indexes of its tasks that were not reported yet.
+
+    ``seq`` names it at its runner; 0 while it has none.
+    """
+
+    __slots__ = ("is_lent", "open", "root", "run", "seq")
+
+    def __init__(self, run: p.Run) -> None:
+        self.run = run
+        self.root = run.root or run.client
+        self.seq = 0
+        self.is_lent = False
+        self.open: set[int] = set(range(len(run.ids)))
+
+
+class Runner:
+    """A child process, its chunks in order, and when it last got on.
+
+    ``submitted`` holds the client and the id of each task that its tasks have submitted and that has no outcome.
+    """
+
+    __slots__ = (
+        "chunks",
+        "condemned",
+        "fault",
+        "given",
+        "has_begun",
+        "has_submitted",
+        "is_killed",
+        "is_retiring",
+        "loaded",
+        "number",
+        "progress_at",
+        "recalled_at",
+        "results",
+        "seq",
+        "submitted",
+    )
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.chunks: deque[Chunk] = deque()
+        self.loaded: set[tuple[int, int]] = set()
+        self.seq = 0
+        self.given = 0
+        self.results = 0
+        self.has_begun = False  # its first task, as far as is known
+        self.progress_at = 0.0
+        self.recalled_at = 0.0
+        self.is_retiring = False
+        self.condemned: dict[
+            tuple[int, int], str
+        ] = {}  # (seq, index) of tasks to be ended, and why
+        self.is_killed = False
+        self.fault = ""  # why it was killed, if it was its own fault
+        self.submitted: set[tuple[int, int]] = set()
+        self.has_submitted = False
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether its task waits for others."""
+        return any(chunk.is_lent for chunk in self.chunks)
+
+    @property
+    def stuck_at(self) -> float | None:
+        """When what waits behind its running task has waited long enough; None if nothing does."""
+        chunks = self.chunks
+        if len(chunks) > 1 or (chunks and len(chunks[0].open) > 1):
+            since = max(self.progress_at, self.recalled_at)
+            return since + (STUCK_SECONDS if self.results else START_SECONDS)
+        return None
+
+    @property
+    def times_out_at(self) -> float | None:
+        """When its running task has run for longer than it may; None if nothing limits it.
+
+        A runner that starts slowly takes nothing off its first task's time: that counts from when it is known to
+        run, because it was not among what was called back.
+        """
+        if not self.chunks or not self.chunks[0].run.timeout or self.condemned:
+            return None
+        if self.has_begun:
+            return self.progress_at + self.chunks[0].run.timeout
+        return max(self.progress_at, self.recalled_at) + START_SECONDS
