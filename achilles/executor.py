@@ -14,14 +14,18 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from achilles import backends
+from achilles.backends import LIVE, Backend, Core, TaskCore
 from achilles.core.status import status_dict
 from achilles.errors import ExecutorForkedError, TerminatedError
 from achilles.futures import Future, as_completed
+from achilles.handles import Handle, restore
 from achilles.mailbox import INIT_BLOB, Mailbox
 from achilles.maps import name_of, results
 from achilles.options import merge_options
+from achilles.runtime import context
 from achilles.runtime.arguments import ArgumentTable, Attached, join_attached
 from achilles.runtime.functions import FunctionTable, bytes_of
 from achilles.runtime.serialize import dumps, dumps_call, join_inline
@@ -30,80 +34,6 @@ if TYPE_CHECKING:
     from achilles.core import protocol as p
 
 T = TypeVar("T")
-
-_LIVE: weakref.WeakSet[Backend] = weakref.WeakSet()  # their threads keep them, executor or not
-_is_exiting = False
-
-
-class Backend(Protocol):
-    """What carries tasks: the I/O thread and all behind it."""
-
-    mailbox: Mailbox
-    thread: threading.Thread | None
-
-    def start(self) -> None: ...
-
-    def status(self) -> p.Status: ...
-
-    def cancel_pending(self) -> None: ...
-
-    def kill(self, make_error: Callable[[], BaseException]) -> None: ...
-
-
-class _Core:
-    """What outlives an executor that was dropped without a shutdown: its backend, until all is resolved."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.lock = threading.Lock()
-        self.is_started = False
-        self.is_shut_down = False
-        self._pid = os.getpid()
-
-    def finish(self) -> None:
-        """No more tasks come; the I/O thread ends with the last one."""
-        if (
-            os.getpid() == self._pid
-        ):  # a forked child has none of our threads, and perhaps a lock of one
-            self.backend.mailbox.finish()
-
-
-def _join(backend: Backend) -> None:
-    """Wait for the last result, and then for the last callback."""
-    if backend.thread is not None and backend.thread is not threading.current_thread():
-        backend.thread.join()
-    callbacks = backend.mailbox.callback_thread
-    if callbacks is not None and callbacks is not threading.current_thread():
-        callbacks.join()
-
-
-def _at_exit() -> None:
-    """As the standard library does: what was submitted is finished before the interpreter ends."""
-    global _is_exiting
-    _is_exiting = True
-    backends = list(_LIVE)
-    for backend in backends:
-        backend.mailbox.finish()
-    for backend in backends:
-        _join(backend)
-
-
-threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
-
-
-def _after_fork() -> None:
-    """A forked child has none of the threads that would resolve what it inherits."""
-    for backend in list(_LIVE):
-        backend.mailbox.abandon(
-            lambda: ExecutorForkedError(
-                "the task is of the parent process, which alone has its result; "
-                "make an executor after the fork"
-            )
-        )
-    _LIVE.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def _default_slots() -> int:
@@ -128,6 +58,10 @@ def _count(name: str, value: object, wanted: str) -> int | None:
     return number
 
 
+_CONNECTED = {"_arguments", "_core", "_finalizer", "_functions", "_mailbox", "_table_lock"}
+_connecting = threading.Lock()
+
+
 class DistributedExecutor(concurrent.futures.Executor):
     """A drop-in for `concurrent.futures.ProcessPoolExecutor` that also runs on a cluster.
 
@@ -135,6 +69,9 @@ class DistributedExecutor(concurrent.futures.Executor):
     one for each core), which start on demand. With one (the argument, ``ACHILLES_ADDRESS``, or
     ``achilles.toml``) they run on the workers of the broker there; "auto" is this user's running broker, and
     ``max_workers`` then limits how many of this executor's tasks run at once.
+
+    It can be pickled. In a task of its own it is the same executor: the task may submit and wait, and lends its slot
+    meanwhile. Elsewhere one with an address connects when it is first used.
 
     Args:
         max_workers: a positive integer, or None.
@@ -149,6 +86,17 @@ class DistributedExecutor(concurrent.futures.Executor):
         ConfigError: a setting that cannot be.
         BrokerUnreachableError: no broker answers at the address within ``connect_timeout`` seconds.
     """
+
+    _is_pickled_by_identity = (
+        True  # for the function table: it pickles as the same while it is the same
+    )
+
+    _mailbox: Mailbox
+    _core: Core
+    _arguments: ArgumentTable | None
+    _functions: FunctionTable
+    _table_lock: threading.RLock
+    _finalizer: weakref.finalize[Any, Any]
 
     def __init__(
         self,
@@ -165,48 +113,107 @@ class DistributedExecutor(concurrent.futures.Executor):
         max_tasks_per_child = _count("max_tasks_per_child", max_tasks_per_child, ">= 1")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        from achilles.config import home, load
+        from achilles.config import load
 
         settings = load(config)
         if max_workers is None:
             max_workers = settings["client.max_workers"]
-        join = settings["join"]
-        address = address or settings["address"] or ("auto" if join else None)
+        self._join_file = settings["join"]
+        address = address or settings["address"] or ("auto" if self._join_file else None)
         self._pid = os.getpid()
-        self._arguments = ArgumentTable()
-        self._functions = FunctionTable(self._arguments)
-        self._table_lock = threading.RLock()
         self._options: p.Options | None = None
         self._base: DistributedExecutor | None = None  # of a view, what it is a view of
         self._init = INIT_BLOB if initializer is not None else 0
         self._max_tasks = max_tasks_per_child or 0
-        self._max_workers_given = max_workers
         self._is_embedded = not address
+        self._max_workers_given = max_workers or (None if address else _default_slots())
+        self._address = address or ""
+        self._timeouts = (settings["client.connect_timeout"], settings["client.broker_timeout"])
+        self._open(dumps((initializer, tuple(initargs))) if initializer is not None else b"")
+
+    def _open(self, init_blob: bytes) -> None:
+        """Make a backend of its own."""
         backend: Backend
-        if address:
+        if self._address:
+            from achilles.config import home
             from achilles.net.client import connection
 
             backend = connection(
-                address,
+                self._address,
                 home=home(),
-                join=join,
-                slots_max=max_workers or 0,
-                connect_timeout=settings["client.connect_timeout"],
-                broker_timeout=settings["client.broker_timeout"],
+                join=self._join_file,
+                slots_max=self._max_workers_given or 0,
+                connect_timeout=self._timeouts[0],
+                broker_timeout=self._timeouts[1],
             )
         else:
             from achilles.local import LocalCluster
 
-            slots = self._max_workers_given = max_workers or _default_slots()
-            backend = LocalCluster(slots, tasks_max=self._max_tasks)
-        if initializer is not None:
-            backend.mailbox.init_blob = dumps((initializer, tuple(initargs)))
-        self._mailbox = backend.mailbox
-        self._core = _Core(backend)
-        self._finalizer = weakref.finalize(self, self._core.finish)
-        self._finalizer.atexit = False
-        if address:
+            backend = LocalCluster(self._max_workers_given or 1, tasks_max=self._max_tasks)
+        backend.mailbox.init_blob = init_blob
+        self._attach(Core(backend), FunctionTable(ArgumentTable()), threading.RLock())
+        if self._address:
             self._start()
+
+    def _attach(self, core: Core, functions: FunctionTable, lock: threading.RLock) -> None:
+        self._functions = functions
+        self._arguments = functions.arguments
+        self._table_lock = lock
+        self._mailbox = core.backend.mailbox
+        self._core = core
+        self._finalizer = weakref.finalize(self, core.finish)
+        self._finalizer.atexit = False
+
+    # --- Pickled ----------------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        handle: Handle = self.__dict__.get("_handle") or Handle(
+            self._address,
+            self._join_file,
+            self._max_workers_given,
+            self._max_tasks,
+            self._init,
+            self._timeouts,
+            (),
+            self._mailbox.credit,
+            self._mailbox.slots,
+            b"" if self._is_embedded else self._mailbox.init_blob,
+        )
+        return restore, (type(self), *handle.but(self._options))
+
+    def __copy__(self) -> DistributedExecutor:
+        return self
+
+    def __deepcopy__(self, memo: object) -> DistributedExecutor:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What one that was unpickled lacks until it is used: then it connects."""
+        if name in _CONNECTED and "_handle" in self.__dict__:
+            with _connecting:
+                if name not in self.__dict__:
+                    self._connect(self._handle)
+            return self.__dict__[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _connect(self, handle: Handle) -> None:
+        """Through the runner, in a task on the same kind of runners; else as the pickled one was connected."""
+        self._check_process()
+        if self._was_shut_down:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if context.side is not None and context.is_embedded == self._is_embedded:
+            from achilles.nested import connection as nested
+
+            backend = nested(handle.credit, handle.slots)
+            if backend is not None:
+                self._attach(TaskCore(backend), backend.functions, backend.table_lock)
+                return
+        if self._is_embedded:
+            raise RuntimeError(
+                "this executor was pickled from one whose runners are children of another process: outside of its own "
+                "tasks make a new DistributedExecutor, or use one with an address"
+            )
+        self._open(handle.init_blob)
 
     # --- The contract of concurrent.futures.Executor ----------------------------------------------
 
@@ -276,12 +283,15 @@ class DistributedExecutor(concurrent.futures.Executor):
         """
         if os.getpid() != self._pid:
             return
+        if not self._is_connected:
+            self._was_shut_down = True
+            return
         self._core.is_shut_down = True
         if cancel_futures and self._core.is_started:
             self._core.backend.cancel_pending()
         self._finalizer()
-        if wait and self._core.is_started:
-            _join(self._core.backend)
+        if wait:
+            self._core.join()
 
     # --- Beyond it --------------------------------------------------------------------------------
 
@@ -425,6 +435,8 @@ class DistributedExecutor(concurrent.futures.Executor):
         return f"<table><caption>{type(self).__name__}</caption>{''.join(cells)}</table>"
 
     def __repr__(self) -> str:
+        if not self._is_connected:
+            return f"<DistributedExecutor {self._address or 'embedded'} | not connected yet>"
         state = "shut down" if self._core.is_shut_down else f"{self._mailbox.unresolved} tasks"
         return f"<DistributedExecutor {self._core.backend!r} | {state}>"
 
@@ -461,6 +473,8 @@ class DistributedExecutor(concurrent.futures.Executor):
             "priority": priority,
             "tags": tags,
         }
+        if not self._is_connected:
+            self._check_usable()  # it and its view share a connection
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._base = self  # which must not be collected before its view
@@ -473,10 +487,14 @@ class DistributedExecutor(concurrent.futures.Executor):
 
     # --- Inside -----------------------------------------------------------------------------------
 
+    @property
+    def _is_connected(self) -> bool:
+        return "_core" in self.__dict__
+
     def _check_usable(self) -> None:
         if self._core.is_shut_down:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        if _is_exiting:
+        if backends.is_exiting:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         self._check_process()
         broken = self._mailbox.broken
@@ -497,7 +515,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         with self._core.lock:
             if not self._core.is_started:
                 self._core.backend.start()
-                _LIVE.add(self._core.backend)
+                LIVE.add(self._core.backend)
                 self._core.is_started = True
 
     def _failed(self, error: Exception, name: str) -> concurrent.futures.Future[Any]:

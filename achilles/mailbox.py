@@ -63,6 +63,7 @@ class Mailbox:
         self.on_letter: Callable[[p.Letter], None] = lambda letter: None  # of a runner to us
         self.workers = -1  # unknown
         self.slots = 0
+        self.credit = 0  # tasks that may be unresolved at the broker; 0: no limit
 
     # --- User threads -----------------------------------------------------------------------------
 
@@ -133,6 +134,14 @@ class Mailbox:
         error = kind(f"the executor is broken and takes no more tasks: {cause!r}")
         error.__cause__ = cause
         return error
+
+    def mark(self) -> int:
+        """An id above those of all tasks so far, and below those to come."""
+        return next(self._ids)
+
+    def is_resolved_to(self, mark: int) -> bool:
+        """Whether every task that was drained and is older than the mark has its outcome."""
+        return min(list(self._sinks), default=mark) >= mark
 
     @property
     def unresolved(self) -> int:
@@ -311,6 +320,8 @@ class Mailbox:
         error: BaseException
         if message.kind == p.CRASHED:
             error = TaskCrashedError(f"{task} ended the process that ran it too often. {story}")
+        elif message.kind == p.REFUSED:
+            error = RuntimeError(f"cannot schedule {task}: {'; '.join(message.story)}")
         elif message.kind == p.TIMEOUT:
             error = TaskTimeoutError(f"{task} took longer than it may. {story}")
         else:

@@ -252,6 +252,7 @@ class Connection:
     def _from_broker(self, message: p.Wire, now: float) -> None:
         match message:
             case p.Welcome(credit=credit):
+                self.mailbox.credit = credit
                 self._sends += self._submission.connect(credit)
             case p.Gone():
                 _LOG.warning("the broker at %s lost this session; resubmitting", self._address)

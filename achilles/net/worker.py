@@ -127,6 +127,8 @@ class Worker:
                 self._sends += self._agent.receive(message, now)
             case p.Run() | p.Revoke() | p.Blob() | p.Forget() | p.Letter() | p.Drain():
                 self._sends += self._agent.receive(message, now)
+            case p.Lend() | p.Relay():
+                self._sends += self._agent.receive(message, now)
             case _:
                 _LOG.warning(
                     "the broker sent a %s, which is not for workers", type(message).__name__

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
 
 attempt = 0
 client = 0  # the host's number for the client whose task runs; 0: this is no runner, or it has not run any
+seq = 0  # of the chunk that runs
+is_embedded = False  # the runner belongs to an embedded executor, not to a worker
 side: RunnerSide | None = None  # a runner's side channel; None elsewhere
 
 

@@ -52,7 +52,7 @@ class FunctionTable:
     """The functions of one executor. Not thread-safe: the caller holds a lock."""
 
     def __init__(self, arguments: ArgumentTable | None = None) -> None:
-        self._arguments = arguments  # what large parts of functions are shared with
+        self.arguments = arguments  # what large parts of functions are shared with
         self._entries: dict[int, _Entry] = {}  # by id of the function, while it lives
         self._numbers: OrderedDict[bytes, int] = OrderedDict()  # by digest of the pickle
         self._last = 0
@@ -100,9 +100,9 @@ class FunctionTable:
         return answer
 
     def _pickle(self, fn: Callable[..., Any]) -> Pickled:
-        if self._arguments is None:
+        if self.arguments is None:
             return dumps(fn)
-        encoded = self._arguments.encode(fn)
+        encoded = self.arguments.encode(fn)
         if isinstance(encoded, Attached):
             return Attached(bytes(encoded.payload), encoded.shared)
         return encoded if isinstance(encoded, bytes) else b"".join(encoded)
@@ -269,6 +269,8 @@ def _is_fixed(value: object, depth: int = DEPTH_MAX) -> bool:
     """Whether the pickle of ``value`` can only change if it becomes another object."""
     if type(value) in _FIXED_TYPES:
         return True
+    if getattr(type(value), "_is_pickled_by_identity", False):
+        return True  # an executor
     if type(value) in (tuple, frozenset):
         return depth > 0 and all(_is_fixed(member, depth - 1) for member in value)  # type: ignore[attr-defined]
     if isinstance(value, ModuleType):

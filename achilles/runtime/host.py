@@ -43,7 +43,7 @@ from achilles.core.protocol import (
     size_of,
 )
 from achilles.runtime.process import READ_MAX, RunnerProcess, describe_exit, life_pipe
-from achilles.runtime.runner import LENGTH, RECORD, SHARED
+from achilles.runtime.runner import LENGTH, LETTERS, RECORD, SHARED
 from achilles.runtime.serialize import ERROR, INIT_FAILED, LARGE
 from achilles.runtime.shared import IS_AVAILABLE
 
@@ -57,6 +57,7 @@ HANDOFFS_MAX = 64  # of one command: each takes a descriptor of the runner's
 
 Register: TypeAlias = Callable[..., None]
 Counts: TypeAlias = list[tuple[int, int]]
+Letter: TypeAlias = tuple[int, int, bytes]
 
 
 class RunnerHost:
@@ -251,7 +252,7 @@ class _Runner:
         command = (
             "run",
             *(seq, effect.client, effect.fn, effect.init),
-            *(sent, effect.attempt, effect.blobs),
+            *(sent, effect.attempt, effect.blobs, effect.root or effect.client),
         )
         self.send(command, bytes((seq,)) * count)
 
@@ -393,7 +394,10 @@ class _Runner:
         letters = self.side.receive()
         if letters is None:  # a task may have closed it
             self.host.unregister(self.side.fd)
-        for kind, client, body in letters or ():
+        self._take_letters(letters or [])
+
+    def _take_letters(self, letters: list[Letter]) -> None:
+        for kind, client, body in letters:
             self.host.events.append(FromRunner(self.number, client, kind, body))
 
     def poll(self) -> None:
@@ -477,6 +481,9 @@ class _Runner:
                 continue
             chunk = chunks.get(seq)
             payload: Payload = data[start:at]
+            if status & LETTERS:
+                status ^= LETTERS
+                self._take_letters(self.side.drain())
             if status > INIT_FAILED:
                 status ^= SHARED
                 shared = self._receive_shared() if status <= INIT_FAILED else None
@@ -590,8 +597,7 @@ class _Runner:
             if not data:
                 break
             self._take(data)
-        for kind, client, body in self.side.receive() or ():
-            self.host.events.append(FromRunner(self.number, client, kind, body))
+        self._take_letters(self.side.drain())
 
     def _unwatch(self) -> None:
         if not self.is_unwatched:

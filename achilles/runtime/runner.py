@@ -16,7 +16,8 @@ Rules
     3. A result is on its way before the next task starts: a timer could not send it while a task holds the GIL.
     4. Nothing that a task raises ends the runner. A channel that does not work ends it at once.
     5. What a task changes in its process (directory, environment, signal handlers) stays for the next ones.
-    6. Start-up is the floor of every recovery, so this module imports next to nothing.
+    6. What a task wrote to the side channel is there before its result, which says so (`LETTERS`).
+    7. Start-up is the floor of every recovery, so this module imports next to nothing.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 RECORD = Struct("<BBxxIfQ")  # seq, status, index in the chunk, seconds, length of the payload
 LENGTH = Struct("<I")
 SHARED = 0x40  # in a record's status: the payload comes by handoff, not behind the record
+LETTERS = 0x20  # the same: read the side channel first
 STREAM_MAX = 4096 - RECORD.size  # of a payload: a write of up to PIPE_BUF is whole or not at all
 QUIET_SECONDS = 0.001  # the host is woken at most so often by a chunk of short tasks
 READ_MAX = 1 << 16
@@ -62,8 +64,8 @@ HOT_SECONDS = 0.001  # a shorter wait for a token than this is worth a core that
 COLD_SECONDS = 0.05  # how long a core is taken to be wanted, or not worth it, once it was
 CHANNEL_LOST = 74  # exit code (EX_IOERR): the host is gone, or a task closed our descriptors
 
-# seq, client, fn, init, payloads, attempt, blobs
-Chunk: TypeAlias = "tuple[int, int, int, int, list[Any], int, tuple[int, ...]]"
+# seq, client, fn, init, payloads, attempt, blobs, root
+Chunk: TypeAlias = "tuple[int, int, int, int, list[Any], int, tuple[int, ...], int]"
 
 _offer_core = getattr(os, "sched_yield", lambda: None)
 
@@ -106,6 +108,7 @@ class Runner:
                 pass
         if context.side is not None:
             context.side.close()
+            context.side = None
 
     # --- Commands ---
 
@@ -166,6 +169,9 @@ class Runner:
             case ("forget", client, [*blobs]):
                 self._forget([(client, blob) for blob in blobs])
             case ("forget_client", client):
+                nested = sys.modules.get("achilles.nested")
+                if nested is not None:
+                    nested.forget(client)
                 self._forget(
                     [key for key in (*self.blobs, *self.functions, *self.inits) if key[0] == client]
                 )
@@ -181,7 +187,7 @@ class Runner:
 
                     self.modules = install()
             case ("sync",):
-                return (0, 0, 0, 0, [], 1, ())
+                return (0, 0, 0, 0, [], 1, (), 0)
             case unknown:
                 raise OSError(f"not a command: {str(unknown)[:200]}")
         return None
@@ -228,16 +234,18 @@ class Runner:
         payloads: list[Any],
         attempt: int,
         blobs: tuple[int, ...],
+        root: int,
     ) -> bytes:
         """Run the chunk's tasks while tokens are its own; the first token that is not (empty at the end)."""
         read, write, pack, clock = os.read, os.write, RECORD.pack, perf_counter
         tokens, stream = self.tokens, self.stream
         own = bytes((seq,))
         last = len(payloads) - 1
-        context.client, context.attempt = client, attempt
+        context.client, context.attempt, context.seq = root, attempt, seq
+        side = context.side
         if self.modules is not None:
-            self.modules.switch_to(client)
-        failed_init = self._initialize(client, init) if init else None
+            self.modules.switch_to(root)
+        failed_init = self._initialize(root, init) if init else None
         shared = self.functions.get((client, fn))
         resolve = self._resolver(client) if blobs else None
         call: Any = shared
@@ -263,6 +271,9 @@ class Runner:
                 _leave_fork()
             payload = args = kwargs = None
             ended = clock()
+            if side is not None and side.is_used:
+                side.settle()
+                status |= LETTERS
             if (
                 index != last
                 and ended - self.woken < QUIET_SECONDS
@@ -313,7 +324,10 @@ class Runner:
         return call, payload
 
     def _initialize(self, client: int, init: int) -> bytes | None:
-        """Run the client's initializer unless it ran here; the dumped error if it raised."""
+        """Run the client's initializer unless it ran here; the dumped error if it raised.
+
+        It is the one of the client that all is done for in the end, whichever task has submitted this one.
+        """
         key = (client, init)
         if key not in self.inits:
             try:
@@ -348,6 +362,7 @@ class Runner:
 
 def _setup(path: list[str] | None, cwd: str | None, authkey: bytes | None) -> None:
     if path is not None:
+        context.is_embedded = True
         sys.path[:] = path
     if cwd is not None:
         try:

@@ -9,7 +9,8 @@ reads it, and of a client, because a runner works for one after the other.
 Rules
     1. The host's end never blocks: what a runner does not read waits in the host.
     2. In the runner one thread reads, from the first letter that is wanted on; any thread may write, and may have to wait.
-    3. It costs a runner nothing until it is used, and this module imports next to nothing.
+    3. What a task wrote is read before its result is: where letters are written, results say so (`RunnerSide.settle`).
+    4. It costs a runner nothing until it is used, and this module imports next to nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ OUTPUT = 3  # what a task printed
 HEAD = Struct("<IBI")
 BODY_MAX = (1 << 32) - 1
 READ_MAX = 1 << 18
+READS_MAX = 16
 
 
 def pack(kind: int, client: int, body: bytes) -> bytes:
@@ -90,6 +92,19 @@ class HostSide:
         except OSError:
             outbox.clear()  # the runner is gone, as its host will notice
 
+    def drain(self) -> list[Letter]:
+        """The letters that have come, as many as the socket can hold."""
+        letters: list[Letter] = []
+        try:
+            for _ in range(READS_MAX):
+                data = os.read(self.fd, READ_MAX)
+                if not data:
+                    break
+                letters += self._reader.feed(data)
+        except OSError:
+            pass  # there is no more
+        return letters
+
     def receive(self) -> list[Letter] | None:
         """The letters that have come; None at the end of the channel."""
         try:
@@ -111,6 +126,23 @@ class RunnerSide:
         self._lock = allocate_lock()
         self._handlers: dict[int, Callable[[int, bytes], None]] = {}
         self._is_reading = False
+        self._flushers: list[Callable[[], None]] = []
+        self.is_used = False  # tasks write letters
+
+    def before_results(self, flush: Callable[[], None]) -> None:
+        """Have something called after each task, before its result goes out."""
+        self._flushers.append(flush)
+        self.is_used = True
+
+    def not_before_results(self, flush: Callable[[], None]) -> None:
+        """Have it called no more."""
+        if flush in self._flushers:
+            self._flushers.remove(flush)
+
+    def settle(self) -> None:
+        """Let everything that a task wanted to write be written."""
+        for flush in tuple(self._flushers):
+            flush()
 
     def handle(self, kind: int, handler: Callable[[int, bytes], None]) -> None:
         """Have a handler called for each letter of a kind."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from achilles import executor as module
+from achilles import backends as module
 from achilles.errors import BrokerLostError, ConfigError
 from achilles.executor import DistributedExecutor
 from tests import tasks
@@ -61,7 +61,7 @@ def test_after_shutdown(backends: list[Backend]) -> None:
 
 def test_at_the_interpreters_end(backends: list[Backend], monkeypatch: pytest.MonkeyPatch) -> None:
     executor = DistributedExecutor(2)
-    monkeypatch.setattr(module, "_is_exiting", True)
+    monkeypatch.setattr(module, "is_exiting", True)
     with pytest.raises(
         RuntimeError, match="cannot schedule new futures after interpreter shutdown"
     ):

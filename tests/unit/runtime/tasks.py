@@ -151,6 +151,12 @@ def calls() -> int:
     return _calls
 
 
+def calls_and_client() -> tuple[int, int]:
+    from achilles.runtime import context
+
+    return _calls, context.client
+
+
 def fail_to_initialize(text: str) -> None:
     count_calls()
     raise ValueError(text)

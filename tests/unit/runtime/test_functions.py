@@ -477,3 +477,22 @@ def test_a_class_that_travels_by_value_is_seen_to_change(table: FunctionTable) -
     assert loads(table.encode(Local)[1]).value == 1
     Local.value = 2
     assert loads(table.encode(Local)[1]).value == 2
+
+
+class _Executor:
+    """Pickles as the same while it is the same, as `DistributedExecutor` does."""
+
+    _is_pickled_by_identity = True
+
+
+def test_an_executor_in_a_closure_or_global_is_fixed() -> None:
+    """A task that submits tasks names its executor; it must not be pickled anew at each call for that."""
+    table, executor = FunctionTable(), _Executor()
+
+    def call() -> object:
+        return executor
+
+    first = table.encode(call, True)
+    assert table.encode(call, True)[1] is first[1]
+    executor = _Executor()
+    assert table.encode(call, True)[1] is not first[1]

@@ -107,6 +107,17 @@ def test_an_initializer_runs_once(driver: Driver) -> None:
         assert [driver.outcome(seq, index) for index in range(2)] == [1, 1]
 
 
+def test_an_initializer_runs_once_for_a_client_and_all_that_its_tasks_submit(
+    driver: Driver,
+) -> None:
+    """It is found under the root's number, and so is what a task is told of its client."""
+    init = driver.load((tasks.count_calls, ()))
+    fn = driver.load(tasks.calls_and_client, client=7)
+    for seq in (1, 2):
+        driver.apply(Execute(1, seq, 7, fn, init, [dumps_call((), {})], root=CLIENT))
+    assert [driver.outcome(1), driver.outcome(2)] == [(1, CLIENT), (1, CLIENT)]
+
+
 def test_a_failed_initializer_is_told_to_each_task(driver: Driver) -> None:
     init = driver.load((tasks.fail_to_initialize, ("no licence",)))
     fn = driver.load(tasks.calls)

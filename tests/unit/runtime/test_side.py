@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from achilles.core.protocol import ToRunner
+from achilles.core.protocol import FromRunner, RunnerDone, RunnerEvent, ToRunner
 from achilles.runtime import context
 from achilles.runtime.side import HEAD, IMPORT, NESTED, OUTPUT, HostSide, Reader, RunnerSide, pack
 from tests.unit.runtime.driver import BOUND, CLIENT, Driver
@@ -144,6 +144,36 @@ def test_last_letters_are_read(driver: Driver) -> None:
     driver.execute(1, driver.load(_send_and_die), ())
     assert driver.death().reason == "exited with code 3"
     assert [letter.body for letter in driver.letters] == [b"last words"]
+
+
+def _write_late(number: int) -> int:
+    """Have a letter written when the task is over."""
+    side = context.side
+    assert side is not None
+    side._flushers.clear()
+    side.before_results(lambda: side.send(OUTPUT, 1, b"of %d" % number))
+    return number
+
+
+def test_what_a_task_wrote_is_read_before_its_result(driver: Driver) -> None:
+    """Whichever of its channels the loop looks at first."""
+    order: list[str] = []
+    take = driver._take
+
+    def note(events: list[RunnerEvent]) -> None:
+        for event in events:
+            if isinstance(event, FromRunner):
+                order.append(event.body.decode())
+            elif isinstance(event, RunnerDone):
+                order.extend(f"result {row[0]}" for row in event.results)
+        take(events)
+
+    driver._take = note  # type: ignore[method-assign]
+    fn = driver.load(_write_late)
+    for number in range(1, 51):
+        driver.execute(number, fn, (number,))
+        assert driver.outcome(number) == number
+    assert order == [text for n in range(1, 51) for text in (f"of {n}", f"result {n}")]
 
 
 def test_a_task_may_close_it(driver: Driver) -> None:

@@ -1,0 +1,116 @@
+"""What carries an executor's tasks, and how long that lives: until all is resolved, and no longer than the program."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from achilles.errors import ExecutorForkedError
+from achilles.mailbox import Mailbox
+
+if TYPE_CHECKING:
+    from achilles.core import protocol as p
+
+LIVE: weakref.WeakSet[Backend] = weakref.WeakSet()  # their threads keep them, executor or not
+is_exiting = False
+
+
+class Backend(Protocol):
+    """What carries tasks: the I/O thread and all behind it."""
+
+    mailbox: Mailbox
+    thread: threading.Thread | None
+
+    def start(self) -> None: ...
+
+    def status(self) -> p.Status: ...
+
+    def cancel_pending(self) -> None: ...
+
+    def kill(self, make_error: Callable[[], BaseException]) -> None: ...
+
+
+class SharedBackend(Backend, Protocol):
+    """One that serves several executors."""
+
+    def join(self) -> None: ...
+
+
+class Core:
+    """What outlives an executor that was dropped without a shutdown: its backend, until all is resolved."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.lock = threading.Lock()
+        self.is_started = False
+        self.is_shut_down = False
+        self._pid = os.getpid()
+
+    def finish(self) -> None:
+        """No more tasks come; the I/O thread ends with the last one."""
+        if (
+            os.getpid() == self._pid
+        ):  # a forked child has none of our threads, and perhaps a lock of one
+            self.backend.mailbox.finish()
+
+    def join(self) -> None:
+        """Wait for the last result, and then for the last callback."""
+        if self.is_started:
+            _join(self.backend)
+
+
+class TaskCore(Core):
+    """That of an executor in a task: its backend is not its own, and outlives it."""
+
+    def __init__(self, backend: SharedBackend) -> None:
+        super().__init__(backend)
+        self.is_started = True
+        self._nested = backend
+
+    def finish(self) -> None:
+        """The backend serves other handles, and later tasks."""
+
+    def join(self) -> None:
+        """Wait for what the tasks here have submitted so far."""
+        self._nested.join()
+
+
+def _join(backend: Backend) -> None:
+    """Wait for the last result, and then for the last callback."""
+    if backend.thread is not None and backend.thread is not threading.current_thread():
+        backend.thread.join()
+    callbacks = backend.mailbox.callback_thread
+    if callbacks is not None and callbacks is not threading.current_thread():
+        callbacks.join()
+
+
+def _at_exit() -> None:
+    """As the standard library does: what was submitted is finished before the interpreter ends."""
+    global is_exiting
+    is_exiting = True
+    backends = list(LIVE)
+    for backend in backends:
+        backend.mailbox.finish()
+    for backend in backends:
+        _join(backend)
+
+
+threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
+
+
+def _after_fork() -> None:
+    """A forked child has none of the threads that would resolve what it inherits."""
+    for backend in list(LIVE):
+        backend.mailbox.abandon(
+            lambda: ExecutorForkedError(
+                "the task is of the parent process, which alone has its result; "
+                "make an executor after the fork"
+            )
+        )
+    LIVE.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
