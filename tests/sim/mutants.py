@@ -386,8 +386,8 @@ MUTANTS = [
         "agent",
         "for index in chunk.open.intersection(revoke.indexes):",
         "for index in chunk.open:",
-        ("neighbours of the killed",),
-        seed=61,
+        ("neighbours of the killed", "no task ends early"),
+        seed=225,
     ),
     Mutant(
         "a kill does not wait for the neighbours",
@@ -520,7 +520,7 @@ MUTANTS = [
     Mutant(
         "a client may say anything",
         "sessions",
-        "if not isinstance(message, ALLOWED[session.role]):",
+        "if type(message) not in ALLOWED[session.role]:",
         "if not isinstance(message, object):",
         ("a hostile peer is cut",),
         seed=3,
