@@ -161,7 +161,7 @@ class Connection:
         """Fail what is unresolved now; what runs of it is ended where it runs."""
 
         def kill() -> None:
-            self._cancel_pending()
+            self._cancel_pending(kill=True)  # one of them may run, and not have been announced
             self._cancel(self.mailbox.fail_all(make_error), kill=True)
 
         self.call(kill)
@@ -244,10 +244,10 @@ class Connection:
             self._sends += self.mailbox.submit_to(self._submission, batch)
         self._cancel(cancels)
 
-    def _cancel_pending(self) -> None:
+    def _cancel_pending(self, *, kill: bool = False) -> None:
         self._cancel_at = None
         self._take_mail()
-        self._cancel(self.mailbox.cancel_pending())
+        self._cancel(self.mailbox.cancel_pending(), kill=kill)
 
     def _from_broker(self, message: p.Wire, now: float) -> None:
         match message:

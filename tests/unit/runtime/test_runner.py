@@ -114,7 +114,8 @@ def test_an_initializer_runs_once_for_a_client_and_all_that_its_tasks_submit(
     init = driver.load((tasks.count_calls, ()))
     fn = driver.load(tasks.calls_and_client, client=7)
     for seq in (1, 2):
-        driver.apply(Execute(1, seq, 7, fn, init, [dumps_call((), {})], root=CLIENT))
+        payloads: list[Any] = [dumps_call((), {})]
+        driver.apply(Execute(1, seq, 7, fn, init, payloads, root=CLIENT))
     assert [driver.outcome(1), driver.outcome(2)] == [(1, CLIENT), (1, CLIENT)]
 
 
