@@ -107,6 +107,13 @@ SETTINGS = (
         maximum=NAME_MAX,
         sample='"alpha"',
     ),
+    Setting(
+        "worker.output",
+        "choice",
+        "client",
+        "Where what tasks print goes: to their client, or where the worker prints.",
+        choices=("client", "worker"),
+    ),
     Setting("worker.tags", "texts", (), "What it offers, for tasks that ask for it."),
     Setting(
         "client.max_workers",
@@ -115,6 +122,13 @@ SETTINGS = (
         "Tasks of one executor at once; by default as many as there are slots.",
         1,
         sample="4",
+    ),
+    Setting(
+        "client.output",
+        "choice",
+        "print",
+        "Whether what tasks print on workers is printed here, or dropped.",
+        choices=("print", "drop"),
     ),
     _duration("client.connect_timeout", 10.0, 0.01, "How long to look for a broker at the start."),
     _duration("client.broker_timeout", 60.0, 0.01, "How long it may be away before tasks fail."),

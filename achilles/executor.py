@@ -91,6 +91,8 @@ class DistributedExecutor(concurrent.futures.Executor):
         True  # for the function table: it pickles as the same while it is the same
     )
 
+    _prints = True  # also of one that was unpickled
+
     _mailbox: Mailbox
     _core: Core
     _arguments: ArgumentTable | None
@@ -119,6 +121,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         if max_workers is None:
             max_workers = settings["client.max_workers"]
         self._join_file = settings["join"]
+        self._prints = settings["client.output"] == "print"
         address = address or settings["address"] or ("auto" if self._join_file else None)
         self._pid = os.getpid()
         self._options: p.Options | None = None
@@ -145,6 +148,7 @@ class DistributedExecutor(concurrent.futures.Executor):
                 slots_max=self._max_workers_given or 0,
                 connect_timeout=self._timeouts[0],
                 broker_timeout=self._timeouts[1],
+                prints=self._prints,
             )
         else:
             from achilles.local import LocalCluster

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+# Under nohup it is ignored, by all whom the tests start as well; some of them are about it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 END_SECONDS = 10.0  # for what a test started to end by itself, on a busy machine
 

@@ -153,6 +153,26 @@ def note_unless_there(log: str, go: str) -> int:
     return len(notes(Path(log)))
 
 
+def print_to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def print_and_die(text: str) -> None:
+    print(text)
+    die()
+
+
+def flood(size: int) -> int:
+    line = "x" * 99 + "\n"
+    for _ in range(size // 100):
+        sys.stdout.write(line)
+    return size
+
+
+def print_nested(executor: Any, text: str) -> None:
+    executor.submit(print, text).result()
+
+
 def await_file(path: str) -> None:
     deadline = time.monotonic() + 60
     while not os.path.exists(path):

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 @click.option(
     "--join", metavar="FILE", help="A join file of another host's broker; - reads it from stdin."
 )
+@click.option(
+    "--output",
+    type=click.Choice(["client", "worker"]),
+    help="Where what tasks print goes: to their client, or where the worker prints.",
+)
 @click.option("--name", metavar="NAME", help="What the worker is called.")
 @click.option(
     "--tag", "tags", multiple=True, metavar="TAG", help="Something it offers; may repeat."
@@ -36,6 +41,7 @@ def worker(
     address: str | None,
     slots: int | None,
     join: str | None,
+    output: str | None,
     name: str | None,
     tags: tuple[str, ...],
 ) -> None:
@@ -46,6 +52,7 @@ def worker(
     stop = StopRequests()
     context.override("address", address, "ADDRESS")
     context.override("join", join, "--join")
+    context.override("worker.output", output, "--output")
     context.override("worker.slots", slots, "--slots")
     context.override("worker.name", name, "--name")
     context.override("worker.tags", tags, "--tag")
@@ -64,6 +71,7 @@ def worker(
         slots=capacity,
         name=called,
         tags=settings["worker.tags"],
+        captures=settings["worker.output"] == "client",
         connect_timeout=settings["client.connect_timeout"],
     )
     stop.wake = running.loop.wake

@@ -76,8 +76,8 @@ class Agent:
                 return self._forget(client, blobs)
             case p.Revoke():
                 return self._revoke(message)
-            case p.Letter(runner=runner, client=client, kind=kind, body=body):
-                return [Send("host", p.ToRunner(runner, client, kind, body))]
+            case p.Letter():
+                return self._to_runner(message)
             case p.Lend(lease=lease, is_lent=is_lent):
                 return self._lend(lease, is_lent, now)
             case p.Relay():
@@ -243,6 +243,13 @@ class Agent:
             return []
         passed = p.Letter(0, letter.runner, letter.client, letter.kind, letter.body)
         return [Send("broker", passed)]
+
+    def _to_runner(self, letter: p.Letter) -> list[Send]:
+        """Pass a client's letter to its runner: to one that works for that client, and no other."""
+        runner = self._runners.get(letter.runner)
+        if runner is None or all(chunk.root != letter.client for chunk in runner.chunks):
+            return []
+        return [Send("host", p.ToRunner(letter.runner, letter.client, letter.kind, letter.body))]
 
     def _from_task(self, runner: Runner, letter: p.FromRunner) -> list[Send]:
         """Pass on what a task says as a client. User code can write anything there, and would end its runner by it."""

@@ -16,7 +16,7 @@ import achilles
 from achilles.core import protocol as p
 from achilles.core.submission import Send, Submission
 from achilles.errors import AchillesError, BrokerLostError, BrokerUnreachableError
-from achilles.letters import Desk
+from achilles.letters import Desk, Printer
 from achilles.mailbox import Mailbox
 from achilles.net.keys import find_join, given_join
 from achilles.net.peer import Dial, Peer, dialer_to
@@ -40,10 +40,11 @@ def connection(
     slots_max: int,
     connect_timeout: float,
     broker_timeout: float,
+    prints: bool = True,
 ) -> Connection:
     """A connection, not yet started, to the broker at ``address``.
 
-    Its key is this user's, which is in ``home``, or that of the ``join`` file.
+    ``prints``: what its tasks print is printed here, else dropped. Its key is this user's, which is in ``home``, or that of the ``join`` file.
 
     Raises:
         ConfigError: ``address`` is no endpoint, or the join file is not in order.
@@ -56,6 +57,7 @@ def connection(
         slots_max=slots_max,
         connect_timeout=connect_timeout,
         broker_timeout=broker_timeout,
+        prints=prints,
     )
 
 
@@ -70,11 +72,13 @@ class Connection:
         slots_max: int = 0,
         connect_timeout: float = 10.0,
         broker_timeout: float = 60.0,
+        prints: bool = True,
     ) -> None:
         self._loop = SocketLoop()
         self.mailbox = Mailbox(self._loop.wake)
         self._desk = Desk(self._reply)
-        self.mailbox.on_letter = self._desk.put
+        self._printer = Printer() if prints else None
+        self.mailbox.on_letter = self._take_letter
         self._submission = Submission()
         self._dial = dial
         self._address = address
@@ -114,6 +118,13 @@ class Connection:
         """Have the I/O thread call a function."""
         self._requests.append(function)
         self.mailbox.interrupt()
+
+    def _take_letter(self, letter: p.Letter) -> None:
+        """In the I/O thread: a runner has written."""
+        if letter.kind == p.IMPORT:
+            self._desk.put(letter)
+        elif self._printer is not None:
+            self._printer.put(letter)
 
     def _reply(self, letter: p.Letter) -> None:
         """From any thread: answer a runner."""
@@ -198,6 +209,8 @@ class Connection:
         finally:
             mailbox.close()
             self._desk.close()
+            if self._printer is not None:
+                self._printer.close()
             if peer is not None:
                 peer.close()
             self._loop.close()

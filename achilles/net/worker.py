@@ -30,11 +30,19 @@ class Worker:
     Args:
         dial: makes a socket to the broker's endpoint for workers.
         name: what the worker is called in status and errors.
+        captures: what tasks print goes to their client, instead of where our own output goes.
         connect_timeout: seconds until the first session must have begun.
     """
 
     def __init__(
-        self, dial: Dial, *, slots: int, name: str, tags: Sequence[str], connect_timeout: float
+        self,
+        dial: Dial,
+        *,
+        slots: int,
+        name: str,
+        tags: Sequence[str],
+        connect_timeout: float,
+        captures: bool = True,
     ) -> None:
         self.loop = SocketLoop()
         hello = p.WorkerHello(
@@ -54,6 +62,7 @@ class Worker:
             path=None,
             cwd=None,
             is_remote=True,
+            captures=captures,
         )
         self._sends: deque[Send] = deque()
         self._connect_by = monotonic() + connect_timeout

@@ -46,6 +46,7 @@ from achilles.runtime.process import READ_MAX, RunnerProcess, describe_exit, lif
 from achilles.runtime.runner import LENGTH, LETTERS, RECORD, SHARED
 from achilles.runtime.serialize import ERROR, INIT_FAILED, LARGE
 from achilles.runtime.shared import IS_AVAILABLE
+from achilles.runtime.side import OUTPUT
 
 POLL_SECONDS = 0.005  # how long a result may lie in a stream pipe
 EXIT_SECONDS = 0.5  # from the end of a runner's channel to its exit
@@ -66,7 +67,8 @@ class RunnerHost:
     ``register(fd, callback, write=False)`` watches ``fd`` for reading, or for both with ``write``; it is
     called again to change that. The callbacks gather events, which `collect` hands out.
     ``authkey`` is multiprocessing's, where runners belong to one program. Those that are ``is_remote`` ask
-    their client for modules that they lack.
+    their client for modules that they lack. What they print is told as events if the host ``captures`` it; without
+    a task it goes to our own stderr.
     """
 
     def __init__(
@@ -79,11 +81,19 @@ class RunnerHost:
         environ: dict[str, str] | None = None,
         authkey: bytes | None = None,
         is_remote: bool = False,
+        captures: bool = False,
     ) -> None:
         self.register = register
         self.unregister = unregister
         self.environ = environ
-        self.setup = {"path": path, "cwd": cwd, "authkey": authkey, "is_remote": is_remote}
+        self.setup = {
+            "path": path,
+            "cwd": cwd,
+            "authkey": authkey,
+            "is_remote": is_remote,
+            "captures": captures,
+        }
+        self.captures = captures
         self.runners: dict[int, _Runner] = {}
         self.polled: set[_Runner] = set()  # those that something is awaited of which wakes nobody
         self.dying: set[_Runner] = set()  # killed, or their channel ended, but not seen to exit
@@ -184,11 +194,12 @@ class _Frame:
 
 
 class _Chunk:
-    """A chunk with tasks whose results are awaited."""
+    """A chunk with tasks whose results are awaited, and the client for whom all is done."""
 
-    __slots__ = ("count", "number", "outstanding")
+    __slots__ = ("client", "count", "number", "outstanding")
 
-    def __init__(self, number: int, count: int) -> None:
+    def __init__(self, number: int, count: int, client: int) -> None:
+        self.client = client
         self.number = number  # counts this runner's chunks
         self.count = count
         self.outstanding = count
@@ -216,13 +227,15 @@ class _Runner:
         self.last_seq = 0
         self.fault = ""  # what it did, or suffered, that made us kill it
         self.deadline: float | None = None  # when it is killed if it has not exited by then
-        self.process = process = RunnerProcess(host.life_read, host.environ)
+        self.process = process = RunnerProcess(host.life_read, host.environ, captures=host.captures)
         self.pid = process.pid
         self.sock = process.sock
         self.tokens = process.tokens
         self.side = process.side
         host.register(self.sock.fileno(), self.read)
         host.register(self.side.fd, self.read_side)
+        for output in process.outputs:
+            host.register(output.fd, self.read_output)
         if process.pidfd >= 0:
             host.register(process.pidfd, self.bury)
 
@@ -246,7 +259,7 @@ class _Runner:
             return
         count = len(sent)
         self.sent += 1
-        self.chunks[seq] = _Chunk(self.sent, count)
+        self.chunks[seq] = _Chunk(self.sent, count, effect.root or effect.client)
         if count > 1:
             self.host.polled.add(self)
         command = (
@@ -398,7 +411,24 @@ class _Runner:
 
     def _take_letters(self, letters: list[Letter]) -> None:
         for kind, client, body in letters:
-            self.host.events.append(FromRunner(self.number, client, kind, body))
+            if kind != OUTPUT:  # that comes through pipes, with a limit
+                self.host.events.append(FromRunner(self.number, client, kind, body))
+
+    def read_output(self, *, is_all: bool = False) -> None:
+        """Take what was printed; it is that of the oldest chunk that has open tasks."""
+        now = time.monotonic()
+        for output in self.process.outputs:
+            if not output.is_open:
+                continue
+            chunk = next(iter(self.chunks.values()), None)
+            for piece in output.read(now, is_all=is_all):
+                if chunk is None:
+                    os.write(2, piece)
+                    continue
+                body = bytes((output.stream,)) + piece
+                self.host.events.append(FromRunner(self.number, chunk.client, OUTPUT, body))
+            if not output.is_open:
+                self.host.unregister(output.fd)
 
     def poll(self) -> None:
         """Do what no descriptor wakes the host for."""
@@ -465,6 +495,8 @@ class _Runner:
         """Take whole records off ``data``; the rest."""
         if self.fault:
             return b""  # it is as good as dead
+        if self.process.outputs:
+            self.read_output(is_all=True)  # what a task printed comes before its result
         results: list[tuple[int, int, int, float, Payload]] = []
         unpack, size = RECORD.unpack_from, RECORD.size
         chunks = self.chunks
@@ -590,6 +622,7 @@ class _Runner:
 
     def _read_last(self) -> None:
         """Read what it left behind."""
+        self.read_output(is_all=True)
         self._read_stream()
         is_end = False
         while not is_end:
@@ -604,6 +637,8 @@ class _Runner:
             self.is_unwatched = True
             self.host.unregister(self.sock.fileno())
             self.host.unregister(self.side.fd)
+            for output in self.process.outputs:
+                self.host.unregister(output.fd)
 
     def _reason(self, code: int | None) -> str:
         """How it ended, for people; empty where it was asked to."""

@@ -13,6 +13,7 @@ import marshal
 import sys
 from _frozen_importlib import ModuleSpec
 from _thread import allocate_lock
+from itertools import count
 
 from achilles.runtime import context
 from achilles.runtime.side import IMPORT
@@ -33,7 +34,7 @@ class ClientModules:
         self._client = 0
         self._aside: dict[int, dict[str, ModuleType]] = {}  # by client
         self._missing: set[str] = set()  # what the present client does not have
-        self._next_number = 1
+        self._numbers = count(1)  # which threads may draw from at once
         self._waiting: dict[bytes, _Answer] = {}
         self._is_listening = False
 
@@ -64,7 +65,8 @@ class ClientModules:
             return None
         found = self._ask(name)
         if not found:
-            self._missing.add(name)
+            if found is not None:  # nobody's answer is not an answer
+                self._missing.add(name)
             return None
         text, origin, is_package = marshal.loads(found)
         spec = ModuleSpec(name, _Loader(text, origin), origin=origin, is_package=is_package)  # type: ignore[arg-type]
@@ -77,15 +79,15 @@ class ClientModules:
 
     # --- Questions --------------------------------------------------------------------------------
 
-    def _ask(self, name: str) -> bytes:
+    def _ask(self, name: str) -> bytes | None:
+        """The client's answer, empty if it has no such module; None if there was none in time."""
         side = context.side
         if side is None:
-            return b""
+            return None
         if not self._is_listening:
             self._is_listening = True
             side.handle(IMPORT, self._take)
-        number = self._next_number.to_bytes(_NUMBER_SIZE, "little")
-        self._next_number = self._next_number % 0xFFFFFFFF + 1
+        number = (next(self._numbers) & 0xFFFFFFFF).to_bytes(_NUMBER_SIZE, "little")
         answer = self._waiting[number] = _Answer()
         try:
             side.send(IMPORT, context.client, number + name.encode())
@@ -93,7 +95,7 @@ class ClientModules:
         except OSError:
             pass  # no host, or a fork: there is nobody to ask
         finally:
-            del self._waiting[number]
+            self._waiting.pop(number, None)
         return answer.body
 
     def _take(self, client: int, body: bytes) -> None:
@@ -108,7 +110,7 @@ class _Answer:
     """What is awaited; the lock is held until it is there."""
 
     def __init__(self) -> None:
-        self.body = b""
+        self.body: bytes | None = None
         self.is_awaited = allocate_lock()
         self.is_awaited.acquire()
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import achilles
+from achilles.runtime.output import OutputPipe
 from achilles.runtime.runner import CHANNEL_LOST
 from achilles.runtime.shared import Handoff
 from achilles.runtime.side import HostSide
@@ -29,11 +30,15 @@ _BOOTSTRAP = (
 class RunnerProcess:
     """One child and the host's ends of its channel, all of them non-blocking.
 
+    ``captures``: what it prints comes through ``outputs``; else it goes where ours does.
+
     Raises:
         OSError: there are not enough processes, descriptors or memory.
     """
 
-    def __init__(self, life: int, environ: dict[str, str] | None) -> None:
+    def __init__(
+        self, life: int, environ: dict[str, str] | None, *, captures: bool = False
+    ) -> None:
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             self.sock, sock = _sockets(ours, theirs)
             handoff, far_handoff = _sockets(ours, theirs)
@@ -47,7 +52,13 @@ class RunnerProcess:
                 *(sock.fileno(), self.tokens.read_end, stream),
                 *(far_handoff.fileno(), far_side.fileno(), life),
             )
-            self._process = _popen(fds, environ)
+            self.outputs: list[OutputPipe] = []
+            ends: list[int | None] = [None, None]
+            for stream in (1, 2) if captures else ():
+                read_end, ends[stream - 1] = _pipe(ours, theirs)
+                os.set_blocking(read_end, False)
+                self.outputs.append(OutputPipe(read_end, stream))
+            self._process = _popen(fds, environ, *ends)
             self._is_reaped = False
             self.pid = self._process.pid
             self.pidfd = _pidfd(self.pid, ours)
@@ -182,13 +193,17 @@ def _pidfd(pid: int, ours: contextlib.ExitStack) -> int:
     return pidfd
 
 
-def _popen(fds: tuple[int, ...], environ: dict[str, str] | None) -> subprocess.Popen[bytes]:
+def _popen(
+    fds: tuple[int, ...], environ: dict[str, str] | None, stdout: int | None, stderr: int | None
+) -> subprocess.Popen[bytes]:
     home = os.path.dirname(os.path.dirname(os.path.abspath(achilles.__file__)))
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     numbers = ",".join(map(str, fds))
     return subprocess.Popen(
         [sys.executable, *flags, "-c", _BOOTSTRAP, numbers, home],
         stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
         env=environ,
         pass_fds=fds,
         start_new_session=True,

@@ -182,6 +182,8 @@ class Runner:
                     self._receive()
             case ("setup", setup):
                 _setup(setup["path"], setup["cwd"], setup["authkey"])
+                if setup["captures"]:
+                    _print_by_line()
                 if setup["is_remote"]:
                     from achilles.runtime.imports import install
 
@@ -373,6 +375,14 @@ def _setup(path: list[str] | None, cwd: str | None, authkey: bytes | None) -> No
         from achilles.runtime.authkey import set_authkey
 
         set_authkey(authkey)
+
+
+def _print_by_line() -> None:
+    """Let each line that a task prints be seen at once, as on a terminal."""
+    for file in (sys.stdout, sys.stderr):
+        reconfigure = getattr(file, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(line_buffering=True)
 
 
 def _dump_error(error: BaseException, *, is_loaded: bool) -> bytes:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import queue
+import sys
 import threading
 
 import pytest
 
 from achilles import letters
 from achilles.core import protocol as p
-from achilles.letters import Desk
+from achilles.letters import Desk, Printer
 
 BOUND = 20.0
 
@@ -46,3 +48,58 @@ def test_its_thread_ends_with_it() -> None:
     desk.close()
     thread.join(BOUND)
     assert threading.active_count() == before
+
+
+# --- Output ---------------------------------------------------------------------------------------
+
+
+def printed(stream: int, text: bytes) -> p.Letter:
+    return p.Letter(1, 1, 1, p.OUTPUT, bytes((stream,)) + text)
+
+
+def test_output_is_printed_where_the_program_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = Printer()
+    printer.put(printed(1, b"out\n"))
+    printer.put(printed(2, "é\n".encode() + b"\xff"))
+    printer.put(p.Letter(1, 1, 1, p.OUTPUT, b""))
+    printer.close()
+    assert capsys.readouterr() == ("out\n", "é\n\N{REPLACEMENT CHARACTER}")
+
+
+class Stuck(io.StringIO):
+    """A terminal that was stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goes_on = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.goes_on.wait(BOUND)
+        return super().write(text)
+
+
+def test_a_terminal_that_is_stopped_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One short wait, then none; what is too much is dropped; when it goes on, all else is printed."""
+    stuck = Stuck()
+    monkeypatch.setattr(sys, "stdout", stuck)
+    monkeypatch.setattr(letters, "PRINT_SECONDS", 0.01)
+    printer = Printer()
+    line = b"x" * (1 << 20)
+    for _ in range(20):
+        printer.put(printed(1, line))
+    stuck.goes_on.set()
+    printer.close()
+    thread = next(thread for thread in threading.enumerate() if thread.name == "achilles-output")
+    thread.join(BOUND)
+    assert letters.PENDING_MAX <= len(stuck.getvalue()) <= letters.PENDING_MAX + len(line)
+
+
+def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    monkeypatch.setattr(sys, "stderr", None)
+    printer = Printer()
+    printer.put(printed(1, b"nowhere"))
+    printer.put(printed(2, b"nowhere"))
+    printer.close()
