@@ -32,6 +32,8 @@ class Backend(Protocol):
 
     def kill(self, make_error: Callable[[], BaseException]) -> None: ...
 
+    def discard(self) -> None: ...
+
 
 class SharedBackend(Backend, Protocol):
     """One that serves several executors."""
@@ -46,6 +48,7 @@ class Core:
         self.backend = backend
         self.lock = threading.Lock()
         self.is_started = False
+        self.is_discarded = False  # it ended before it was started
         self.is_shut_down = False
         self._pid = os.getpid()
 
@@ -55,6 +58,18 @@ class Core:
             os.getpid() == self._pid
         ):  # a forked child has none of our threads, and perhaps a lock of one
             self.backend.mailbox.finish()
+            self._discard_unused()
+
+    def _discard_unused(self) -> None:
+        """Free what a backend holds that nobody needed; one that runs does so itself."""
+        if self.lock.acquire(blocking=False):  # else it is being started
+            try:
+                # A task that was taken before the mailbox closed is about to start the backend.
+                if not self.is_started and not self.backend.mailbox.unresolved:
+                    self.is_discarded = True
+                    self.backend.discard()
+            finally:
+                self.lock.release()
 
     def join(self) -> None:
         """Wait for the last result, and then for the last callback."""

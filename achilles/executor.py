@@ -517,7 +517,7 @@ class DistributedExecutor(concurrent.futures.Executor):
 
     def _start(self) -> None:
         with self._core.lock:
-            if not self._core.is_started:
+            if not self._core.is_started and not self._core.is_discarded:
                 self._core.backend.start()
                 LIVE.add(self._core.backend)
                 self._core.is_started = True

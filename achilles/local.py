@@ -63,6 +63,11 @@ class LocalCluster:
         self.thread = threading.Thread(target=self._run, name="achilles-io", daemon=True)
         self.thread.start()
 
+    def discard(self) -> None:
+        """Free the descriptors; instead of `start`."""
+        self._host.close(timeout=0.0)
+        self._loop.close()
+
     def call(self, function: Callable[[], None]) -> None:
         """Have the I/O thread call a function."""
         self._requests.append(function)

@@ -162,6 +162,9 @@ class NestedConnection:
 
         self.call(kill)
 
+    def discard(self) -> None:
+        """Nothing to free: it serves other executors."""
+
     def close(self) -> None:
         """End the I/O thread."""
         self._side.not_before_results(self.flush)

@@ -290,3 +290,8 @@ def note_state(path: str) -> None:
 
 def fail_to_start() -> NoReturn:
     raise RuntimeError("the initializer has failed")
+
+
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(os.listdir("/dev/fd"))

@@ -114,6 +114,11 @@ class Connection:
         if self._failure is not None:
             raise self._failure
 
+    def discard(self) -> None:
+        """Free the descriptors; instead of `start`."""
+        self._desk.close()
+        self._loop.close()
+
     def call(self, function: Callable[[], None]) -> None:
         """Have the I/O thread call a function."""
         self._requests.append(function)

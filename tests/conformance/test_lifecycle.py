@@ -33,6 +33,15 @@ def test_max_workers_of_a_wrong_type(make: Maker) -> None:
         make("2")  # type: ignore[arg-type]
 
 
+@of_modes(*OURS)
+def test_executors_that_were_never_used_hold_no_descriptors(make: Maker) -> None:
+    assert make(1).submit(tasks.add, 1).result(20) == 2  # what is made once for all
+    before = tasks.descriptors()
+    for _ in range(20):
+        make(1).shutdown()
+    assert tasks.descriptors() <= before + 2
+
+
 @of_modes(*ALL)
 def test_max_workers_may_be_any_integer(make: Maker) -> None:
     numpy = pytest.importorskip("numpy")

@@ -22,6 +22,10 @@ class Backend:
         self.batches: list[Batch] = []
         self.tasks_max = tasks_max
         self.starts = 0
+        self.discards = 0
+
+    def discard(self) -> None:
+        self.discards += 1
 
     def start(self) -> None:
         self.starts += 1

@@ -25,6 +25,31 @@ def test_nothing_starts_before_the_first_task(backends: list[Backend]) -> None:
     assert repr(executor) == "<DistributedExecutor silent | shut down>"
 
 
+def test_what_was_never_used_is_discarded_once(backends: list[Backend]) -> None:
+    with DistributedExecutor(2) as executor:
+        pass
+    executor.shutdown()
+    with DistributedExecutor(2) as used:
+        used.submit(tasks.add, 1)
+    assert [(backend.starts, backend.discards) for backend in backends] == [(0, 1), (1, 0)]
+
+
+def test_a_task_that_was_taken_before_the_shutdown_still_starts_the_backend(
+    backends: list[Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = DistributedExecutor(2)
+    start = executor._start
+
+    def shut_down_and_start() -> None:
+        executor.shutdown(wait=False)
+        start()
+
+    monkeypatch.setattr(executor, "_start", shut_down_and_start)
+    executor.submit(tasks.add, 1)
+    (backend,) = backends
+    assert (backend.starts, backend.discards) == (1, 0)
+
+
 def test_a_function_of_a_module_has_a_number(backends: list[Backend]) -> None:
     executor = DistributedExecutor(2)
     for n in range(3):

@@ -68,6 +68,15 @@ def test_it_may_end_before_it_began() -> None:
     end(cluster)
 
 
+def test_one_that_was_never_started_holds_nothing_when_discarded() -> None:
+    before = tasks.descriptors()
+    cluster = LocalCluster(1)
+    assert tasks.descriptors() > before
+    cluster.mailbox.finish()
+    cluster.discard()
+    assert tasks.descriptors() == before
+
+
 def test_cancel_lets_run_what_can_start_at_once(cluster: LocalCluster) -> None:
     futures = [submit(cluster, tasks.pause, 0.2) for _ in range(20)]
     cluster.cancel_pending()
