@@ -236,7 +236,7 @@ class MapRun:
             try:
                 while (index := self.peek()) is None:
                     left = None if deadline is None else deadline - monotonic()
-                    if left is not None and left <= 0:
+                    if left is not None and not left > 0:  # NaN, too: as the standard library does
                         raise concurrent.futures.TimeoutError()
                     self._condition.wait(left)
             finally:

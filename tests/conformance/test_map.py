@@ -7,6 +7,7 @@ import functools
 import gc
 import inspect
 import itertools
+import math
 import time
 import weakref
 from collections.abc import Iterator
@@ -143,6 +144,13 @@ def test_timeout(make: Maker) -> None:
         next(results)
     assert 0.4 < time.monotonic() - start < 1.5
     assert list(results) == []
+
+
+@of_modes(*ALL)
+def test_a_timeout_that_is_no_number_is_over_at_once(make: Maker) -> None:
+    results = make(1).map(tasks.pause, [1.0], timeout=math.nan)
+    with pytest.raises(concurrent.futures.TimeoutError):
+        next(results)
 
 
 @of_modes(*ALL)
