@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     T = TypeVar("T")
@@ -105,6 +105,13 @@ class Future(_Base):
         while condition is _DONE and self._state != FINISHED:
             sleep(0)
         return condition
+
+    def __reduce__(self) -> NoReturn:
+        name = self._task_name or "a task"
+        raise TypeError(
+            f"the future of {name} cannot be pickled, as its result arrives in this process only; "
+            "pass its result() instead"
+        )
 
     def cancel(self) -> bool:
         """Cancel the task if it was not dispatched yet; whether it is cancelled now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import multiprocessing
+import pickle
 import threading
 import time
 import weakref
@@ -137,6 +138,17 @@ def test_exits_are_outcomes(make: Maker, task: Any, kind: type[BaseException]) -
     assert type(error) is kind
     assert error.args == ((3,) if kind is SystemExit else ("by the task itself",))
     assert executor.submit(tasks.add, 1).result() == 2
+
+
+@of_modes(*OURS)
+def test_a_future_as_an_argument_is_refused_with_what_to_pass_instead(make: Maker) -> None:
+    executor = make()
+    argument = executor.submit(tasks.add, 1)
+    with pytest.raises(TypeError, match=r"future of add cannot be pickled.*pass its result\(\)"):
+        pickle.dumps(argument)
+    with pytest.raises(pickle.PicklingError, match=r"argument 1 .*pass its result\(\)"):
+        executor.submit(tasks.echo, argument).result(20)
+    assert argument.result(20) == 2
 
 
 @of_modes(*STANDARD)
