@@ -517,7 +517,7 @@ class _Flow:
                 if self._placed == self._total:
                     raise StopIteration
                 left = None if deadline is None else deadline - monotonic()
-                if left is not None and left <= 0:
+                if left is not None and not left > 0:  # nor NaN
                     raise multiprocessing.TimeoutError
                 self._arrived.wait(left)
             value, error = self._outcomes.popleft()
