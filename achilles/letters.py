@@ -48,7 +48,7 @@ class Desk:
             self._reply(p.Letter(letter.worker, letter.runner, letter.client, p.IMPORT, body))
 
 
-PRINT_SECONDS = 0.2
+PRINT_SECONDS = 1.0
 PENDING_MAX = 4 << 20
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-# Under nohup it is ignored, by all whom the tests start as well; some of them are about it.
+# Under nohup, or in a shell's background, these are ignored, by all whom the tests start as well; some are about them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 END_SECONDS = 10.0  # for what a test started to end by itself, on a busy machine
 

@@ -378,11 +378,11 @@ def _setup(path: list[str] | None, cwd: str | None, authkey: bytes | None) -> No
 
 
 def _print_by_line() -> None:
-    """Let each line that a task prints be seen at once, as on a terminal."""
+    """Let each line that a task prints be seen at once, and as one, whatever PYTHONUNBUFFERED says."""
     for file in (sys.stdout, sys.stderr):
         reconfigure = getattr(file, "reconfigure", None)
         if reconfigure is not None:
-            reconfigure(line_buffering=True)
+            reconfigure(line_buffering=True, write_through=False)
 
 
 def _dump_error(error: BaseException, *, is_loaded: bool) -> bytes:

@@ -107,3 +107,14 @@ def test_nested_tasks_print_at_the_client_of_all(
     with DistributedExecutor(address=cluster.address) as executor:
         executor.submit(tasks.print_nested, executor, "from below").result(20)
     assert capsys.readouterr().out == "from below\n"
+
+
+def test_lines_stay_whole_where_python_does_not_buffer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With PYTHONUNBUFFERED, print writes a line and its end one by one."""
+    with Cluster(workers=1, slots=2, environ={"PYTHONUNBUFFERED": "1"}) as cluster:
+        monkeypatch.setenv("ACHILLES_HOME", cluster.home)
+        with DistributedExecutor(address=cluster.address) as executor:
+            list(executor.map(print, range(300)))
+    assert sorted(capsys.readouterr().out.splitlines(), key=int) == [str(n) for n in range(300)]

@@ -120,7 +120,7 @@ def _echo(body: bytes) -> tuple[int, bytes]:
 
 def _send_and_die() -> None:
     assert context.side is not None
-    context.side.send(OUTPUT, 1, b"last words")
+    context.side.send(IMPORT, 1, b"last words")
     os._exit(3)
 
 
@@ -151,7 +151,7 @@ def _write_late(number: int) -> int:
     side = context.side
     assert side is not None
     side._flushers.clear()
-    side.before_results(lambda: side.send(OUTPUT, 1, b"of %d" % number))
+    side.before_results(lambda: side.send(IMPORT, 1, b"of %d" % number))
     return number
 
 
