@@ -17,6 +17,7 @@ import pytest
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 END_SECONDS = 10.0  # for what a test started to end by itself, on a busy machine
 
 # Helpers of the standard library's multiprocessing that live as long as their program, by design.
@@ -33,6 +34,15 @@ def achilles_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("ACHILLES_HOME", str(home))
     yield home
     shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay_as_they_were() -> Iterator[None]:
+    """A command that ran in this process must not have later tests' children ignore SIGTERM."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
