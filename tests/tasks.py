@@ -180,6 +180,29 @@ def await_file(path: str) -> None:
         time.sleep(0.005)
 
 
+def await_file_at(value: int, slow: int, path: str) -> int:
+    """The value; the slow one's not before the file is there."""
+    if value == slow:
+        await_file(path)
+    return value
+
+
+def note_and_await(path: str, line: object, go: str) -> int:
+    """Append to a file, then wait for another: tells a test that this attempt has started, and where."""
+    note(path, f"{line} {os.getpid()}")
+    await_file(go)
+    return os.getpid()
+
+
+def meet(path: str, count: int) -> None:
+    """Wait until so many of these have begun."""
+    note(path, os.getpid())
+    deadline = time.monotonic() + 60
+    while len(notes(Path(path))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def die_once(path: str, value: Any) -> Any:
     """Kill the own process at the first attempt, return the value at the second."""
     if not Path(path).exists():
@@ -290,8 +313,3 @@ def note_state(path: str) -> None:
 
 def fail_to_start() -> NoReturn:
     raise RuntimeError("the initializer has failed")
-
-
-def descriptors() -> int:
-    """How many this process has open."""
-    return len(os.listdir("/dev/fd"))

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import sys
 import threading
-import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -75,14 +74,12 @@ def test_timeouts(make: Maker, call: Call) -> None:
 
     async def main() -> None:
         await call(executor, tasks.add, 1)
-        start = time.monotonic()
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(call(executor, tasks.pause, 0.5), 0.05)
         if sys.version_info >= (3, 11):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
                     await call(executor, tasks.pause, 0.5)
-        assert time.monotonic() - start < 0.45
         assert await call(executor, tasks.add, 1) == 2
 
     asyncio.run(main())
@@ -187,14 +184,12 @@ def test_amap_of_an_endless_input(make: Maker) -> None:
     inputs = itertools.count()
 
     async def main() -> None:
-        start = time.monotonic()
         seen = []
         async for value in executor.amap(tasks.echo, inputs, buffersize=5):
             seen.append(value)
             if len(seen) == 50:
                 break
         assert seen == list(range(50))
-        assert time.monotonic() - start < 10
 
     asyncio.run(main())
     assert next(inputs) <= 56

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests import tasks
+from tests.descriptors import open_descriptors, wait_until_closed
 from tests.modes import ALL, EMBEDDED, OURS, STANDARD, Maker, of_modes, wait_until
 
 
@@ -36,10 +37,10 @@ def test_max_workers_of_a_wrong_type(make: Maker) -> None:
 @of_modes(*OURS)
 def test_executors_that_were_never_used_hold_no_descriptors(make: Maker) -> None:
     assert make(1).submit(tasks.add, 1).result(20) == 2  # what is made once for all
-    before = tasks.descriptors()
+    before = open_descriptors()
     for _ in range(20):
         make(1).shutdown()
-    assert tasks.descriptors() <= before + 2
+    wait_until_closed(before, more=2)
 
 
 @of_modes(*ALL)
@@ -121,9 +122,7 @@ def test_failing_initializer(make: Maker, caplog: pytest.LogCaptureFixture) -> N
     if make.mode != "processes":  # whose children log for themselves
         assert "Exception in initializer:" in caplog.text
         assert "the initializer has failed" in caplog.text
-    start = time.monotonic()
     executor.shutdown()
-    assert time.monotonic() - start < 5
 
 
 @of_modes(*OURS)
@@ -151,11 +150,9 @@ def test_shutdown(make: Maker) -> None:
 
 @of_modes(*ALL)
 def test_shutdown_of_an_unused_executor(make: Maker) -> None:
-    start = time.monotonic()
     with make() as executor:
         pass
     executor.shutdown()
-    assert time.monotonic() - start < 3
 
 
 @of_modes(*ALL)
@@ -172,13 +169,13 @@ def test_with(make: Maker) -> None:
 
 
 @of_modes(*ALL)
-def test_shutdown_without_waiting(make: Maker) -> None:
-    executor = make(1)
-    futures = [executor.submit(tasks.pause, 0.1, n) for n in range(3)]
-    start = time.monotonic()
+def test_shutdown_without_waiting(make: Maker, tmp_path: Path) -> None:
+    executor, go = make(1), tmp_path / "go"
+    futures = [executor.submit(tasks.await_file_at, n, n, str(go)) for n in range(3)]
     executor.shutdown(wait=False)
-    assert time.monotonic() - start < 0.2
-    assert [future.result(10) for future in futures] == [0, 1, 2]
+    assert not any(future.done() for future in futures)
+    go.touch()
+    assert [future.result(20) for future in futures] == [0, 1, 2]
 
 
 @of_modes(*ALL)
@@ -203,9 +200,7 @@ def test_shutdown_that_cancels_a_map(make: Maker) -> None:
     list(executor.map(tasks.pause, [0.1] * 2))
     results = executor.map(tasks.pause, [0.1] * 30, range(30))
     assert next(results) == 0
-    start = time.monotonic()
     executor.shutdown(cancel_futures=True)
-    assert time.monotonic() - start < 1
     with pytest.raises(concurrent.futures.CancelledError):
         list(results)
     assert list(results) == []
@@ -226,9 +221,7 @@ def test_cancel_just_before_shutdown(make: Maker) -> None:
     executor = make(1)
     executor.submit(tasks.add, 1).result()
     executor.submit(tasks.add, 1).cancel()
-    start = time.monotonic()
     executor.shutdown()
-    assert time.monotonic() - start < 5
 
 
 @of_modes(*ALL)

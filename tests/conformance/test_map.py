@@ -133,17 +133,18 @@ def test_what_cannot_be_pickled_fails_in_its_turn(make: Maker) -> None:
 
 
 @of_modes(*ALL)
-def test_timeout(make: Maker) -> None:
-    executor = make()
+def test_timeout(make: Maker, tmp_path: Path) -> None:
+    executor, go = make(), tmp_path / "go"
     list(executor.map(tasks.pause, [0.05] * 2))
     start = time.monotonic()
-    results = executor.map(tasks.pause, [0, 0, 2], timeout=0.5)
-    assert next(results) is None
-    assert next(results) is None
+    results = executor.map(tasks.await_file_at, range(3), [2] * 3, [str(go)] * 3, timeout=1.5)
+    assert next(results) == 0
+    assert next(results) == 1
     with pytest.raises(concurrent.futures.TimeoutError):
         next(results)
-    assert 0.4 < time.monotonic() - start < 1.5
+    assert time.monotonic() - start > 1.4
     assert list(results) == []
+    go.touch()
 
 
 @of_modes(*ALL)
@@ -165,12 +166,10 @@ def test_timeout_does_not_touch_what_is_there(make: Maker) -> None:
 
 @of_modes(*ALL)
 def test_timeout_counts_from_the_call(make: Maker) -> None:
-    results = make(1).map(tasks.pause, [1.0], timeout=0.1)
-    time.sleep(0.2)
-    start = time.monotonic()
+    results = make(1).map(tasks.pause, [3.0], timeout=2.5)
+    time.sleep(2)
     with pytest.raises(concurrent.futures.TimeoutError):
-        next(results)
-    assert time.monotonic() - start < 0.5
+        next(results)  # counted from here, the task would be done in time
 
 
 @of_modes(*ALL)
@@ -305,10 +304,10 @@ def test_the_first_of_a_million_comes_at_once(make: Maker) -> None:
     executor = make()
     executor.submit(tasks.add, 1).result()
     for call in (executor.map, executor.map_unordered):
-        start = time.monotonic()
-        results = call(tasks.add, range(1_000_000), buffersize=1000)
+        inputs = iter(range(1_000_000))
+        results = call(tasks.add, inputs, buffersize=1000)
         assert next(results) >= 1
-        assert time.monotonic() - start < 0.2
+        assert next(inputs) <= 1001
         results.close()
 
 

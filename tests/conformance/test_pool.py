@@ -201,9 +201,12 @@ def test_imap_goes_on_after_an_error(pool: Any) -> None:
         next(results)
 
 
-def test_imap_unordered_gives_what_is_ready(pool: Any) -> None:
-    results = pool.imap_unordered(functools.partial(tasks.pause_on, slow=0, seconds=0.5), range(4))
-    assert [results.next(BOUND) for _ in range(4)][-1] == 0
+def test_imap_unordered_gives_what_is_ready(pool: Any, tmp_path: Path) -> None:
+    task = functools.partial(tasks.await_file_at, slow=0, path=str(tmp_path / "go"))
+    results = pool.imap_unordered(task, range(4))
+    assert sorted(results.next(BOUND) for _ in range(3)) == [1, 2, 3]
+    (tmp_path / "go").touch()
+    assert results.next(BOUND) == 0
 
 
 def test_imap_runs_all_even_if_nobody_takes_it(pool: Any, tmp_path: Path) -> None:
@@ -297,11 +300,9 @@ def test_terminate_ends_what_runs(make: PoolMaker) -> None:
     pids = pool.imap_unordered(tasks.pause_pid, [60] * 10)
     with pytest.raises(multiprocessing.TimeoutError):
         pids.next(timeout=0.2)
-    start = time.monotonic()
     pool.terminate()
     pool.terminate()
-    pool.join()
-    assert time.monotonic() - start < 5
+    pool.join()  # or the test takes longer than it may
     assert pool._state == "TERMINATE"
     if make.mode != PROCESSES:  # where nobody ever hears of it
         with pytest.raises(Exception, match="terminated"):

@@ -184,17 +184,17 @@ def test_map_iterator_keeps_its_executor(make: Maker) -> None:
 
 
 @of_modes(*OURS)
-def test_short_tasks_do_not_wait_behind_a_long_one(make: Maker) -> None:
+def test_short_tasks_do_not_wait_behind_a_long_one(make: Maker, tmp_path: Path) -> None:
     """DESIGN: no queued task waits behind a long-running one while a slot idles, for more than 50 ms."""
     executor = make(2)
     list(executor.map(tasks.echo, range(200)))  # an estimate that says "short", and two processes
     list(executor.map(tasks.pause, [0.05] * 2))
-    results = executor.map(tasks.pause_on, range(100), [5] * 100, [1.5] * 100)
-    start = time.monotonic()
+    go = tmp_path / "go"
+    results = executor.map(tasks.await_file_at, range(100), [5] * 100, [str(go)] * 100)
     assert [next(results) for _ in range(5)] == list(range(5))
-    other = executor.submit(tasks.add, 1)
-    assert other.result() == 2
-    assert time.monotonic() - start < 1.0
+    others = [executor.submit(tasks.await_file_at, n, 5, str(go)) for n in range(100) if n != 5]
+    assert [other.result(20) for other in others] == [n for n in range(100) if n != 5]
+    go.touch()
     assert list(results) == list(range(5, 100))
 
 
@@ -247,11 +247,10 @@ def test_status_and_repr(make: Maker) -> None:
 def test_ending_the_workers(make: Maker, method: str, tmp_path: Path) -> None:
     path = tmp_path / "notes"
     executor = make(1)
-    running = executor.submit(tasks.note_and_pause, str(path), "ran", 3.0)
+    running = executor.submit(tasks.note_and_pause, str(path), "ran", 60)
     waiting = [executor.submit(tasks.pause, 1.0) for _ in range(5)]
     results = executor.map(tasks.pause, [1.0] * 5)
     wait_until(lambda: tasks.notes(path) and running.running(), "the first task runs")
-    start = time.monotonic()
     getattr(executor, method)()
     with pytest.raises(BrokenProcessPool):
         running.result(5)
@@ -263,7 +262,6 @@ def test_ending_the_workers(make: Maker, method: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         executor.submit(tasks.add, 1)
     executor.shutdown()
-    assert time.monotonic() - start < 2.5
     getattr(executor, method)()
 
 
@@ -335,12 +333,10 @@ def test_a_forked_child_gets_a_clear_error(make: Maker) -> None:
 
 
 def test_no_broker(tmp_path: Path) -> None:
-    start = time.monotonic()
     with pytest.raises(BrokerUnreachableError, match="achilles broker"):
         DistributedExecutor(address="auto")
     with pytest.raises(BrokerUnreachableError):
         DistributedExecutor(address="tcp://127.0.0.1:1")
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

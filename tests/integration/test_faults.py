@@ -73,23 +73,20 @@ def runners_of(worker: subprocess.Popen[str]) -> list[psutil.Process]:
 def test_a_killed_runner_costs_one_attempt(make: Maker, tmp_path: Path) -> None:
     executor = make(2)
     list(executor.map(tasks.pause, [0.05] * 4))
-    start = time.monotonic()
     futures = [executor.submit(tasks.die_once, str(tmp_path / str(n)), n) for n in range(4)]
     assert [future.result(20) for future in futures] == list(range(4))
-    assert time.monotonic() - start < 5
 
 
 @of_modes(*OURS)
 def test_a_runner_killed_from_outside(make: Maker, tmp_path: Path) -> None:
-    path = tmp_path / "notes"
+    path, go = tmp_path / "notes", tmp_path / "go"
     executor = make(1)
-    future = executor.submit(tasks.note_and_pause, str(path), "began", 0.7)
+    future = executor.submit(tasks.note_and_await, str(path), "began", str(go))
     wait_until(lambda: tasks.notes(path), "the task runs")
     first = int(tasks.notes(path)[0].split()[1])
     os.kill(first, signal.SIGKILL)
-    start = time.monotonic()
     wait_until(lambda: len(tasks.notes(path)) == 2, "the task runs again")
-    assert time.monotonic() - start < 0.6
+    go.touch()
     assert future.result(10) == int(tasks.notes(path)[1].split()[1]) != first
 
 
@@ -148,9 +145,7 @@ def test_a_killed_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         futures = [executor.submit(tasks.pause, 0.05, n) for n in range(60)]
         wait_until(lambda: futures[10].done(), "some are done")
         cluster.workers[0].kill()
-        killed = time.monotonic()
         assert [future.result(20) for future in futures] == list(range(60))
-        assert time.monotonic() - killed < 6
         status = executor.status()
         assert status["workers"] == 1
         assert status["reassigned"] >= 1
@@ -222,18 +217,19 @@ def test_a_second_signal_ends_a_draining_worker(
         own_cluster(monkeypatch) as cluster,
         DistributedExecutor(address=cluster.address) as executor,
     ):
-        path = str(tmp_path / "notes")
-        futures = [executor.submit(tasks.note_and_pause, path, n, 1.0) for n in range(4)]
-        wait_until(lambda: len(tasks.notes(tmp_path / "notes")) == 4, "all run")
+        path, go = tmp_path / "notes", tmp_path / "go"
+        futures = [executor.submit(tasks.note_and_await, str(path), n, str(go)) for n in range(4)]
+        wait_until(lambda: len(tasks.notes(path)) == 4, "all run")
         worker = cluster.workers[0]
         worker.terminate()
-        time.sleep(0.2)
-        assert worker.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(0.2)
         worker.terminate()
-        assert worker.wait(5) != 0  # work was lost here
+        assert worker.wait(20) != 0  # work was lost here
+        go.touch()
         for future in futures:
             future.result(20)
-        assert len(tasks.notes(tmp_path / "notes")) == 6
+        assert len(tasks.notes(path)) == 6, tasks.notes(path)
 
 
 def test_a_workers_runners_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,8 +294,8 @@ def test_a_broker_that_is_gone_for_good(monkeypatch: pytest.MonkeyPatch) -> None
         wait_until(lambda: futures[0].running(), "a task runs")
         kill_broker(cluster)
         start = time.monotonic()
-        errors = [future.exception(10) for future in futures]
-        assert 0.5 < time.monotonic() - start < 4
+        errors = [future.exception(20) for future in futures]
+        assert time.monotonic() - start > 0.5
         assert {type(error) for error in errors} == {BrokerLostError}
         assert len(set(map(id, errors))) == 3
         assert cluster.address in str(errors[0])
@@ -310,7 +306,6 @@ def test_a_broker_that_is_gone_for_good(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises((BrokerLostError, BrokerUnreachableError)):
             executor.status()
         executor.shutdown()
-        assert time.monotonic() - start < 4
         cluster.workers[0].kill()  # which would finish its task
 
 

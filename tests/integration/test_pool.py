@@ -98,7 +98,7 @@ def test_a_program_does_not_wait_for_what_it_left(
 ) -> None:
     start = time.monotonic()
     assert run(make, tmp_path, LEAVING + ending) == "1\n"
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
 
 
 @of_modes(*OURS)  # the standard's complains of a closed file
@@ -109,7 +109,7 @@ def test_a_program_does_not_wait_for_what_it_dropped(
     program = LEAVING if more else LEAVING.replace("    iterator = ", "    # ")
     start = time.monotonic()
     assert run(make, tmp_path, f"{program}    del pool, results\n{more}") == "1\n"
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
 
 
 # --- What the standard's pool cannot do -----------------------------------------------------------

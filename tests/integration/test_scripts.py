@@ -248,9 +248,9 @@ except KeyboardInterrupt:
     )
     wait_until(lambda: tasks.notes(tmp_path / "notes"), "a task runs")
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
-    assert int(out) >= 26
+    assert int(out) >= 29 - len(tasks.notes(tmp_path / "notes"))  # one may wait in the runner
     assert err.count("KeyboardInterrupt") == 1
 
 

@@ -31,6 +31,7 @@ from achilles.runtime import process as process_module
 from achilles.runtime import shared
 from achilles.runtime.runner import RECORD
 from achilles.runtime.serialize import LARGE, dumps, dumps_call
+from tests.descriptors import open_descriptors, wait_until_closed
 from tests.unit.runtime import tasks
 from tests.unit.runtime.driver import BOUND, CLIENT, Driver, Gate, driving
 
@@ -287,11 +288,11 @@ def test_a_runner_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
         raise BlockingIOError("Resource temporarily unavailable")
 
     with driving() as driver:
-        before = tasks.descriptors()
+        before = open_descriptors()
         monkeypatch.setattr(process_module, "_popen", fail)
         driver.apply(Spawn(1))
         assert driver.died[1].reason.startswith("could not be started: Resource temporarily")
-        assert tasks.descriptors() == before
+        wait_until_closed(before)
 
 
 def test_a_reaped_child_is_still_buried(driver: Driver) -> None:
@@ -303,7 +304,7 @@ def test_a_reaped_child_is_still_buried(driver: Driver) -> None:
 
 
 def test_close_ends_idle_and_busy_runners_and_frees_all(tmp_path: Path) -> None:
-    before = tasks.descriptors()
+    before = open_descriptors()
     driver = Driver()
     pids = [driver.spawn(runner) for runner in PRESENT]
     driver.run(tasks.add, 1)
@@ -313,7 +314,7 @@ def test_close_ends_idle_and_busy_runners_and_frees_all(tmp_path: Path) -> None:
     driver.close()
     assert time.monotonic() - started < 5.0, "an idle runner did not exit by itself"
     assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert tasks.descriptors() == before
+    wait_until_closed(before)
 
 
 def test_close_kills_a_runner_that_does_not_exit(tmp_path: Path) -> None:
@@ -332,9 +333,16 @@ def _hang_at_exit() -> None:
     atexit.register(tasks.spin)
 
 
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _await_end(pid: int) -> None:
     deadline = time.monotonic() + BOUND
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    while _is_alive(pid):
         assert time.monotonic() < deadline, f"process {pid} lives on"
         time.sleep(0.005)
 
@@ -364,9 +372,7 @@ def test_a_runner_does_not_outlive_its_host(tmp_path: Path, is_forked: bool) -> 
         runner, fork = map(int, process.stdout.readline().split())
         try:
             process.kill()
-            started = time.monotonic()
             _await_end(runner)
-            assert time.monotonic() - started < 5.0
         finally:
             if is_forked:
                 os.kill(fork, signal.SIGKILL)
@@ -405,7 +411,7 @@ def test_buffers_are_handed_over_writable_and_private(driver: Driver) -> None:
 
 def test_more_results_than_may_be_mapped(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
     monkeypatch.setattr(shared, "MAPPINGS_MAX", 2)
-    before = tasks.descriptors()
+    before = open_descriptors()
     fn = driver.load(tasks.identity)
     results = []
     for seq in range(1, 9):
@@ -413,7 +419,7 @@ def test_more_results_than_may_be_mapped(monkeypatch: pytest.MonkeyPatch, driver
         results.append(driver.outcome(seq))
         driver.results.clear()
     results[-1].data[0] = 1
-    assert tasks.descriptors() <= before + 4
+    wait_until_closed(before, more=4)
 
 
 def test_a_result_that_cannot_be_received(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:

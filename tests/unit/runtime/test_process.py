@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from achilles.runtime.process import RunnerProcess, TokenPipe, describe_exit, life_pipe
+from tests.descriptors import open_descriptors, wait_until_closed
 from tests.unit.runtime import tasks
 from tests.unit.runtime.driver import driving
 
@@ -22,10 +23,10 @@ def stacks(
 ) -> Iterator[tuple[ExitStack, ExitStack]]:
     if request.param == "sockets":
         _without_proc(monkeypatch)
-    before = tasks.descriptors()
+    before = open_descriptors()
     with ExitStack() as ours, ExitStack() as theirs:
         yield ours, theirs
-    assert tasks.descriptors() == before
+    wait_until_closed(before)
 
 
 def _without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +81,7 @@ def test_runners_work_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_ends_with_its_tokens() -> None:
-    before = tasks.descriptors()
+    before = open_descriptors()
     ends = life_pipe()
     process = RunnerProcess(ends[0], None)
     assert repr(process) == f"<RunnerProcess {process.pid}>"
@@ -90,7 +91,7 @@ def test_a_process_ends_with_its_tokens() -> None:
     process.close()
     for end in ends:
         os.close(end)
-    assert tasks.descriptors() == before
+    wait_until_closed(before)
 
 
 def test_how_processes_end() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from achilles.runtime import shared
 from achilles.runtime.shared import Handoff, fresh, store
-from tests.unit.runtime import tasks
+from tests.descriptors import open_descriptors, wait_until_closed
 
 pytestmark = pytest.mark.skipif(not shared.IS_AVAILABLE, reason="there is no memfd here")
 
@@ -22,9 +22,9 @@ def ends() -> Iterator[tuple[Handoff, Handoff]]:
     near, far = socket.socketpair()
     near.setblocking(False)
     far.setblocking(False)
-    before = tasks.descriptors()
+    before = open_descriptors()
     yield Handoff(near), Handoff(far)
-    assert tasks.descriptors() == before
+    wait_until_closed(before)
     near.close()
     far.close()
 
@@ -74,13 +74,13 @@ def test_beyond_the_limit_of_mappings_all_is_copied(
 
 
 def test_descriptors_are_freed_with_the_last_use() -> None:
-    before = tasks.descriptors()
+    before = open_descriptors()
     stored = store([bytes(BIG)])
     piece = memoryview(stored)[5:9]
     del stored
-    assert tasks.descriptors() > before
+    assert open_descriptors() - before
     del piece
-    assert tasks.descriptors() == before
+    wait_until_closed(before)
 
 
 def test_no_memory_and_no_descriptors(
