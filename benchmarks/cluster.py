@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 START_SECONDS = 20.0
@@ -19,7 +20,8 @@ START_SECONDS = 20.0
 class Cluster:
     """``workers`` workers of ``slots`` slots each; a context manager that leaves nothing behind.
 
-    ``tcp``: meet over TCP with CURVE instead of ipc. ``environ``: variables beyond this process's own.
+    ``tcp``: meet over TCP with CURVE instead of ipc. ``environ``: variables beyond this process's own. What its
+    processes log is printed if the ``with`` statement ends with an error.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Cluster:
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self.home = tempfile.mkdtemp(prefix="achilles-")
+        self._log_path = Path(self.home, "log")
         self.environ = {**os.environ, **(environ or {}), "ACHILLES_HOME": self.home}
         for name in ("ACHILLES_ADDRESS", "ACHILLES_CONFIG"):
             self.environ.pop(name, None)
@@ -87,6 +90,8 @@ class Cluster:
             time.sleep(0.05)
 
     def __exit__(self, *exc: object) -> None:
+        if exc[0] is not None:
+            print(self._log_path.read_text(), file=sys.stderr)
         processes = [*self.workers, *([self.broker] if self.broker else [])]
         for process in processes:
             if process.poll() is None:
@@ -102,11 +107,12 @@ class Cluster:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def _spawn(self, *arguments: str, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "achilles", "--log-level", "error", *arguments],
-            env=self.environ,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        with self._log_path.open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "achilles", "--log-level", "info", *arguments],
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=log,
+                text=True,
+            )
