@@ -25,7 +25,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -37,6 +37,7 @@ VERSION = 1
 # behind a whole large payload; below INLINE_MAX a copy is cheaper than a frame of its own.
 INLINE_MAX = 64 * 1024
 PART_MAX = 8 * 1024 * 1024
+BODY_MAX = 4 * 1024 * 1024  # payloads in one body, of however many tasks
 PARTS_MAX = 4096
 TASKS_MAX = 10_000
 BLOBS_MAX = 64  # of one group
@@ -63,7 +64,12 @@ class Parts(tuple["Buffer", ...]):
 if TYPE_CHECKING:
     Payload: TypeAlias = bytes | memoryview | Parts
 else:
-    Payload = Any  # checked by _gather: msgspec decodes bytes, or the number of parts
+    Payload = bytes | int  # as msgspec decodes it: the bytes, or the number of parts
+
+# Lengths are checked before an item is looked at: a hostile body holds up nobody.
+Numbers: TypeAlias = Annotated[list[int], msgspec.Meta(max_length=TASKS_MAX)]
+Payloads: TypeAlias = Annotated[list[Payload], msgspec.Meta(max_length=TASKS_MAX)]
+Blobs: TypeAlias = Annotated[tuple[int, ...], msgspec.Meta(max_length=BLOBS_MAX)]
 
 
 def size_of(payload: Payload) -> int:
@@ -97,7 +103,9 @@ class Options(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froze
     retries: int = 0  # further attempts after one that raised or took too long
     at_most_once: bool = False  # fails rather than runs again where nobody knows whether it ran
     priority: int = 0  # among this client's tasks the highest go first
-    tags: tuple[str, ...] = ()  # of the workers that may run it
+    tags: Annotated[
+        tuple[str, ...], msgspec.Meta(max_length=TAGS_MAX)
+    ] = ()  # of the workers that may run it
 
     def but(self, **changes: Any) -> Options:
         """The same, with other values for some."""
@@ -150,7 +158,7 @@ class WorkerHello(Message, tag="hello-worker"):
     name: str
     slots: int
     pid: int
-    tags: list[str] = []
+    tags: Annotated[list[str], msgspec.Meta(max_length=TAGS_MAX)] = []
 
 
 class Welcome(Message, tag="welcome"):
@@ -209,11 +217,11 @@ class Submit(Message, tag="submit"):
 
     fn: int
     init: int
-    ids: list[int]
-    payloads: list[Payload]
+    ids: Numbers
+    payloads: Payloads
     chunk_max: int = 0  # at most so many in a chunk; 0: the broker decides
     options: Options | None = None
-    blobs: tuple[int, ...] = ()  # what else the payloads refer to
+    blobs: Blobs = ()  # what else the payloads refer to
 
     @property
     def group(self) -> Group:
@@ -235,28 +243,28 @@ class Forget(Message, tag="forget"):
     """These blobs are needed no more (an empty list: none of this client's)."""
 
     client: int
-    blobs: list[int]
+    blobs: Numbers
 
 
 class Cancel(Message, tag="cancel"):
     """The client wants no result of these tasks; ``kill``: not even that those that run go on."""
 
-    ids: list[int]
+    ids: Numbers
     kill: bool = False
 
 
 class Running(Message, tag="running"):
     """These tasks were dispatched."""
 
-    ids: list[int]
+    ids: Numbers
 
 
 class Results(Message, tag="results"):
     """Tasks that are done, with one status byte each."""
 
-    ids: list[int]
+    ids: Numbers
     statuses: bytes
-    payloads: list[Payload]
+    payloads: Payloads
 
 
 class Failed(Message, tag="failed"):
@@ -342,11 +350,11 @@ class Run(Message, tag="run"):
     client: int
     fn: int
     init: int
-    ids: list[int]
-    payloads: list[Payload]
+    ids: Numbers
+    payloads: Payloads
     timeout: float = 0.0  # seconds that each task may run; 0: no limit
     attempt: int = 1
-    blobs: tuple[int, ...] = ()
+    blobs: Blobs = ()
     root: int = (
         0  # the client that all this is done for in the end, whose initializer it is; 0: ``client``
     )
@@ -359,7 +367,7 @@ class Revoke(Message, tag="revoke"):
     """
 
     lease: int
-    indexes: list[int]
+    indexes: Numbers
     kill: bool = False
 
 
@@ -367,9 +375,9 @@ class Done(Message, tag="done"):
     """Results of some of a lease's tasks; ``seconds`` is the time that they took together."""
 
     lease: int
-    indexes: list[int]
+    indexes: Numbers
     statuses: bytes
-    payloads: list[Payload]
+    payloads: Payloads
     seconds: float
 
 
@@ -377,7 +385,7 @@ class Returned(Message, tag="returned"):
     """Tasks of a lease that did not start and will not."""
 
     lease: int
-    indexes: list[int]
+    indexes: Numbers
 
 
 class Crashed(Message, tag="crashed"):
@@ -562,6 +570,11 @@ def encode(header: Header, message: Wire) -> list[Buffer]:
         for payload in carrier.payloads:  # type: ignore[union-attr]
             if type(payload) is not bytes or len(payload) > INLINE_MAX:
                 return _encode_in_parts(head, message)
+        if (
+            len(carrier.payloads) > BODY_MAX // INLINE_MAX  # type: ignore[union-attr]
+            and sum(map(len, carrier.payloads)) > BODY_MAX  # type: ignore[union-attr, arg-type]
+        ):
+            return _encode_in_parts(head, message)
     elif type(carrier) is Blob:
         return _encode_in_parts(head, message)
     return [head + _encode_body(message)]
@@ -569,7 +582,13 @@ def encode(header: Header, message: Wire) -> list[Buffer]:
 
 def _encode_in_parts(head: bytes, message: Wire) -> list[Buffer]:
     parts: list[Buffer] = []
-    inline = [_scatter(payload, parts) for payload in _payloads_of(message)]
+    inline: list[bytes | int] = []
+    room = BODY_MAX
+    for payload in _payloads_of(message):
+        one = _scatter(payload, parts, min(room, INLINE_MAX))
+        inline.append(one)
+        if type(one) is bytes:
+            room -= len(one)
     return [head + _encode_body(_with_payloads(message, inline)), *parts]
 
 
@@ -610,10 +629,10 @@ def _with_payloads(message: Wire, payloads: list[Any]) -> Wire:
     return msgspec.structs.replace(message, payloads=payloads)
 
 
-def _scatter(payload: Payload, parts: list[Buffer]) -> bytes | int:
+def _scatter(payload: Payload, parts: list[Buffer], inline_max: int) -> bytes | int:
     """Append the payload's parts, or return it as it is when it is small."""
     buffers: Iterable[Buffer] = payload if isinstance(payload, Parts) else (payload,)
-    if size_of(payload) <= INLINE_MAX:
+    if size_of(payload) <= inline_max:
         return b"".join(buffers)
     before = len(parts)
     for buffer in buffers:
@@ -662,8 +681,8 @@ def _check_fields(message: Wire) -> None:
     match message:
         case Submit(ids=ids) | Run(ids=ids):
             _check_columns(ids, len(message.payloads))
-            if len(message.blobs) > BLOBS_MAX or any(blob < 1 for blob in message.blobs):
-                raise ProtocolError("too many blobs, or one with a number below 1")
+            if any(blob < 1 for blob in message.blobs):
+                raise ProtocolError("a blob with a number below 1")
             if isinstance(message, Submit) and message.options is not None:
                 _check_options(message.options)
         case Results(ids=ids, statuses=statuses) | Done(indexes=ids, statuses=statuses):
@@ -718,8 +737,6 @@ def _check_columns(ids: list[int], *lengths: int) -> None:
     for length in lengths:
         if length != count:
             raise ProtocolError(f"columns of different lengths: {count}, {length}")
-    if count > TASKS_MAX:
-        raise ProtocolError(f"{count} tasks in one message; the limit is {TASKS_MAX}")
     if count and min(ids) < 0:
         raise ProtocolError("a negative number")
 
@@ -743,8 +760,8 @@ def _check_options(options: Options) -> None:
 
 
 def _check_tags(tags: Sequence[str]) -> None:
-    if len(tags) > TAGS_MAX or any(len(tag) > 64 or not tag.isprintable() for tag in tags):
-        raise ProtocolError("too many, over-long or unprintable tags")
+    if any(len(tag) > 64 or not tag.isprintable() for tag in tags):
+        raise ProtocolError("over-long or unprintable tags")
 
 
 def _check_hello(hello: ClientHello | WorkerHello) -> None:

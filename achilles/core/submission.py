@@ -138,7 +138,8 @@ class Submission:
         self._at_broker -= len(at_broker)
         if self._credit is None or not at_broker:
             return []
-        return [Send("broker", p.Cancel(at_broker, kill)), *self._advance()]
+        cancels = [Send("broker", p.Cancel(ids, kill)) for ids in _runs(at_broker)]
+        return [*cancels, *self._advance()]
 
     # --- The core's contract ----------------------------------------------------------------------
 
@@ -276,7 +277,7 @@ class Submission:
             return []
         sent = [blob for blob in unused if blob in self._sent_blobs]
         self._sent_blobs.difference_update(sent)
-        return [Send("broker", p.Forget(0, sent))] if sent else []
+        return [Send("broker", p.Forget(0, blobs)) for blobs in _runs(sent)]
 
     def _drop_idle(self) -> list[int]:
         """Drop large blobs that no task names: those not to be kept, and the oldest beyond the bound."""
@@ -311,3 +312,8 @@ class Submission:
 def _submit(group: Group, ids: list[int], payloads: list[p.Payload]) -> Send:
     fn, init, chunk_max, options, blobs = group
     return Send("broker", p.Submit(fn, init, ids, payloads, chunk_max, options, blobs))
+
+
+def _runs(numbers: list[int]) -> list[list[int]]:
+    """The numbers in lists that a message can hold."""
+    return [numbers[at : at + p.TASKS_MAX] for at in range(0, len(numbers), p.TASKS_MAX)]

@@ -14,7 +14,7 @@ from achilles.core import protocol as p
 from achilles.mailbox import Mailbox
 from tests import tasks
 from tests.integration.test_faults import kill_broker, own_cluster, start_broker
-from tests.modes import EMBEDDED, OURS, Maker, of_modes, wait_until
+from tests.modes import CLUSTER, EMBEDDED, OURS, Maker, of_modes, wait_until
 
 np = pytest.importorskip("numpy")
 
@@ -206,3 +206,14 @@ def test_each_worker_gets_it_once_and_a_late_one_too(monkeypatch: pytest.MonkeyP
         futures = [executor.submit(tasks.first_plus, x, n) for n in range(20)]
         assert [future.result(60) for future in futures] == [4.0 + n for n in range(20)]
         assert memfds(second.pid) == 1
+
+
+@of_modes(CLUSTER)
+def test_many_middling_arguments_and_results(make: Maker) -> None:
+    """Together larger than a frame can be, though each is small enough to be sent inside a message."""
+    executor = make(2)
+    payload = bytes(p.INLINE_MAX - 1000)
+    assert list(executor.map(len, [payload] * 600, chunksize=600)) == [len(payload)] * 600
+    assert list(executor.map(bytes, [len(payload)] * 600, chunksize=600)) == [payload] * 600
+    futures = [executor.submit(len, payload) for _ in range(1500)]
+    assert [future.result(30) for future in futures] == [len(payload)] * 1500

@@ -311,6 +311,24 @@ def test_each_payload_gets_its_own_parts(kind: type) -> None:
         assert [joined(payload) for payload in arrived] == [joined(it) for it in payloads]
 
 
+@pytest.mark.parametrize("kind", [p.Submit, p.Run, p.Results, p.Done])
+def test_many_small_payloads_make_no_large_frame(kind: type) -> None:
+    """A socket refuses a frame beyond 16 MiB; what a body has no room for goes in parts."""
+    payload = LARGE[:-1]
+    count = 2 * p.BODY_MAX // p.INLINE_MAX + 1
+    message = tasks(kind, count)
+    message.payloads[:] = [b"", *[payload] * (count - 1)]  # type: ignore[union-attr]
+    frames = encoded(message)
+    assert max(len(frame) for frame in frames) < p.BODY_MAX + p.INLINE_MAX
+    assert len(frames) == 1 + p.BODY_MAX // p.INLINE_MAX
+    _, arrived = p.decode(frames)
+    values = [joined(one) for one in arrived.payloads]  # type: ignore[union-attr]
+    assert values == [b"", *[payload] * (count - 1)]
+    fits = tasks(kind, p.BODY_MAX // p.INLINE_MAX)
+    fits.payloads[:] = [payload] * (p.BODY_MAX // p.INLINE_MAX)  # type: ignore[union-attr]
+    assert len(encoded(fits)) == 1
+
+
 def with_payloads(*payloads: object) -> list[Any]:
     """The body of results with these in the place of payloads."""
     ids = list(range(len(payloads)))
@@ -331,10 +349,10 @@ def test_parts_that_lack_or_are_too_many_are_refused() -> None:
 @pytest.mark.parametrize("payload", [0, -1, p.PARTS_MAX + 1, 2**64 - 1, True, None, 1.0, "x", [1]])
 def test_what_is_neither_bytes_nor_a_number_of_parts_is_refused(payload: object) -> None:
     """A number is one of frames, of which there is at least one and at most `PARTS_MAX`."""
-    reason = "payload 0 is neither bytes nor a number of parts"
+    reason = "neither bytes nor a number of parts" if type(payload) is int else "`int | bytes`"
     frames = [b"x"] * (p.PARTS_MAX + 1)
-    assert refusal(*raw(with_payloads(payload), *frames)) == reason
-    assert refusal(*raw(["blob", 1, 1, payload], *frames)) == reason
+    assert reason in refusal(*raw(with_payloads(payload), *frames))
+    assert reason in refusal(*raw(["blob", 1, 1, payload], *frames))
 
 
 def test_as_many_parts_as_possible() -> None:
@@ -353,14 +371,18 @@ def tasks(kind: type, count: int) -> p.Wire:
     values: list[p.Payload] = [b""] * count
     columns = {"ids": ids, "indexes": ids, "payloads": values, "statuses": bytes(count)}
     names = {field.name for field in msgspec.structs.fields(kind)}
+    if kind is p.Forget:
+        columns["blobs"] = ids
     return but(kind, **{name: value for name, value in columns.items() if name in names})
 
 
 WITH_PAYLOADS = (p.Submit, p.Run, p.Results, p.Done)
+NUMBERS = (p.Cancel, p.Running, p.Revoke, p.Returned, p.Forget)
 LONG_TAGS: Sequence[str] = ["x" * 64] * p.TAGS_MAX
 
 GOOD = [
     *(tasks(kind, p.TASKS_MAX) for kind in WITH_PAYLOADS),
+    *(tasks(kind, p.TASKS_MAX) for kind in NUMBERS),
     *(tasks(kind, 0) for kind in WITH_PAYLOADS),
     *(but(kind, ids=[]) for kind in (p.Cancel, p.Running)),
     *(but(kind, indexes=[]) for kind in (p.Revoke, p.Returned)),
@@ -385,7 +407,8 @@ def test_the_limits_themselves_are_allowed(message: p.Wire) -> None:
 
 
 BAD: list[tuple[p.Wire, str]] = [
-    *((tasks(kind, p.TASKS_MAX + 1), "10001 tasks in one message") for kind in WITH_PAYLOADS),
+    *((tasks(kind, p.TASKS_MAX + 1), "length <= 10000") for kind in WITH_PAYLOADS),
+    *((tasks(kind, p.TASKS_MAX + 1), "length <= 10000") for kind in NUMBERS),
     *((but(kind, payloads=[b""]), "columns of different lengths") for kind in WITH_PAYLOADS),
     *((but(kind, statuses=b"\0"), "columns of different lengths") for kind in (p.Results, p.Done)),
     (but(p.Submit, ids=[1]), "columns of different lengths: 1, 2"),
@@ -430,8 +453,12 @@ BAD: list[tuple[p.Wire, str]] = [
     (but(p.ClientHello, slots_max=-1), "a negative number of slots"),
     *((but(p.WorkerHello, slots=slots), "from 1 to 4096") for slots in (0, -1, 4097)),
     *(
-        (message, "too many, over-long or unprintable tags")
-        for tags in (["x"] * (p.TAGS_MAX + 1), ["x" * 65], ["a\n"])
+        (message, reason)
+        for tags, reason in (
+            (["x"] * (p.TAGS_MAX + 1), "length <= 64"),
+            (["x" * 65], "over-long or unprintable tags"),
+            (["a\n"], "over-long or unprintable tags"),
+        )
         for message in (
             but(p.WorkerHello, tags=tags),
             but(p.Submit, options=OPTIONS.but(tags=tuple(tags))),
@@ -443,9 +470,13 @@ BAD: list[tuple[p.Wire, str]] = [
     ),
     (but(p.Submit, options=OPTIONS.but(retries=-1)), "a negative number of retries"),
     *(
-        (but(kind, blobs=blobs), "too many blobs, or one with a number below 1")
+        (but(kind, blobs=blobs), reason)
         for kind in (p.Submit, p.Run)
-        for blobs in ((1,) * (p.BLOBS_MAX + 1), (1, 0), (-1,))
+        for blobs, reason in (
+            ((1,) * (p.BLOBS_MAX + 1), "length <= 64"),
+            ((1, 0), "a blob with a number below 1"),
+            ((-1,), "a blob with a number below 1"),
+        )
     ),
 ]
 

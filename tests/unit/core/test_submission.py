@@ -355,6 +355,17 @@ def test_a_kill_goes_along_with_the_cancellation() -> None:
     assert bench.sent() == [cancel(1, kill=True), submit(3)]
 
 
+def test_a_long_cancellation_goes_in_messages_that_the_broker_reads() -> None:
+    ids = list(range(1, 2 * p.TASKS_MAX + 2))
+    bench = SubmissionBench()
+    for at in range(0, len(ids), p.TASKS_MAX):
+        bench.submit(*ids[at : at + p.TASKS_MAX], fn=0)
+        bench.sent()
+    bench.cancel(*ids)
+    lengths = [len(message.ids) for _, message in bench.sent()]
+    assert lengths == [p.TASKS_MAX, p.TASKS_MAX, 1]
+
+
 # --- Blobs ----------------------------------------------------------------------------------------
 
 
