@@ -54,7 +54,7 @@ def _count(name: str, value: object, wanted: str) -> int | None:
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
     if number < 1:
-        raise ValueError(f"{name} must be {wanted}")
+        raise ValueError(f"{name} must be {wanted}, not {number}")
     return number
 
 

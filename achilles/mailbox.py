@@ -319,7 +319,9 @@ class Mailbox:
         story = "; ".join(f"attempt {n}: {line}" for n, line in enumerate(message.story, 1))
         error: BaseException
         if message.kind == p.CRASHED:
-            error = TaskCrashedError(f"{task} ended the process that ran it too often. {story}")
+            error = TaskCrashedError(
+                f"{task} ended the process that ran it too often; the executor goes on without it. {story}"
+            )
         elif message.kind == p.REFUSED:
             error = RuntimeError(f"cannot schedule {task}: {'; '.join(message.story)}")
         elif message.kind == p.TIMEOUT:

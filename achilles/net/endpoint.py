@@ -94,7 +94,9 @@ def parse_endpoint(text: str, *, to_bind: bool = False) -> Endpoint:
             "use tcp://HOST:PORT, for example tcp://127.0.0.1:5555"
         )
     if not text.isprintable() or (scheme == "tcp" and " " in text):
-        raise ConfigError(f"the endpoint {text!r} has spaces or control characters in it")
+        raise ConfigError(
+            f"the endpoint {text!r} has spaces or control characters in it; one that works is tcp://127.0.0.1:5555"
+        )
     if scheme == "ipc" and to_bind:
         raise ConfigError(
             f"{text!r}: a broker makes its ipc sockets itself; bind to tcp://127.0.0.1:5555"
@@ -114,10 +116,13 @@ def parse_endpoint(text: str, *, to_bind: bool = False) -> Endpoint:
 def _parse_ipc(text: str, path: str) -> Endpoint:
     if path.startswith("@"):
         raise ConfigError(
-            f"{text!r} is an abstract socket, which no permissions protect; use a path"
+            f"{text!r} is an abstract socket, which no permissions protect; "
+            "use a path, for example ipc:///run/user/1000/achilles"
         )
     if not path.startswith("/"):
-        raise ConfigError(f"the path in {text!r} must begin with /")
+        raise ConfigError(
+            f"the path in {text!r} must begin with /, for example ipc:///run/user/1000/achilles"
+        )
     if len(os.fsencode(path)) > IPC_PATH_MAX:
         raise ConfigError(
             f"the path in {text!r} is {len(os.fsencode(path))} bytes long; "
@@ -135,11 +140,15 @@ def _parse_host(text: str, host: str) -> str:
         try:
             return str(ipaddress.IPv6Address(host[1:-1]))
         except ValueError:
-            raise ConfigError(f"{host} in {text!r} is not an IPv6 address") from None
+            raise ConfigError(
+                f"{host} in {text!r} is not an IPv6 address; one that works is tcp://[::1]:5555"
+            ) from None
     if ":" in host:
         raise ConfigError(f"an IPv6 address needs brackets: tcp://[{host}]:5555, not {text!r}")
     if len(host) > 253 or not _HOST.fullmatch(host):
-        raise ConfigError(f"{host!r} in {text!r} is not a host name or address")
+        raise ConfigError(
+            f"{host!r} in {text!r} is not a host name or address; one that works is tcp://127.0.0.1:5555"
+        )
     return host
 
 

@@ -328,7 +328,8 @@ def find_join(base: Path, role: str, address: str | None) -> Join:
         wanted == join.ipc or any(_same_place(wanted, place) for place in places)
     ):
         raise BrokerUnreachableError(
-            f"your running broker is at {join.address}, not at {wanted}; there is no key for another one in {base}"
+            f"your running broker is at {join.address}, not at {wanted}; there is no key for another one in {base}; "
+            "name its join file with the setting join (ACHILLES_JOIN)"
         )
     if join.host == hostname() and not _is_running(join.pid):
         raise BrokerUnreachableError(

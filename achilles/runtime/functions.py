@@ -86,7 +86,10 @@ class FunctionTable:
         except (Exception, SystemExit) as error:
             from achilles.task_errors import ArgumentPickleError
 
-            raise ArgumentPickleError(f"{describe(fn)} cannot be pickled: {why(error)}") from error
+            raise ArgumentPickleError(
+                f"{describe(fn)} cannot be pickled: {why(error)}; nothing was sent. Functions are sent with all that they "
+                "refer to: pass it as an argument, or make it in the task"
+            ) from error
         data = bytes_of(pickled)
         if is_stateless(fn) and _is_importable(fn):
             watches = []  # it is found by its name, whatever happens to it here
@@ -127,9 +130,11 @@ def bytes_of(pickled: Pickled) -> bytes:
 
 def _check(fn: object) -> None:
     if not callable(fn):
-        raise TypeError(f"a callable is needed, not {type(fn).__name__}")
+        raise TypeError(
+            f"a callable is needed, not {type(fn).__name__}; its arguments come behind it: submit(f, x)"
+        )
     if isinstance(fn, FunctionType) and fn.__code__.co_flags & _ASYNC_FLAGS:
-        raise TypeError(f"{describe(fn)} is a coroutine function; achilles runs plain callables")
+        raise TypeError(f"{describe(fn)} is a coroutine function; achilles runs plain callables, which may call asyncio.run")
 
 
 class _Entry:

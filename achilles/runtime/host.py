@@ -42,7 +42,13 @@ from achilles.core.protocol import (
     Unload,
     size_of,
 )
-from achilles.runtime.process import READ_MAX, RunnerProcess, describe_exit, life_pipe
+from achilles.runtime.process import (
+    READ_MAX,
+    RunnerProcess,
+    describe_exit,
+    life_pipe,
+    which_limit,
+)
 from achilles.runtime.runner import LENGTH, LETTERS, RECORD, SHARED
 from achilles.runtime.serialize import ERROR, INIT_FAILED, LARGE
 from achilles.runtime.shared import IS_AVAILABLE
@@ -176,7 +182,7 @@ class RunnerHost:
         try:
             runner = _Runner(self, number)
         except OSError as error:
-            reason = f"could not be started: {error} (the limit of processes or of open files?)"
+            reason = f"could not be started: {error}{which_limit(error)}"
             self.events.append(RunnerDied(number, reason, [], 0))
             return
         self.runners[number] = runner

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -162,6 +164,23 @@ def describe_exit(code: int | None) -> str:
         name = f"signal {-code}"
     hint = " (often the kernel's out-of-memory killer)" if code == -signal.SIGKILL else ""
     return f"was killed by {name}{hint}"
+
+
+def which_limit(error: OSError) -> str:
+    """Which limit kept a process from starting, as far as the error tells, and what helps."""
+    helps = "raise it, or have fewer slots"
+    if error.errno == errno.EAGAIN:
+        return f" (the limit of processes, ulimit -u: {_limit(resource.RLIMIT_NPROC)}; {helps})"
+    if error.errno == errno.EMFILE:
+        return f" (the limit of open files, ulimit -n: {_limit(resource.RLIMIT_NOFILE)}; {helps})"
+    if error.errno in (errno.ENFILE, errno.ENOMEM):
+        return " (this machine has no more of them; have fewer slots)"
+    return ""
+
+
+def _limit(number: int) -> str:
+    soft, _ = resource.getrlimit(number)
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
 def _sockets(

@@ -223,7 +223,9 @@ def dump_result(value: object, call: object) -> tuple[int, Encoded]:
         from achilles.task_errors import ResultPickleError
 
         text = f"the value returned by {describe(call)} cannot be pickled: {why(error)}"
-        failure = ResultPickleError(f"{text} (it is {_short_repr(value)})")
+        failure = ResultPickleError(
+            f"{text} (it is {_short_repr(value)}); return what it can be made from instead"
+        )
         return ERROR, dump_error(failure)
 
 
@@ -292,7 +294,10 @@ def load_outcome(status: int, payload: Any) -> tuple[Any, BaseException | None]:
     except BaseException as error:
         from achilles.task_errors import ResultUnpickleError
 
-        failure = ResultUnpickleError(f"a task's result cannot be unpickled here: {why(error)}")
+        what = "a task's result" if status == VALUE else "the exception that a task raised"
+        failure = ResultUnpickleError(
+            f"{what} cannot be unpickled here: {why(error)}; this program must have its class as the worker has it"
+        )
         failure.__cause__ = error
         return None, failure
 
@@ -343,6 +348,9 @@ def why(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+_INSTEAD = "nothing was sent; pass what it can be made from, and make it in the task"
+
+
 def _blame_argument(
     args: Sequence[Any], kwargs: dict[str, Any], fn: object, error: BaseException
 ) -> NoReturn:
@@ -363,7 +371,7 @@ def _blame_argument(
             kind = f" (it is of type {type(value).__qualname__})"
             break
     whose = f" of {describe(fn)}" if fn is not None else ""
-    text = f"{label}{whose} cannot be pickled: {why(cause)}{kind}"
+    text = f"{label}{whose} cannot be pickled: {why(cause)}{kind}; {_INSTEAD}"
     raise ArgumentPickleError(text) from cause
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from achilles.runtime.serialize import dumps, loads
 from achilles.task_errors import RemoteError
 
+REASON_MAX = 300
+
 
 def dump_error(error: BaseException, *, is_loaded: bool = True) -> bytes:
     """The pickle of ``(error, traceback text)``; it was tested that it can be unpickled.
@@ -22,8 +24,8 @@ def dump_error(error: BaseException, *, is_loaded: bool = True) -> bytes:
         _say_where(error)
     text = _format(error)
     data = _round_trip(error, text)
-    if data is None:
-        data = dumps((_portable(error), text))
+    if isinstance(data, str):
+        data = dumps((_portable(error, data), text))
     return data
 
 
@@ -38,28 +40,34 @@ def _format(error: BaseException) -> str:
         return f"{_name(error)} (its traceback cannot be formatted: {type(failure).__name__})\n"
 
 
-def _round_trip(error: BaseException, text: str) -> bytes | None:
-    """The pickle, unless what comes back is not what went in."""
+def _round_trip(error: BaseException, text: str) -> bytes | str:
+    """The pickle; or, if what comes back is not what went in, why that is."""
     try:
         data = dumps((error, text))
+    except BaseException as failure:  # of the user's own methods, which may raise anything
+        return f"it cannot be pickled: {_summary(failure)}"
+    try:
         back, _ = loads(data)
-    except BaseException:
-        return None  # of the user's own methods, which may raise anything
-    return data if type(back) is type(error) else None
+    except BaseException as failure:
+        return f"it cannot be made again from its args, which is what a pickle has of it: {_summary(failure)}"
+    return data if type(back) is type(error) else f"its pickle is one of {_name(back)}"
 
 
-def _portable(error: BaseException) -> BaseException:
+def _portable(error: BaseException, reason: str) -> BaseException:
     """A stand-in that can be pickled; a group keeps its structure and its good members."""
     group: Any = getattr(builtins, "BaseExceptionGroup", ())  # Python 3.11 on
     if isinstance(error, group):
         members = [
-            member if _round_trip(member, "") is not None else _portable(member)
+            _portable(member, why) if isinstance(why := _round_trip(member, ""), str) else member
             for member in error.exceptions
         ]
         copy: BaseException = group(error.message, members)
-        if _round_trip(copy, "") is not None:
+        if not isinstance(_round_trip(copy, ""), str):
             return copy
-    return RemoteError(_summary(error))
+    return RemoteError(
+        f"{_summary(error)} (`except {type(error).__qualname__}` does not catch this RemoteError, which stands in for it: "
+        f"{reason[:REASON_MAX]}. A __reduce__ of its own would let it travel)"
+    )
 
 
 def _summary(error: BaseException) -> str:

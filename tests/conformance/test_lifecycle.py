@@ -21,6 +21,7 @@ from tests.descriptors import open_descriptors, wait_until_closed
 from tests.modes import ALL, EMBEDDED, OURS, STANDARD, Maker, of_modes, wait_until
 
 
+@pytest.mark.bad_input(42)
 @of_modes(*ALL)
 @pytest.mark.parametrize("count", [0, -1])
 def test_max_workers_that_cannot_be(make: Maker, count: int) -> None:
@@ -28,6 +29,7 @@ def test_max_workers_that_cannot_be(make: Maker, count: int) -> None:
         make(count)
 
 
+@pytest.mark.bad_input(42)
 @of_modes(*STANDARD)
 def test_max_workers_of_a_wrong_type(make: Maker) -> None:
     with pytest.raises(TypeError):

@@ -28,6 +28,7 @@ def test_results_come_in_order(make: Maker) -> None:
     assert list(executor.map(pow, range(50), itertools.repeat(2))) == [n * n for n in range(50)]
 
 
+@pytest.mark.bad_input(29)
 @of_modes(*ALL)
 def test_inputs_of_odd_lengths(make: Maker) -> None:
     executor = make(1)
@@ -45,6 +46,7 @@ def test_chunksize(make: Maker, chunksize: int) -> None:
     assert list(make().map(tasks.echo, range(40), chunksize=chunksize)) == list(range(40))
 
 
+@pytest.mark.bad_input(29)
 @of_modes(*STANDARD)
 @pytest.mark.parametrize("chunksize", [0, -1])
 def test_chunksize_that_cannot_be(make: Maker, chunksize: int) -> None:
@@ -52,6 +54,7 @@ def test_chunksize_that_cannot_be(make: Maker, chunksize: int) -> None:
         make().map(tasks.echo, range(3), chunksize=chunksize)
 
 
+@pytest.mark.bad_input(29)
 @of_modes(*STANDARD)
 def test_chunksize_of_a_wrong_type(make: Maker) -> None:
     with pytest.raises(TypeError):
@@ -108,6 +111,7 @@ def test_an_error_has_the_remote_traceback(make: Maker) -> None:
     assert "in fail_at" in str(caught.value.__cause__)
 
 
+@pytest.mark.bad_input(28)
 @of_modes(*ALL)
 def test_an_error_of_the_input(make: Maker) -> None:
     def inputs() -> Iterator[int]:
@@ -147,6 +151,7 @@ def test_timeout(make: Maker, tmp_path: Path) -> None:
     go.touch()
 
 
+@pytest.mark.bad_input(42)
 @of_modes(*ALL)
 def test_a_timeout_that_is_no_number_is_over_at_once(make: Maker) -> None:
     results = make(1).map(tasks.pause, [1.0], timeout=math.nan)
@@ -255,6 +260,7 @@ def test_buffersize(make: Maker, buffersize: int | None) -> None:
     assert list(results) == list(range(1, 11))
 
 
+@pytest.mark.bad_input(30)
 @of_modes(*OURS)
 def test_buffersize_bounds_what_is_taken_of_the_input(make: Maker) -> None:
     taken = itertools.count()
@@ -331,6 +337,7 @@ def test_map_unordered_waits_for_no_slow_item(make: Maker) -> None:
     assert list(results) == []
 
 
+@pytest.mark.bad_input(30)
 @of_modes(*OURS)
 def test_map_unordered_without_an_end(make: Maker) -> None:
     inputs = itertools.count()

@@ -51,6 +51,7 @@ def test_every_keyword_is_the_functions(make: Maker) -> None:
     assert future.result() == ((1,), keywords)
 
 
+@pytest.mark.bad_input(32)
 @of_modes(*ALL)
 def test_submit_needs_a_function(make: Maker) -> None:
     executor = make()
@@ -89,6 +90,7 @@ def test_callables_of_all_kinds(make: Maker) -> None:
     assert isinstance(values[-1], tasks.Adder)
 
 
+@pytest.mark.bad_input(68)
 @of_modes(*STANDARD)
 def test_arguments_are_copies(make: Maker) -> None:
     mutable = [1]
@@ -116,6 +118,7 @@ def test_exception_shows_the_remote_traceback(make: Maker) -> None:
     assert "tasks.py" in str(error.__cause__)
 
 
+@pytest.mark.bad_input(14)
 @of_modes(*STANDARD)
 def test_exception_with_a_cause_of_its_own(make: Maker) -> None:
     error = make().submit(tasks.raise_chained).exception()
@@ -124,6 +127,7 @@ def test_exception_with_a_cause_of_its_own(make: Maker) -> None:
     assert "the second" in str(error.__cause__)
 
 
+@pytest.mark.bad_input(15)
 @of_modes(*STANDARD)
 @pytest.mark.parametrize(
     ("task", "kind"),
@@ -141,6 +145,7 @@ def test_exits_are_outcomes(make: Maker, task: Any, kind: type[BaseException]) -
     assert executor.submit(tasks.add, 1).result() == 2
 
 
+@pytest.mark.bad_input(35)
 @of_modes(*OURS)
 def test_a_future_as_an_argument_is_refused_with_what_to_pass_instead(make: Maker) -> None:
     executor = make()
@@ -167,6 +172,7 @@ def test_what_cannot_be_pickled_fails_its_future_alone(make: Maker) -> None:
     assert executor.submit(tasks.add, 1).result() == 2
 
 
+@pytest.mark.bad_input(38)
 @of_modes(*ALL)
 def test_cancel(make: Maker) -> None:
     executor = make(1)
@@ -299,6 +305,7 @@ def test_callback_that_shuts_down(make: Maker) -> None:
     assert is_over.wait(10)
 
 
+@pytest.mark.bad_input(37)
 @of_modes(*OURS)
 def test_callback_that_raises_more_than_an_exception(make: Maker) -> None:
     executor = make(1)
@@ -316,6 +323,7 @@ def test_callback_that_raises_more_than_an_exception(make: Maker) -> None:
     assert called == [5]
 
 
+@pytest.mark.bad_input(37)
 @of_modes(*OURS)
 def test_callback_that_blocks_holds_up_nobody(make: Maker) -> None:
     executor = make(1)
@@ -440,6 +448,7 @@ def test_tasks_run_at_once(make: Maker, tmp_path: Path) -> None:
         future.result(60)
 
 
+@pytest.mark.bad_input(32)
 @of_modes(*ALL)
 @pytest.mark.parametrize("wrong", [5, None, "add"])
 def test_what_is_no_function_fails_its_future(make: Maker, wrong: Any) -> None:

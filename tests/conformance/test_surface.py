@@ -73,6 +73,7 @@ def _inputs(call: str) -> list[Any]:
     return [pairs] if call == "starmap" else [*zip(*pairs)]
 
 
+@pytest.mark.bad_input(65)
 @of_modes(*STANDARD)
 def test_a_collected_executor_cleans_up(make: Maker) -> None:
     """Its threads, and its processes, which the test's end looks for; a map's iterator may be the last to hold it."""
@@ -189,6 +190,7 @@ def outcome(function: Callable[..., Any], *args: Any) -> str:
     return "nothing"
 
 
+@pytest.mark.bad_input(34)
 @of_modes(*OURS)
 def test_a_forked_child_cannot_use_it(make: Maker) -> None:
     executor, unused = make(1), make(1)

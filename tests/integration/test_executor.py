@@ -84,6 +84,7 @@ def test_large_arrays(make: Maker) -> None:
     assert array[0] == 0
 
 
+@pytest.mark.bad_input(11, 12)
 @of_modes(*OURS)
 def test_exceptions_that_pickle_badly(make: Maker) -> None:
     executor = make(1)
@@ -99,6 +100,7 @@ def test_exceptions_that_pickle_badly(make: Maker) -> None:
     assert executor.submit(tasks.add, 1).result() == 2
 
 
+@pytest.mark.bad_input(1, 8, 10)
 @of_modes(*OURS)
 def test_pickling_errors_name_what_and_where(make: Maker) -> None:
     executor = make(1)
@@ -130,6 +132,7 @@ def test_map_of_what_cannot_be_pickled(make: Maker) -> None:
     assert list(executor.map(tasks.add, [1])) == [2]
 
 
+@pytest.mark.bad_input(33)
 @of_modes(*OURS)
 def test_coroutine_functions_are_refused(make: Maker) -> None:
     async def coroutine() -> None: ...
@@ -279,6 +282,7 @@ def test_ending_the_workers_ends_their_processes(make: Maker, tmp_path: Path) ->
 # --- The end, and other processes -----------------------------------------------------------------
 
 
+@pytest.mark.bad_input(65)
 @of_modes(*OURS)
 def test_a_collected_executor_finishes_what_it_has(make: Maker, tmp_path: Path) -> None:
     path = tmp_path / "notes"

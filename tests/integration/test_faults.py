@@ -90,6 +90,7 @@ def test_a_runner_killed_from_outside(make: Maker, tmp_path: Path) -> None:
     assert future.result(10) == int(tasks.notes(path)[1].split()[1]) != first
 
 
+@pytest.mark.bad_input(16, 17, 18)
 @of_modes(*OURS)
 @pytest.mark.parametrize(
     ("task", "sign"),
@@ -152,6 +153,7 @@ def test_a_killed_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         assert status["failed"] == 0
 
 
+@pytest.mark.bad_input(51)
 def test_all_workers_killed_and_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         own_cluster(monkeypatch) as cluster,
@@ -254,6 +256,7 @@ def _is_alive(process: psutil.Process) -> bool:
 # --- The broker -----------------------------------------------------------------------------------
 
 
+@pytest.mark.bad_input(53)
 @pytest.mark.parametrize("tcp", [False, True], ids=["ipc", "tcp"])
 def test_a_broker_that_is_killed_and_restarted(monkeypatch: pytest.MonkeyPatch, tcp: bool) -> None:
     with (
@@ -285,6 +288,7 @@ def test_an_idle_executor_outlives_its_broker(monkeypatch: pytest.MonkeyPatch) -
         assert list(executor.map(tasks.add, range(10))) == list(range(1, 11))
 
 
+@pytest.mark.bad_input(54)
 def test_a_broker_that_is_gone_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACHILLES_CLIENT_BROKER_TIMEOUT", "1")
     with own_cluster(monkeypatch, 1) as cluster:

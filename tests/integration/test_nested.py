@@ -60,6 +60,7 @@ def test_a_chain_of_thirty_on_one_slot_of_a_cluster(one_slot: Cluster) -> None:
         assert executor.submit(nested_tasks.chain, executor, 2).result(WAIT) == 2
 
 
+@pytest.mark.bad_input(36)
 def test_a_chain_of_thirty_on_one_slot() -> None:
     with DistributedExecutor(1) as executor:
         assert executor.submit(nested_tasks.chain, executor, 30).result(WAIT) == 30

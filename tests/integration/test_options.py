@@ -26,6 +26,7 @@ def test_keywords_are_the_functions(make: Maker) -> None:
     assert list(view.map(tasks.add, range(5))) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.bad_input(20)
 @of_modes(*OURS)
 def test_a_task_that_takes_too_long_fails_alone(make: Maker) -> None:
     executor = make(2)
@@ -131,6 +132,7 @@ def test_a_view_keeps_its_executor() -> None:
     view.shutdown()
 
 
+@pytest.mark.bad_input(38)
 @of_modes(CLUSTER)
 def test_terminated_tasks_end_where_they_run(make: Maker, tmp_path: Path) -> None:
     """`kill_workers` ends this client's running tasks, and nothing else."""

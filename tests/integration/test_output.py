@@ -55,6 +55,7 @@ def test_the_last_words_of_a_task_that_crashes(
     assert "last words\n" in capsys.readouterr().out
 
 
+@pytest.mark.bad_input(26)
 @of_modes(CLUSTER)
 def test_a_flood_is_cut(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
     executor = make(1)

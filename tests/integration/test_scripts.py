@@ -51,6 +51,7 @@ def run(make: Maker, folder: Path, text: str, *, returncode: int = 0) -> tuple[s
     return done.stdout, done.stderr
 
 
+@pytest.mark.bad_input(66, 67)
 @of_modes(*OURS)
 def test_without_a_main_guard(make: Maker, tmp_path: Path) -> None:
     text = """
@@ -100,6 +101,7 @@ def test_stdin_and_command_line_programs(make: Maker, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 2, 4]\n", "")
 
 
+@pytest.mark.bad_input(64)
 @of_modes(PROCESSES, *OURS)
 @pytest.mark.parametrize("ending", ["", "executor.shutdown(wait=False)", "del executor, futures"])
 def test_the_end_waits_for_what_was_submitted(make: Maker, tmp_path: Path, ending: str) -> None:
@@ -192,6 +194,7 @@ if __name__ == "__main__":
     assert err == ""
 
 
+@pytest.mark.bad_input(64)
 @of_modes(*OURS)
 def test_submitting_from_another_thread_at_the_end(make: Maker, tmp_path: Path) -> None:
     text = """
@@ -215,6 +218,7 @@ time.sleep(0.3)
     assert err == ""
 
 
+@pytest.mark.bad_input(63)
 @of_modes(*OURS)
 def test_an_interrupt_ends_the_program(make: Maker, tmp_path: Path) -> None:
     """Ctrl-C: the program's own KeyboardInterrupt, once, and no runner is left."""

@@ -176,6 +176,7 @@ def malformed_frames(peer: RawPeer) -> dict[str, Sequence[bytes]]:
     }
 
 
+@pytest.mark.bad_input(70)
 @pytest.mark.parametrize("role", ["client", "worker"])
 def test_malformed_frames_cut_their_senders_session(scene: Scene, role: str) -> None:
     with scene.attacker(role) as names_only:
@@ -197,6 +198,7 @@ def test_malformed_frames_before_a_session_are_passed_over(scene: Scene) -> None
         peer.hello("client")  # whoever finds our language yet is welcome
 
 
+@pytest.mark.bad_input(70)
 @pytest.mark.parametrize("role", list(VALID))
 def test_each_field_of_each_message_is_checked(scene: Scene, role: str) -> None:
     """Missing, of every wrong type, and once too many."""

@@ -110,6 +110,7 @@ def far_client(
     return DistributedExecutor(**options)
 
 
+@pytest.mark.bad_input(47)
 def test_another_host_joins_and_is_revoked(
     site: Site, far_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_secrets_are_not_shown_on_a_terminal(site: Site) -> None:
     assert "prints a secret, and stdout is a terminal" in done.stderr
 
 
+@pytest.mark.bad_input(48)
 def test_beyond_loopback_without_keys_nothing_is_bound(achilles_home: Path) -> None:
     """Keys that are loose protect nothing: exit 2, before any socket is there."""
     site = Site(achilles_home)

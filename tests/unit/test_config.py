@@ -79,6 +79,7 @@ def test_texts_are_separated_by_commas_in_the_environment(tmp_path: Path) -> Non
     assert load_text(tmp_path, '[worker]\ntags = ["gpu"]')["worker.tags"] == ("gpu",)
 
 
+@pytest.mark.bad_input(42, 75)
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -128,6 +129,7 @@ def test_a_file_that_cannot_be_is_refused_by_name(tmp_path: Path, text: str, wan
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.bad_input(75)
 @pytest.mark.parametrize(
     ("name", "text", "wanted"),
     [
@@ -209,6 +211,7 @@ def test_home_is_where_the_environment_says(
     assert home({}) == tmp_path / "Library" / "Application Support" / "achilles"
 
 
+@pytest.mark.bad_input(60)
 def test_home_of_nobody_is_a_named_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="ACHILLES_HOME"):
         home({"ACHILLES_HOME": "~nobody-of-that-name/x"})

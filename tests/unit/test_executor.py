@@ -60,6 +60,7 @@ def test_a_function_of_a_module_has_a_number(backends: list[Backend]) -> None:
     assert {batch.group.fn for batch in backends[0].batches} == {1}
 
 
+@pytest.mark.bad_input(68)
 def test_arguments_are_of_the_moment_of_the_call(backends: list[Backend]) -> None:
     executor = DistributedExecutor(2)
     mutable = [1]
@@ -71,6 +72,7 @@ def test_arguments_are_of_the_moment_of_the_call(backends: list[Backend]) -> Non
     assert first != second
 
 
+@pytest.mark.bad_input(31)
 def test_after_shutdown(backends: list[Backend]) -> None:
     executor = DistributedExecutor(2)
     future = executor.submit(tasks.add, 1)
@@ -84,6 +86,7 @@ def test_after_shutdown(backends: list[Backend]) -> None:
         executor.shutdown(wait=False)
 
 
+@pytest.mark.bad_input(31)
 def test_at_the_interpreters_end(backends: list[Backend], monkeypatch: pytest.MonkeyPatch) -> None:
     executor = DistributedExecutor(2)
     monkeypatch.setattr(module, "is_exiting", True)
@@ -93,6 +96,7 @@ def test_at_the_interpreters_end(backends: list[Backend], monkeypatch: pytest.Mo
         executor.submit(tasks.add, 1)
 
 
+@pytest.mark.bad_input(31)
 def test_a_broken_executor(backends: list[Backend]) -> None:
     executor = DistributedExecutor(2)
     assert "it went away" not in str(executor._broken)

@@ -32,6 +32,7 @@ def test_a_pickled_executor_is_tiny_and_not_connected(backends: list[Backend]) -
     assert backends[0].starts == 0
 
 
+@pytest.mark.bad_input(35)
 def test_an_embedded_one_is_of_no_use_elsewhere_and_says_so(backends: list[Backend]) -> None:
     handle = pickle.loads(pickle.dumps(DistributedExecutor(2)))
     uses: list[Any] = [

@@ -112,6 +112,7 @@ def test_running_finds_out_what_was_cancelled(box: Box) -> None:
     assert box.drain() == ([], [2])
 
 
+@pytest.mark.bad_input(52)
 def test_given_up_tasks_are_named(box: Box) -> None:
     crashed, lost = box.add("work"), box.add("work")
     run = MapRun(read)

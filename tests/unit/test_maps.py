@@ -77,6 +77,7 @@ def test_an_error_among_results_as_they_come(backends: list[Backend]) -> None:
     assert backends[0].drain() == ([], [1, 2])
 
 
+@pytest.mark.bad_input(28)
 @pytest.mark.parametrize("name", ["map", "map_unordered"])
 def test_what_was_submitted_comes_before_the_inputs_error(
     backends: list[Backend], name: str

@@ -14,6 +14,7 @@ from achilles.cli import main
 from tests import commands
 
 
+@pytest.mark.bad_input(62)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_cleanly(achilles_home: Path, number: signal.Signals) -> None:
     with commands.broker("--print-address") as broker:
@@ -33,6 +34,7 @@ def test_it_says_where_it_listens_how_to_join_and_how_to_connect() -> None:
     assert broker.output == ""
 
 
+@pytest.mark.bad_input(62)
 def test_its_end_with_open_tasks_says_that_work_was_lost() -> None:
     with commands.broker() as broker:
         executor = DistributedExecutor(address="auto")
@@ -45,6 +47,7 @@ def test_its_end_with_open_tasks_says_that_work_was_lost() -> None:
         executor.shutdown()
 
 
+@pytest.mark.bad_input(45)
 def test_a_second_one_is_refused_and_the_first_unharmed(achilles_home: Path) -> None:
     with commands.broker() as broker:
         for flags in ((), ("--no-ipc",), ("--bind", "tcp://127.0.0.1:0")):
@@ -62,6 +65,7 @@ def test_a_second_one_is_refused_and_the_first_unharmed(achilles_home: Path) -> 
         assert broker.stop() == 0
 
 
+@pytest.mark.bad_input(43, 75)
 @pytest.mark.parametrize(
     ("arguments", "environ", "code", "wanted"),
     [
@@ -84,6 +88,7 @@ def test_what_cannot_be_is_refused_by_name(
     assert "Traceback" not in done.output
 
 
+@pytest.mark.bad_input(45)
 def test_a_taken_port_is_a_bad_configuration(achilles_home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = f"tcp://127.0.0.1:{server.getsockname()[1]}"
@@ -100,6 +105,7 @@ def test_a_loose_home_is_refused_with_the_command_that_closes_it(achilles_home: 
     assert f"close it with: chmod 700 {achilles_home}" in done.stderr
 
 
+@pytest.mark.bad_input(60)
 @pytest.mark.parametrize("place", ["/proc/achilles", "~nobody-of-that-name/x", "/dev/null"])
 def test_a_home_that_cannot_be_is_refused(place: str) -> None:
     done = commands.run("broker", "--bind", "tcp://127.0.0.1:0", ACHILLES_HOME=place)

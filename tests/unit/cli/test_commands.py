@@ -42,6 +42,7 @@ def test_our_errors_are_one_line_and_an_exit_code(
     assert done.output == "achilles: what\\nbroke \\x1b[31m\n"
 
 
+@pytest.mark.bad_input(75)
 @pytest.mark.parametrize(
     ("arguments", "environ", "code", "wanted"),
     [

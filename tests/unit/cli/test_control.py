@@ -20,6 +20,7 @@ def invoke(*arguments: str, text: str = "") -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+@pytest.mark.bad_input(71)
 def test_the_status_is_a_table_or_json(achilles_home: Path) -> None:
     with RunningBroker(achilles_home) as broker:
         code, output = invoke("status")
@@ -42,6 +43,7 @@ def test_the_status_is_a_table_or_json(achilles_home: Path) -> None:
             assert len(values["workers_by_name"]) == 2, "workers of one name are told apart"
 
 
+@pytest.mark.bad_input(72)
 def test_the_status_of_a_busy_broker(achilles_home: Path) -> None:
     with RunningBroker(achilles_home, credit=100_000):
         executor = DistributedExecutor(address="auto")
@@ -53,6 +55,7 @@ def test_the_status_of_a_busy_broker(achilles_home: Path) -> None:
         executor.kill_workers()
 
 
+@pytest.mark.bad_input(72)
 @pytest.mark.parametrize("command", [["status"], ["shutdown", "--yes"], ["shutdown"]])
 def test_no_broker_is_a_named_error(command: list[str]) -> None:
     code, output = invoke(*command)
@@ -61,6 +64,7 @@ def test_no_broker_is_a_named_error(command: list[str]) -> None:
     assert "start one with: achilles broker" in output
 
 
+@pytest.mark.bad_input(72)
 def test_a_broker_that_hangs_is_a_named_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACHILLES_CLIENT_CONNECT_TIMEOUT", "300ms")
     with commands.broker() as broker:
@@ -84,6 +88,7 @@ def test_a_shutdown_ends_all_and_waits_for_it(achilles_home: Path) -> None:
         assert another.stop() == 0
 
 
+@pytest.mark.bad_input(73)
 def test_a_shutdown_says_what_would_be_lost_and_asks(achilles_home: Path) -> None:
     with RunningBroker(achilles_home) as broker:
         address = broker.addresses.clients

@@ -177,6 +177,7 @@ def test_requests_to_stop_are_counted_and_wake() -> None:
     assert stop.exit_code == 129
 
 
+@pytest.mark.bad_input(62)
 @pytest.mark.usefixtures("_handlers")
 def test_a_command_that_nohup_started_outlives_its_terminal() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -21,6 +21,7 @@ def broker() -> Iterator[commands.Command]:
         broker.stop()
 
 
+@pytest.mark.bad_input(62)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_an_idle_one(broker: commands.Command, number: signal.Signals) -> None:
     with commands.worker("--name", "alpha", "--tag", "gpu", "--tag", "big") as worker:
@@ -30,6 +31,7 @@ def test_a_signal_ends_an_idle_one(broker: commands.Command, number: signal.Sign
         assert worker.stop(number) == 0
 
 
+@pytest.mark.bad_input(62)
 def test_a_signal_lets_what_runs_finish(broker: commands.Command, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with commands.worker() as worker, DistributedExecutor(address="auto") as executor:
@@ -39,6 +41,7 @@ def test_a_signal_lets_what_runs_finish(broker: commands.Command, tmp_path: Path
         assert running.result(5) is not None
 
 
+@pytest.mark.bad_input(62, 74)
 def test_a_second_signal_ends_it_at_once(broker: commands.Command, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with commands.worker() as worker:
@@ -58,6 +61,7 @@ def test_it_ends_with_its_broker(broker: commands.Command) -> None:
         assert worker.wait() == 0
 
 
+@pytest.mark.bad_input(71, 75)
 @pytest.mark.parametrize(
     ("arguments", "environ", "code", "wanted"),
     [

@@ -481,6 +481,7 @@ BAD: list[tuple[p.Wire, str]] = [
 ]
 
 
+@pytest.mark.bad_input(70)
 @pytest.mark.parametrize(
     ("message", "reason"),
     BAD,

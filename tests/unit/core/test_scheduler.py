@@ -116,6 +116,7 @@ def test_a_lost_workers_first_task_is_charged_and_the_rest_is_not() -> None:
     assert bench.core.status(bench.now).reassigned == len(chunk.ids) + len(ahead.ids)
 
 
+@pytest.mark.bad_input(52)
 def test_the_fifth_loss_fails_the_task() -> None:
     """A task that takes its workers along ends somewhere."""
     bench = SchedulerBench(workers=0)

@@ -100,6 +100,7 @@ def test_an_incarnation_that_comes_in_another_role_is_another_peer() -> None:
     assert bench.scheduler.status(bench.now).clients == []
 
 
+@pytest.mark.bad_input(56)
 def test_another_python_is_refused() -> None:
     """Its pickles would be; an administrator exchanges none. Whoever is alone may have any."""
     bench = SessionsBench()
@@ -446,6 +447,7 @@ def test_nothing_is_watched_after_a_session() -> None:
     assert bench.core.next_deadline() is None
 
 
+@pytest.mark.bad_input(58)
 def test_after_a_stall_of_its_own_the_broker_gives_up_nobody() -> None:
     """It heard nothing because it did not listen; all silences begin anew."""
     bench = SessionsBench()

@@ -40,6 +40,7 @@ def test_a_shutdown_ends_the_broker_and_its_peers(broker: RunningBroker) -> None
     assert not list((broker.home / "run").iterdir())
 
 
+@pytest.mark.bad_input(72)
 def test_a_key_without_the_role_is_refused(broker: RunningBroker) -> None:
     join = broker.join("client")
     join.ipc = ""  # over ipc, a client may administer: it is the same user
@@ -47,6 +48,7 @@ def test_a_key_without_the_role_is_refused(broker: RunningBroker) -> None:
         request(dialer_to(join), p.Shutdown(), timeout=10)
 
 
+@pytest.mark.bad_input(46)
 def test_silence_is_a_named_error_in_time(achilles_home: Path) -> None:
     with RunningBroker(achilles_home) as broker:
         join = broker.join("admin")

@@ -54,6 +54,7 @@ def test_an_endpoint_survives_the_way_to_text_and_back(text: str) -> None:
     assert str(parse_endpoint(text)) == text
 
 
+@pytest.mark.bad_input(43)
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -288,6 +289,7 @@ def test_a_peer_of_another_domain_is_refused() -> None:
     context.destroy(0)
 
 
+@pytest.mark.bad_input(46)
 def test_nothing_listens_there() -> None:
     public, secret = zmq.curve_keypair()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -299,6 +301,7 @@ def test_nothing_listens_there() -> None:
     assert not is_dead
 
 
+@pytest.mark.bad_input(46)
 @pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n"])
 def test_something_else_listens_there(greeting: bytes) -> None:
     public, secret = zmq.curve_keypair()

@@ -49,6 +49,7 @@ def test_roles_have_keys_of_their_own(achilles_home: Path) -> None:
     assert len({key_pair(achilles_home, role) for role in (*ROLES, "broker")}) == 4
 
 
+@pytest.mark.bad_input(47)
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
@@ -66,6 +67,7 @@ def test_a_damaged_key_is_refused(achilles_home: Path, content: bytes, wanted: s
         key_pair(achilles_home, "client")
 
 
+@pytest.mark.bad_input(47)
 def test_a_key_of_another_role_is_refused(achilles_home: Path) -> None:
     key_pair(achilles_home, "client")
     keys = achilles_home / "keys"
@@ -74,6 +76,7 @@ def test_a_key_of_another_role_is_refused(achilles_home: Path) -> None:
         key_pair(achilles_home, "admin")
 
 
+@pytest.mark.bad_input(47)
 def test_a_loose_key_is_refused(achilles_home: Path) -> None:
     key_pair(achilles_home, "client")
     (achilles_home / "keys" / "client.key").chmod(0o604)
@@ -88,6 +91,7 @@ def test_the_run_directory_is_below_home(achilles_home: Path) -> None:
     assert run_directory(achilles_home) == achilles_home / "run"
 
 
+@pytest.mark.bad_input(60)
 @pytest.mark.parametrize("name", ["x" * IPC_PATH_MAX, "a\nb", "a\udcffb"])
 def test_sockets_are_elsewhere_where_a_path_is_none_for_them(
     achilles_home: Path, name: str, monkeypatch: pytest.MonkeyPatch

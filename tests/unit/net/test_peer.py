@@ -100,6 +100,7 @@ def test_a_refusal_is_received(broker: RunningBroker, drive: Drive) -> None:
     assert isinstance(driven.received[0], p.Refused)
 
 
+@pytest.mark.bad_input(47)
 def test_an_unknown_key_is_an_authentication_error(broker: RunningBroker, drive: Drive) -> None:
     join = broker.join("client")
     public, secret = zmq.curve_keypair()
@@ -119,6 +120,7 @@ def test_the_key_of_a_role_opens_no_other_door(broker: RunningBroker, drive: Dri
         driven.until_problem(AuthenticationError)
 
 
+@pytest.mark.bad_input(47)
 def test_another_broker_at_the_place_is_an_authentication_error(
     broker: RunningBroker, drive: Drive
 ) -> None:
@@ -142,6 +144,7 @@ def test_a_broker_that_comes_back_is_joined_again(achilles_home: Path, drive: Dr
     assert kinds[:4] == [p.Welcome, p.Goodbye, p.Gone, p.Welcome]
 
 
+@pytest.mark.bad_input(46)
 def test_nobody_there_is_a_problem_with_the_address(achilles_home: Path, drive: Drive) -> None:
     with RunningBroker(achilles_home) as broker:
         join = broker.join("client")

@@ -71,6 +71,7 @@ def test_brokers_of_two_homes_live_side_by_side(achilles_home: Path) -> None:
             assert client.hello("client").epoch != another.hello("client").epoch
 
 
+@pytest.mark.bad_input(45)
 def test_what_a_killed_broker_left_is_replaced(achilles_home: Path) -> None:
     with RunningBroker(achilles_home) as broker:
         join = broker.join("client")
@@ -130,6 +131,7 @@ def test_what_is_loose_is_refused(achilles_home: Path) -> None:
     assert os.listdir(achilles_home / "run") == []
 
 
+@pytest.mark.bad_input(48)
 def test_beyond_loopback_every_key_must_be_in_order(achilles_home: Path) -> None:
     """Before anything is bound."""
     key_pair(achilles_home, "worker")
@@ -167,6 +169,7 @@ def test_join_files_are_readable_by_their_owner_alone(achilles_home: Path) -> No
             read_join(path)
 
 
+@pytest.mark.bad_input(55)
 def test_workers_find_the_broker_that_replaces_a_killed_one(achilles_home: Path) -> None:
     """They have no other word of where it is."""
     path = achilles_home / "run" / "worker.join"

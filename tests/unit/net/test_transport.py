@@ -190,6 +190,7 @@ def test_a_socket_that_was_closed_by_an_earlier_callback_is_passed_over(pair: Pa
     assert len(called) == 1
 
 
+@pytest.mark.bad_input(76)
 def test_without_epoll_descriptors_are_waited_for_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -314,6 +314,7 @@ f, change = make()
 }
 
 
+@pytest.mark.bad_input(67)
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_change_is_seen(table: FunctionTable, what: str) -> None:
     source, change, before, after = CHANGES[what]
@@ -414,6 +415,7 @@ def test_what_is_not_callable(table: FunctionTable) -> None:
         table.encode(wrong)
 
 
+@pytest.mark.bad_input(33)
 def test_coroutine_functions(table: FunctionTable) -> None:
     async def coroutine() -> None: ...
 

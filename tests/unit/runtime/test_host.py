@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -216,6 +217,7 @@ def test_a_death_is_told_after_all_results(
     assert driver.host.next_deadline(0.0) is None
 
 
+@pytest.mark.bad_input(22)
 @pytest.mark.parametrize(
     ("function", "hint"),
     [
@@ -233,6 +235,7 @@ def test_a_task_that_closes_our_descriptors_ends_its_runner_only(
     assert driver.death() == RunnerDied(1, hint, [], 1)
 
 
+@pytest.mark.bad_input(24)
 def test_kill_ends_a_busy_runner_and_what_it_started(driver: Driver, tmp_path: Path) -> None:
     pid = driver.run(tasks.leave_a_process, "")
     driver.execute(1, driver.load(tasks.spin_noted), (str(tmp_path / "log"),), ("",))
@@ -249,6 +252,7 @@ def test_a_death_is_seen_although_a_grandchild_holds_the_pipes(driver: Driver) -
     _await_end(pid)
 
 
+@pytest.mark.bad_input(76)
 def test_without_a_pidfd_a_death_is_seen_by_the_end_of_the_socket(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -283,15 +287,18 @@ def test_what_a_retired_runner_is_given_comes_back(driver: Driver, gate: Gate) -
     assert driver.death() == RunnerDied(1, "", [(2, 1), (3, 1)], 3)
 
 
+@pytest.mark.bad_input(61)
 def test_a_runner_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
-        raise BlockingIOError("Resource temporarily unavailable")
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     with driving() as driver:
         before = open_descriptors()
         monkeypatch.setattr(process_module, "_popen", fail)
         driver.apply(Spawn(1))
-        assert driver.died[1].reason.startswith("could not be started: Resource temporarily")
+        reason = driver.died[1].reason
+        assert reason.startswith("could not be started: ")
+        assert "Resource temporarily unavailable (the limit of processes, ulimit -u: " in reason
         wait_until_closed(before)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,7 +13,13 @@ from typing import Any
 
 import pytest
 
-from achilles.runtime.process import RunnerProcess, TokenPipe, describe_exit, life_pipe
+from achilles.runtime.process import (
+    RunnerProcess,
+    TokenPipe,
+    describe_exit,
+    life_pipe,
+    which_limit,
+)
 from tests.descriptors import open_descriptors, wait_until_closed
 from tests.unit.runtime import tasks
 from tests.unit.runtime.driver import driving
@@ -71,6 +79,7 @@ def test_a_full_pipe_of_tokens(stacks: tuple[ExitStack, ExitStack]) -> None:
     assert pipe.take() == b"\1" * count
 
 
+@pytest.mark.bad_input(76)
 def test_runners_work_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     _without_proc(monkeypatch)
     with driving() as driver:
@@ -94,8 +103,20 @@ def test_a_process_ends_with_its_tokens() -> None:
     wait_until_closed(before)
 
 
+@pytest.mark.bad_input(16, 17, 18)
 def test_how_processes_end() -> None:
     assert describe_exit(None).startswith("ended (how is not known")
     assert describe_exit(0) == "exited with code 0"
     assert describe_exit(-signal.SIGSEGV) == "was killed by SIGSEGV"
     assert describe_exit(-250) == "was killed by signal 250"
+
+
+@pytest.mark.bad_input(61)
+def test_the_limit_that_kept_a_process_from_starting_is_named() -> None:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert f"(the limit of open files, ulimit -n: {files}; raise it" in which_limit(
+        OSError(errno.EMFILE, "Too many open files")
+    )
+    assert "(the limit of processes, ulimit -u: " in which_limit(OSError(errno.EAGAIN, "again"))
+    assert "have fewer slots" in which_limit(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert which_limit(OSError(errno.EPERM, "Operation not permitted")) == ""

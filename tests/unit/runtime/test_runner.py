@@ -134,6 +134,7 @@ def test_a_failed_initializer_is_told_to_each_task(driver: Driver) -> None:
 # --- Errors ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.bad_input(15)
 @pytest.mark.parametrize(
     "error",
     [
@@ -155,6 +156,7 @@ def test_whatever_a_task_raises_comes_back(driver: Driver, error: BaseException)
     assert driver.run(tasks.add, 1) == 1
 
 
+@pytest.mark.bad_input(21)
 def test_endless_recursion_is_an_error(driver: Driver) -> None:
     assert isinstance(driver.run(tasks.recurse), RecursionError)
     assert driver.run(tasks.add, 1) == 1
@@ -258,16 +260,19 @@ def test_prints_are_seen_before_the_result(
             assert capfd.readouterr().out == f"{text}\n"
 
 
+@pytest.mark.bad_input(27)
 @pytest.mark.parametrize("file", [None, "not a file"])
 def test_a_task_may_replace_stdout(driver: Driver, file: object) -> None:
     assert driver.run(tasks.replace_stdout, file) is None
     assert driver.run(tasks.add, 1) == 1
 
 
+@pytest.mark.bad_input(26)
 def test_stdin_is_empty(driver: Driver) -> None:
     assert driver.run(tasks.read_stdin) == ""
 
 
+@pytest.mark.bad_input(23)
 def test_a_task_that_forks_answers_once(driver: Driver) -> None:
     assert driver.run(tasks.fork_and_return) == "parent"
     assert driver.run(tasks.add, 1) == 1

@@ -201,6 +201,7 @@ def two(x: object, lock: object, *, extra: object = None) -> None:
     """A function whose parameters have names."""
 
 
+@pytest.mark.bad_input(1, 2, 5)
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
@@ -223,6 +224,7 @@ def test_arguments_that_cannot_be_pickled(
         dumps_call(args, kwargs, two)
     assert str(caught.value).startswith(message)
     assert "(it is of type " in str(caught.value)
+    assert str(caught.value).endswith("; nothing was sent; pass what it can be made from, and make it in the task")
     assert isinstance(caught.value, pickle.PicklingError)
     assert caught.value.__cause__ is not None
 
@@ -234,6 +236,7 @@ def test_without_a_function_there_are_no_names() -> None:
         dumps_call((threading.Lock(),), {}, max)
 
 
+@pytest.mark.bad_input(3)
 def test_open_files_are_warned_of() -> None:
     with open(__file__) as file:
         with pytest.warns(UserWarning, match=r"an argument of two\(\), was copied by content"):
@@ -241,6 +244,7 @@ def test_open_files_are_warned_of() -> None:
         assert copy.readline().startswith('"""Forms')
 
 
+@pytest.mark.bad_input(4)
 def test_values_that_are_nested_too_deeply() -> None:
     deep: list[Any] = []
     for _ in range(200_000):
@@ -256,11 +260,13 @@ def test_values_that_are_nested_too_deeply() -> None:
         deep = deep.pop()
 
 
+@pytest.mark.bad_input(5)
 def test_an_interrupt_while_pickling_reaches_the_user() -> None:
     with pytest.raises(KeyboardInterrupt):
         dumps_call((Reducing(KeyboardInterrupt(), "pickled"),), {})
 
 
+@pytest.mark.bad_input(8)
 @pytest.mark.parametrize("error", [TypeError("no"), SystemExit(1), KeyboardInterrupt()], ids=repr)
 def test_results_that_cannot_be_pickled(error: BaseException) -> None:
     status, payload = dump_result(Reducing(error, "pickled"), tasks.add)
@@ -271,6 +277,7 @@ def test_results_that_cannot_be_pickled(error: BaseException) -> None:
     assert "of type Reducing: <" in str(back)
 
 
+@pytest.mark.bad_input(8)
 def test_the_repr_of_a_result_is_cut_and_may_fail() -> None:
     class Bad(list[Any]):
         def __repr__(self) -> str:
@@ -283,6 +290,7 @@ def test_the_repr_of_a_result_is_cut_and_may_fail() -> None:
         assert len(str(back)) < 400
 
 
+@pytest.mark.bad_input(10)
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(1), KeyboardInterrupt()], ids=repr)
 def test_results_that_cannot_be_unpickled(error: BaseException) -> None:
     value, back = load_outcome(VALUE, dumps(Reducing(error, "unpickled")))
