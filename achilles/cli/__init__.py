@@ -53,7 +53,7 @@ def main(
 
 
 def _exit(error: Exception, code: int) -> NoReturn:
-    click.echo(f"achilles: {settings.escape(str(error))}", err=True)
+    settings.say(f"achilles: {settings.escape(str(error))}")
     sys.exit(code)
 
 

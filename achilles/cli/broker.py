@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from achilles.cli.settings import Context, StopRequests, count
+from achilles.cli.settings import Context, StopRequests, count, say
 from achilles.config import Settings, home
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def broker(
         is_stopping=lambda: stop.count > 0,
     )
     if lost and stop.count:
-        click.echo(f"achilles broker: {count(lost, 'task')} had no result yet", err=True)
+        say(f"achilles broker: {count(lost, 'task')} had no result yet")
         sys.exit(stop.exit_code)
 
 
@@ -71,7 +71,7 @@ def _announce(addresses: Addresses) -> None:
         export = "achilles keys export worker --name HOST | ssh HOST achilles worker --join -"
         lines.insert(2, f"  join another host:    {export}")
     for line in lines:
-        click.echo(line, err=True)
+        say(line)
 
 
 def _timings(settings: Settings) -> Timings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -118,6 +119,12 @@ class Context:
 def escape(text: str) -> str:
     """The text in one line, without what a terminal would obey."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr. That nobody can have it (the disk is full) ends nothing."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 def count(number: int, noun: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from achilles.cli.settings import Context, StopRequests, count
+from achilles.cli.settings import Context, StopRequests, count, say
 from achilles.config import SLOTS_MAX, cores
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def worker(
 
     given_up = running.run(lambda: stop.count, on_joined)
     if given_up and stop.count:
-        click.echo(f"achilles worker: gave up {count(given_up, 'running task')}", err=True)
+        say(f"achilles worker: gave up {count(given_up, 'running task')}")
         sys.exit(stop.exit_code)
 
 
@@ -102,9 +102,8 @@ def _read_join(context: Context) -> Join:
 
 def _announce(name: str, address: str, slots: int) -> None:
     """Say where the worker has joined, how to connect and how to stop it."""
-    click.echo(
+    say(
         f"achilles worker {name} joined the broker at {address} with {count(slots, 'slot')}, pid {os.getpid()}\n"
         f'  connect from Python:  DistributedExecutor(address="{address}")\n'
-        "  stop it:              Ctrl-C (finishes what runs), twice to stop at once",
-        err=True,
+        "  stop it:              Ctrl-C (finishes what runs), twice to stop at once"
     )

@@ -62,10 +62,16 @@ class Endpoint(NamedTuple):
         """Whether nobody but this machine can reach it."""
         if self.scheme == "ipc" or self.host == "localhost":
             return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return _is_address(self.host) and ipaddress.ip_address(self.host).is_loopback
+
+
+def _is_address(host: str) -> bool:
+    """Whether it is an address, not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class CurveKeys(NamedTuple):
@@ -288,6 +294,12 @@ class Watch:
     def __init__(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
         self._socket = socket
         self._endpoint = endpoint
+        host = parse_endpoint(endpoint).host
+        self._nobody = (
+            f"nothing listens there, or {host!r} is the name of no host"
+            if host and not _is_address(host)
+            else "nothing listens there"
+        )
         self._monitor: Any = socket.get_monitor_socket(
             zmq.EVENT_CONNECTED
             | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -329,7 +341,9 @@ class Watch:
             text = f"what listens {at} was reached, but it never spoke our protocol"
             return WatchEvent(False, BrokerUnreachableError(text), False)
         if event == zmq.EVENT_CONNECT_RETRIED:
-            text = f"no achilles broker answers {at} (nothing listens there); start one with: achilles broker"
+            text = (
+                f"no achilles broker answers {at} ({self._nobody}); start one with: achilles broker"
+            )
             return WatchEvent(False, BrokerUnreachableError(text), False)
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             text = f"the broker {at} refused this key; is it in the broker's authorized keys?"

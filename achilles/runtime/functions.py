@@ -134,7 +134,9 @@ def _check(fn: object) -> None:
             f"a callable is needed, not {type(fn).__name__}; its arguments come behind it: submit(f, x)"
         )
     if isinstance(fn, FunctionType) and fn.__code__.co_flags & _ASYNC_FLAGS:
-        raise TypeError(f"{describe(fn)} is a coroutine function; achilles runs plain callables, which may call asyncio.run")
+        raise TypeError(
+            f"{describe(fn)} is a coroutine function; achilles runs plain callables, which may call asyncio.run"
+        )
 
 
 class _Entry:

@@ -65,7 +65,7 @@ def _portable(error: BaseException, reason: str) -> BaseException:
         if not isinstance(_round_trip(copy, ""), str):
             return copy
     return RemoteError(
-        f"{_summary(error)} (`except {type(error).__qualname__}` does not catch this RemoteError, which stands in for it: "
+        f"{_summary(error)} (`except {type(error).__name__}` does not catch this RemoteError, which stands in for it: "
         f"{reason[:REASON_MAX]}. A __reduce__ of its own would let it travel)"
     )
 

@@ -14,7 +14,9 @@ def main() -> None:
         if row.untested:
             print(f"      not run: {row.untested}")
     untested = [number for number, row in ROWS.items() if row.untested]
-    print(f"{len(ROWS) - len(untested)} of {len(ROWS)} rows are tested, {len(untested)} are not run")
+    print(
+        f"{len(ROWS) - len(untested)} of {len(ROWS)} rows are tested, {len(untested)} are not run"
+    )
 
 
 if __name__ == "__main__":

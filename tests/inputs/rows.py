@@ -23,7 +23,8 @@ class Row(NamedTuple):
 
 ROWS: dict[int, Row] = {
     1: Row(
-        "an argument that holds a lock", "ArgumentPickleError names argument, function, type and why"
+        "an argument that holds a lock",
+        "ArgumentPickleError names argument, function, type and why",
     ),
     2: Row("a generator, an open socket, a frame as an argument", "the same"),
     3: Row("an open text file as an argument", "a warning: it is copied by content"),

@@ -331,6 +331,7 @@ def test_a_broker_that_is_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- Nobody there ---------------------------------------------------------------------------------
 
 
+@pytest.mark.bad_input(50)
 def test_no_worker_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -197,7 +197,7 @@ def test_a_function_that_cannot_be_unpickled(driver: Driver) -> None:
 def test_an_exception_that_cannot_travel(driver: Driver) -> None:
     error = driver.run(_raise_picky)
     assert type(error) is RemoteError
-    assert str(error).endswith("Picky: lock")
+    assert "Picky: lock (`except Picky` does not catch" in str(error)
     assert "in _raise_picky" in str(error.__cause__)
 
 

@@ -224,7 +224,9 @@ def test_arguments_that_cannot_be_pickled(
         dumps_call(args, kwargs, two)
     assert str(caught.value).startswith(message)
     assert "(it is of type " in str(caught.value)
-    assert str(caught.value).endswith("; nothing was sent; pass what it can be made from, and make it in the task")
+    assert str(caught.value).endswith(
+        "; nothing was sent; pass what it can be made from, and make it in the task"
+    )
     assert isinstance(caught.value, pickle.PicklingError)
     assert caught.value.__cause__ is not None
 

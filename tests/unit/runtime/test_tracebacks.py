@@ -75,7 +75,11 @@ def test_ordinary_exceptions_travel_as_themselves() -> None:
     [
         (KeywordOnly(name="kw"), "KeywordOnly: kw", "cannot be made again from its args"),
         (TwoArguments(1, 2), "TwoArguments: 1 and 2", "missing 1 required positional argument"),
-        (Holding(threading.Lock()), "Holding: holds a thing", "cannot pickle '_thread.lock' object"),
+        (
+            Holding(threading.Lock()),
+            "Holding: holds a thing",
+            "cannot pickle '_thread.lock' object",
+        ),
         (Exiting("x"), "Exiting: x", "SystemExit: 4"),
         (Changing("x"), "Changing: x", "its pickle is one of ValueError"),
         (Exiting(), "Exiting", "cannot be made again"),
