@@ -40,6 +40,7 @@ PART_MAX = 8 * 1024 * 1024
 BODY_MAX = 4 * 1024 * 1024  # payloads in one body, of however many tasks
 PARTS_MAX = 4096
 TASKS_MAX = 10_000
+FRAMES_MAX = 1 + TASKS_MAX + PARTS_MAX  # of one message, whatever it is
 BLOBS_MAX = 64  # of one group
 TAGS_MAX = 64
 LETTER_MAX = 5 << 20
@@ -598,6 +599,8 @@ def decode(frames: Sequence[Buffer]) -> tuple[Header, Wire]:
     Raises:
         ProtocolError: the frames are not a message of ours.
     """
+    if len(frames) > FRAMES_MAX:
+        raise ProtocolError(f"a message of more than {FRAMES_MAX} frames")
     first = memoryview(frames[0]) if frames else memoryview(b"")
     if len(first) < _HEADER.size:
         raise ProtocolError(f"a message of {len(first)} bytes is shorter than its header")
@@ -693,6 +696,8 @@ def _check_fields(message: Wire) -> None:
                 raise ProtocolError(f"tasks that took {message.seconds} s")
         case Cancel(ids=ids) | Running(ids=ids) | Revoke(indexes=ids) | Returned(indexes=ids):
             _check_range(ids)
+        case Forget(blobs=blobs):
+            _check_range(blobs)
         case ClientHello() | WorkerHello():
             _check_hello(message)
         case Crashed(index=index, reason=text, kind=kind):
@@ -714,7 +719,6 @@ def _check_fields(message: Wire) -> None:
                 raise ProtocolError("a token or epoch that is not 16 bytes long")
         case (
             Blob()
-            | Forget()
             | Failed()
             | Cluster()
             | StatusRequest()

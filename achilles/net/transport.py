@@ -5,6 +5,10 @@ Rules
     2. Nothing here blocks, and nothing here is trusted to arrive: see ``core.link``.
     3. A message is handed on as soon as it is read, one for each time that a socket is found ready, so that none
        waits for others to be read, and no socket for another.
+    4. A routing id says where to send an answer, never who asks: ZeroMQ lets a peer take the id of one that has just gone.
+       Connection and user are those that libzmq attaches to each message.
+    5. A message has at most `FRAMES_MAX` frames. What goes on beyond that is handed on as far as it was read, for the
+       codec to refuse, and the rest is read and dropped, a little at a time.
 """
 
 from __future__ import annotations
@@ -17,14 +21,17 @@ from typing import Any
 
 import zmq
 
-from achilles.core.protocol import Buffer
+from achilles.core.protocol import FRAMES_MAX, Buffer
 from achilles.runtime.loop import Loop
 
 OUTBOX_MAX = 10_000
+DROPPED_AT_ONCE = 1000  # frames, while other sockets wait
+UNKNOWN_FD = -1
 
 # Plain integers: arithmetic on pyzmq's enums costs more than the calls that it is for.
 NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS, POLLIN, POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
+SRCFD = int(zmq.SRCFD)
 
 # pyzmq's own `send` without the Python around it, which is for kinds of sockets that we do not use.
 _send_one = zmq.backend.Socket.send
@@ -101,6 +108,7 @@ class DealerPort:
         self._loop = loop
         self._on_frames = on_frames
         self._outbox: deque[Sequence[Buffer]] = deque()
+        self._is_dropping = False  # the rest of an endless message
         loop.watch(socket, self._receive)
 
     def send(self, frames: Sequence[Buffer]) -> None:
@@ -132,10 +140,13 @@ class DealerPort:
 
     def _receive(self) -> None:
         """Hand on the message that is there."""
+        if self._is_dropping:
+            self._is_dropping = _drop_rest(self._socket)
+            return
         frame: Any = self._socket.recv(NOBLOCK, copy=False)
         frames: list[Buffer] = [memoryview(frame)]
         if frame.more:
-            _receive_rest(self._socket, frames)
+            self._is_dropping = _receive_rest(self._socket, frames)
         self._on_frames(frames)
 
     def _flush_and_receive(self) -> None:
@@ -147,15 +158,16 @@ class DealerPort:
 class Route:
     """A peer's connection to a ROUTER, as long as it lasts, and the user that the transport has authenticated there.
 
-    An empty ``user`` is one whom nothing vouches for.
+    An empty ``user`` is one whom nothing vouches for; ``fd`` is the connection's descriptor, where libzmq tells it.
     """
 
-    __slots__ = ("identity", "port", "user")
+    __slots__ = ("fd", "identity", "port", "user")
 
-    def __init__(self, port: RouterPort, identity: bytes, user: str) -> None:
+    def __init__(self, port: RouterPort, identity: bytes, user: str, fd: int = UNKNOWN_FD) -> None:
         self.port = port
         self.identity = identity
         self.user = user
+        self.fd = fd
 
 
 class RouterPort:
@@ -175,6 +187,7 @@ class RouterPort:
         self._loop = loop
         self._on_frames = on_frames
         self._on_closed = on_closed
+        self._is_dropping = False  # the rest of an endless message
         self._routes: dict[bytes, Route] = {}
         self._route_by_fd: dict[int, Route] = {}
         # What is kept by route; a ROUTER does not tell when one of its peers can take more.
@@ -191,6 +204,7 @@ class RouterPort:
                 if self._send_to(route, frames):
                     return
             except zmq.ZMQError:
+                self._lost(route)
                 return  # EHOSTUNREACH: the link will send it again, if the peer comes back
             self.outboxes[route] = deque()
         outbox = self.outboxes[route]
@@ -231,41 +245,60 @@ class RouterPort:
     def _receive(self) -> None:
         """Hand on the message that is there."""
         socket = self._socket
+        if self._is_dropping:
+            self._is_dropping = _drop_rest(socket)
+            return
         identity = socket.recv(NOBLOCK)
         frame: Any = socket.recv(NOBLOCK, copy=False)
         frames: list[Buffer] = [memoryview(frame)]
         if frame.more:
-            _receive_rest(socket, frames)
-        self._on_frames(self._routes.get(identity) or self._note(identity, frame), frames)
+            self._is_dropping = _receive_rest(socket, frames)
+        self._on_frames(self._route(identity, frame), frames)
 
-    def _note(self, identity: bytes, frame: Any) -> Route:
-        """Learn which connection a new route is, and its user."""
+    def _route(self, identity: bytes, frame: Any) -> Route:
+        """Where a message came from, by what libzmq says of this very message."""
         try:
-            fd = frame.get(zmq.SRCFD)
+            fd = frame.get(SRCFD)
         except zmq.ZMQError:
-            fd = -1
+            fd = UNKNOWN_FD
         try:
-            user = str(frame.get("User-Id"))
+            user = frame.get("User-Id")
         except zmq.ZMQError:
             user = ""  # not authenticated
-        self._forget(fd)
-        route = self._routes[identity] = self._route_by_fd[fd] = Route(self, identity, user)
+        route = self._routes.get(identity)
+        if route is not None and route.fd == fd and route.user == user:
+            return route
+        self._look_for_closed()  # before a number that is free again is taken for the former connection's
+        if identity in self._routes:
+            self._end(self._routes[identity])
+        if fd in self._route_by_fd:
+            self._end(self._route_by_fd[fd])
+        route = self._routes[identity] = Route(self, identity, user, fd)
+        if fd != UNKNOWN_FD:
+            self._route_by_fd[fd] = route
         return route
 
-    def _forget(self, fd: int) -> Route | None:
-        route = self._route_by_fd.pop(fd, None)
-        if route is not None:
-            self._routes.pop(route.identity, None)
-            self.outboxes.pop(route, None)
-        return route
+    def _lost(self, route: Route) -> None:
+        """The socket does not know the route; where no descriptor tells of its end, this does."""
+        if route.fd == UNKNOWN_FD and self._routes.get(route.identity) is route:
+            del self._routes[route.identity]
+
+    def _end(self, route: Route) -> None:
+        """A route's connection has ended."""
+        if self._routes.get(route.identity) is route:
+            del self._routes[route.identity]
+        if self._route_by_fd.get(route.fd) is route:
+            del self._route_by_fd[route.fd]
+        self.outboxes.pop(route, None)
+        self._on_closed(route)
 
     def _look_for_closed(self) -> None:
         while _events(self._monitor) & POLLIN:
             event, *_ = self._monitor.recv_multipart(NOBLOCK)
             _, fd = _EVENT.unpack_from(event)
-            route = self._forget(fd)
+            route = self._route_by_fd.get(fd)
             if route is not None:
-                self._on_closed(route)
+                self._end(route)
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
@@ -282,13 +315,23 @@ def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
     return True
 
 
-def _receive_rest(socket: zmq.Socket[bytes], frames: list[Buffer]) -> None:
-    """The remaining frames of a message, none of them copied."""
-    has_more = True
-    while has_more:
+def _receive_rest(socket: zmq.Socket[bytes], frames: list[Buffer]) -> bool:
+    """The remaining frames of a message, none of them copied; whether there are more than a message can have."""
+    for _ in range(FRAMES_MAX):
         frame: Any = socket.recv(NOBLOCK, copy=False)
         frames.append(memoryview(frame))
-        has_more = frame.more
+        if not frame.more:
+            return False
+    return True
+
+
+def _drop_rest(socket: zmq.Socket[bytes]) -> bool:
+    """Drop some of the frames that are left of a message; whether there are more yet."""
+    for _ in range(DROPPED_AT_ONCE):
+        frame: Any = socket.recv(NOBLOCK, copy=False)
+        if not frame.more:
+            return False
+    return True
 
 
 def _events(socket: zmq.Socket[bytes]) -> int:

@@ -362,6 +362,13 @@ def test_as_many_parts_as_possible() -> None:
     assert p.size_of(message.payload) == p.PARTS_MAX
 
 
+def test_frames_without_end_are_refused() -> None:
+    """Before anything is looked at; more than the largest message has cannot be one."""
+    body = raw(fields(p.Gone()))
+    assert "1 were announced" in refusal(*body, *[b""] * (p.FRAMES_MAX - 1))
+    assert refusal(*body, *[b""] * p.FRAMES_MAX) == f"a message of more than {p.FRAMES_MAX} frames"
+
+
 # --- Limits ---------------------------------------------------------------------------------------
 
 
@@ -417,6 +424,7 @@ BAD: list[tuple[p.Wire, str]] = [
     *((but(kind, ids=[1, -1]), "a negative number") for kind in (p.Submit, p.Run)),
     *((but(kind, ids=[-1]), "a negative number") for kind in (p.Cancel, p.Running)),
     (but(p.Results, ids=[1, 2, -3]), "a negative number"),
+    (but(p.Forget, blobs=[0, -1]), "a negative number"),
     (but(p.Done, indexes=[-1, 1]), "a negative number"),
     *((but(kind, indexes=[0, -1]), "a negative number") for kind in (p.Revoke, p.Returned)),
     (but(p.Crashed, index=-1), "a negative number"),

@@ -5,11 +5,12 @@ import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import zmq
 
+from achilles.core.protocol import FRAMES_MAX
 from achilles.net import transport
 from achilles.net.endpoint import LOCAL_USER, Endpoint, Gatekeeper, bind_router, dial_dealer
 from achilles.net.transport import DealerPort, Route, RouterPort, SocketLoop
@@ -212,3 +213,93 @@ def test_without_epoll_descriptors_are_waited_for_all_the_same(
     loop.close()
     os.close(read)
     os.close(write)
+
+
+# --- Whose message it is --------------------------------------------------------------------------
+
+
+class Arrived:
+    """A frame as far as a ROUTER asks it who sent it; None is what libzmq does not know."""
+
+    def __init__(self, fd: int | None, user: str | None) -> None:
+        self._answers: dict[object, Any] = {transport.SRCFD: fd, "User-Id": user}
+
+    def get(self, option: object) -> Any:
+        if self._answers[option] is None:
+            raise zmq.ZMQError(zmq.EINVAL)
+        return self._answers[option]
+
+
+def test_a_routing_id_is_no_identity(pair: Pair) -> None:
+    """Another connection, or another user, is another route, whatever it calls itself."""
+    route = pair.router._route(b"id", Arrived(900, "client/a"))
+    assert pair.router._route(b"id", Arrived(900, "client/a")) is route
+    other = pair.router._route(b"id", Arrived(901, "client/b"))
+    assert (other.user, other.fd) == ("client/b", 901)
+    assert pair.closed == [route]
+    again = pair.router._route(b"id", Arrived(901, "client/c"))
+    assert again.user == "client/c"
+    assert pair.closed == [route, other]
+    assert pair.router._route(b"id", Arrived(901, None)).user == ""
+
+
+def test_a_descriptor_that_is_used_again_ends_the_route_that_had_it(pair: Pair) -> None:
+    first = pair.router._route(b"first", Arrived(900, "u"))
+    second = pair.router._route(b"second", Arrived(900, "u"))
+    assert pair.closed == [first]
+    assert pair.router._route(b"second", Arrived(900, "u")) is second
+    assert pair.router._route(b"first", Arrived(901, "u")) is not first
+    assert pair.closed == [first], "a route ends once"
+
+
+def test_routes_without_a_descriptor_do_not_share_one(pair: Pair) -> None:
+    routes = [pair.router._route(name, Arrived(None, "u")) for name in (b"one", b"two")]
+    assert [pair.router._route(one.identity, Arrived(None, "u")) for one in routes] == routes
+    assert not pair.closed
+    pair.router.send(routes[0], [b"x"])  # nobody is there
+    assert pair.router._route(b"one", Arrived(None, "u")) is not routes[0]
+    assert pair.router._route(b"two", Arrived(None, "u")) is routes[1]
+
+
+def test_whoever_takes_the_routing_id_of_one_that_has_gone_is_somebody_else(
+    pair: Pair, achilles_home: Path
+) -> None:
+    """As on the wire, and before the monitor is asked who has gone."""
+    endpoint = Endpoint("ipc", "", 0, str(achilles_home / "x.ipc"))
+    dialed = dial_dealer(zmq.Context.instance(), endpoint, None)
+    other = DealerPort(dialed.socket, pair.loop, lambda _: None)
+    pair.until(lambda: can_send(other))
+    other.send([b"hello"])
+    route = pair.at_router()[0]
+    pair.loop.unregister(pair.router._monitor.FD)
+    dialed.watch.close()
+    other.close()
+    deadline = monotonic() + WAIT_SECONDS
+    while not pair.to_router:  # until the ROUTER has given the id free
+        assert monotonic() < deadline, "the id cannot be taken"
+        thief: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        thief.setsockopt(zmq.ROUTING_ID, route.identity)
+        thief.connect(str(endpoint))
+        thief.send(b"it is me")
+        attempt_ends = monotonic() + 0.2
+        while not pair.to_router and monotonic() < attempt_ends:
+            pair.loop.wait(0.01)
+        thief.close(0)
+    (taken, frames), *_ = pair.to_router
+    assert frames == [b"it is me"]
+    assert taken.identity == route.identity
+    assert taken is not route
+    assert pair.closed == [route]
+
+
+def test_a_message_without_an_end_is_cut_off_and_the_next_one_is_whole(pair: Pair) -> None:
+    connect(pair)
+    surplus = FRAMES_MAX + 2 * transport.DROPPED_AT_ONCE
+    pair.dealer.send([b"x"] * surplus)
+    pair.dealer.send([b"next"])
+    assert len(pair.at_router()[1]) == FRAMES_MAX + 1, "one more than the codec takes"
+    assert pair.at_router()[1] == [b"next"]
+    pair.router.send(connect(pair), [b"y"] * surplus)
+    assert len(pair.at_dealer()[0]) == FRAMES_MAX + 1
+    pair.router.send(connect(pair), [b"next"])
+    assert pair.at_dealer() == [[b"next"]]
