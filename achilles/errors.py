@@ -4,6 +4,7 @@
     ├── ProtocolError                 a peer sent what is not our protocol; its session is cut
     ├── ConfigError                   a setting that cannot be; names the setting and a value that works (exit 78)
     │   ├── InsecureBindError         a bind beyond loopback that would not be safe (exit 2)
+    │   │   └── SelfAttackError       a broker's own ports did not refuse what they must; it did not start
     │   └── KeyFileError              a key or join file that is missing, loose or damaged
     ├── BrokerUnreachableError        nobody, or nobody of ours, answers at the endpoint (exit 69)
     │   └── AuthenticationError       the broker refused our key, or is not the broker we expect
@@ -58,6 +59,7 @@ __all__ = [
     "RemoteError",
     "ResultPickleError",
     "ResultUnpickleError",
+    "SelfAttackError",
     "TaskCrashedError",
     "TaskTimeoutError",
     "TerminatedError",
@@ -79,6 +81,10 @@ class ConfigError(AchillesError):
 
 class InsecureBindError(ConfigError):
     """A bind that would be reachable from other machines without what makes that safe."""
+
+
+class SelfAttackError(InsecureBindError):
+    """A broker that attacked its own ports was let in, or could not find out; it has not told anybody where it is."""
 
 
 class KeyFileError(ConfigError):

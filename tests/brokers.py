@@ -75,6 +75,10 @@ class RunningBroker:
         """The running broker's join file for a role."""
         return read_join(join_path(self.home, role))
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def begin_to_stop(self) -> None:
         """Ask it to end."""
         self._stopping.set()

@@ -266,15 +266,34 @@ def dial_dealer(
     socket = context.socket(zmq.DEALER)
     _prepare(socket)
     socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing piles up for a broker that is not there
+    _take_keys(socket, endpoint, keys)
+    watch = Watch(socket, str(endpoint))
+    socket.connect(str(endpoint))
+    return Dialed(socket, watch, str(endpoint))
+
+
+def dial_as_intruder(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: Endpoint,
+    keys: CurveKeys | None,
+    events: int,
+) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """A DEALER that should not be let in, keys or none, and the monitor that tells whether it was; it says nothing."""
+    socket = context.socket(zmq.DEALER)
+    _prepare(socket)
+    _take_keys(socket, endpoint, keys)
+    monitor: Any = socket.get_monitor_socket(events)
+    socket.connect(str(endpoint))
+    return socket, monitor
+
+
+def _take_keys(socket: zmq.Socket[bytes], endpoint: Endpoint, keys: CurveKeys | None) -> None:
     if endpoint.scheme == "tcp" and keys is not None:
         socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
         socket.setsockopt(zmq.CURVE_SERVERKEY, keys.broker_public)
-        if ":" in endpoint.host:
-            socket.setsockopt(zmq.IPV6, 1)
-    watch = Watch(socket, str(endpoint))
-    socket.connect(str(endpoint))
-    return Dialed(socket, watch, str(endpoint))
+    if ":" in endpoint.host:
+        socket.setsockopt(zmq.IPV6, 1)
 
 
 # --- What befalls a connection --------------------------------------------------------------------

@@ -14,7 +14,7 @@ import zmq
 from achilles.core.liveness import Timings
 from achilles.core.sessions import ADMIN, CLIENT, WORKER
 from achilles.errors import ConfigError, InsecureBindError, KeyFileError
-from achilles.net import authorized
+from achilles.net import authorized, self_attack
 from achilles.net.broker import Broker, Roles
 from achilles.net.endpoint import (
     LOCAL_USER,
@@ -27,6 +27,7 @@ from achilles.net.endpoint import (
     raise_descriptor_limit,
 )
 from achilles.net.keys import (
+    ROLES,
     join_path,
     key_pair,
     read_join,
@@ -72,6 +73,7 @@ def serve(
 
     Raises:
         InsecureBindError: other machines could reach the endpoint, and its keys are not in order.
+        SelfAttackError: a port does not refuse what it must.
         ConfigError: the endpoint cannot be, or is taken; a key file is not in order.
     """
     tcp = parse_endpoint(bind, to_bind=True)
@@ -107,6 +109,8 @@ def serve(
             reload=reload,
         )
         leave.callback(broker.close)
+        self_attack.attack(context, _doors(home, addresses), broker.loop, broker.step)
+        gatekeeper.refused = 0
         _write_joins(home, addresses)
         on_ready(addresses, broker)
         return broker.run(is_stopping)
@@ -139,6 +143,20 @@ def _roles(home: Path, domain: str) -> Roles:
     return {LOCAL_USER: frozenset(roles)} | {
         user: given for user, given in found.items() if given <= set(roles)
     }
+
+
+def _doors(home: Path, addresses: Addresses) -> list[self_attack.Door]:
+    """The ports with the keys that must not open them."""
+    broker = key_pair(home, "broker").public
+    pairs = {role: key_pair(home, role) for role in ROLES}
+    return [
+        self_attack.Door(
+            endpoint,
+            broker,
+            {role: (pair.public, pair.secret) for role, pair in pairs.items() if role not in roles},
+        )
+        for endpoint, (_, roles) in zip(addresses[:2], _DOORS.values(), strict=True)
+    ]
 
 
 # --- Sockets --------------------------------------------------------------------------------------

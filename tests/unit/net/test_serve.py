@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from achilles.errors import ConfigError, InsecureBindError, KeyFileError
-from achilles.net.endpoint import IPC_PATH_MAX, hostname
+from achilles.net.endpoint import IPC_PATH_MAX, Gatekeeper, hostname
 from achilles.net.keys import ROLES, find_join, key_pair, read_join
-from tests.brokers import RunningBroker, answer_one, raw_peer
+from tests.brokers import RunningBroker, answer_one, raw_peer, wait_for
 
 ANY = ".".join("0000")  # all interfaces
 
@@ -140,6 +141,23 @@ def test_beyond_loopback_every_key_must_be_in_order(achilles_home: Path) -> None
         RunningBroker(achilles_home, bind="tcp://192.168.1.1:5555").__enter__()
 
 
+def test_a_broker_ends_with_its_zap_handler(
+    achilles_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than go on with nobody at the door."""
+
+    def die(self: Gatekeeper, frames: list[bytes]) -> str:
+        raise OSError("the handler is dead")
+
+    broker = RunningBroker(achilles_home).__enter__()
+    monkeypatch.setattr(Gatekeeper, "_user", die)
+    with raw_peer(broker, "client"):
+        wait_for(lambda: not broker.is_alive, "the end of the broker")
+    with pytest.raises(OSError, match="the handler is dead"):
+        broker.stop()
+    assert os.listdir(achilles_home / "run") == []
+
+
 def test_what_other_hosts_are_told(achilles_home: Path) -> None:
     """A wildcard is no address: this host uses loopback, others what is advertised, or the host's name."""
     with RunningBroker(achilles_home, bind=f"tcp://{ANY}:0", advertise="broker.example.org") as one:
@@ -156,10 +174,17 @@ def test_what_other_hosts_are_told(achilles_home: Path) -> None:
 
 
 def test_workers_have_the_port_beside_the_clients(achilles_home: Path) -> None:
-    with RunningBroker(achilles_home) as first:
-        port = first.addresses.clients.port
-    with RunningBroker(achilles_home, bind=f"tcp://127.0.0.1:{port}") as second:
-        assert second.addresses.workers.port == port + 1
+    """Unless somebody else on this machine takes it at that moment."""
+    for _ in range(20):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        with (
+            contextlib.suppress(ConfigError),  # somebody has taken the first one
+            RunningBroker(achilles_home, bind=f"tcp://127.0.0.1:{port}") as broker,
+        ):
+            if broker.addresses.workers.port == port + 1:
+                return
+    pytest.fail("never the port beside the clients'")
 
 
 def test_join_files_are_readable_by_their_owner_alone(achilles_home: Path) -> None:
