@@ -3,7 +3,8 @@
 Rules
     1. A task is kept, payload and all, until its outcome came: a new broker gets everything again.
     2. The broker holds at most its credit of this client's tasks; the rest wait here, in order.
-    3. Each task gets one outcome; what comes after it (a late result, a second one) is dropped here.
+    3. Each task gets one outcome; what comes after it (a late result, a second one), or for a task that the broker
+       does not have, is dropped here.
     4. A blob is sent before the first task that names it, once a session.
 
 Ids are the caller's, ascending from 1, and never used twice.
@@ -49,6 +50,7 @@ class Submission:
     def __init__(self) -> None:
         self._tasks: dict[int, tuple[Group, p.Payload]] = {}
         self._backlog: deque[int] = deque()  # ids that the broker does not have yet, oldest first
+        self._unsent: set[int] = set()  # the same ids, to be looked up
         self._at_broker = 0  # unresolved tasks that it has
         self._blobs: OrderedDict[int, _Blob] = OrderedDict()
         self._sent_blobs: set[int] = set()
@@ -64,6 +66,7 @@ class Submission:
         self._sent_blobs.clear()
         doubtful = self._doubtful()
         self._backlog = deque(sorted(self._tasks))
+        self._unsent = set(self._tasks)
         self._at_broker = 0
         return [*doubtful, *self._advance()]
 
@@ -110,11 +113,11 @@ class Submission:
             if blob in self._idle:
                 self._idle_bytes -= self._idle.pop(blob)
         if self._credit is None:
-            self._backlog.extend(ids)
+            self._wait(ids)
             return []
         room = self._room(len(ids))
         if self._backlog or room < len(ids) or len(ids) > p.TASKS_MAX:
-            self._backlog.extend(ids)
+            self._wait(ids)
             return self._advance()
         self._at_broker += len(ids)
         return [*self._new_blobs(group), _submit(group, ids, payloads)]
@@ -125,16 +128,16 @@ class Submission:
         ``kill``: nor should those that run go on.
         """
         at_broker = []
-        waiting = set(self._backlog) if self._backlog else frozenset[int]()
         dropped = set()
         for id in ids:
             if self._forget(id):
-                if id in waiting:
+                if id in self._unsent:
                     dropped.add(id)
                 else:
                     at_broker.append(id)
         if dropped:
             self._backlog = deque(id for id in self._backlog if id not in dropped)
+            self._unsent -= dropped
         self._at_broker -= len(at_broker)
         if self._credit is None or not at_broker:
             return []
@@ -149,7 +152,7 @@ class Submission:
             case p.Results():
                 return self._results(message)
             case p.Failed(id=id):
-                if not self._forget(id):
+                if id in self._unsent or not self._forget(id):
                     return []
                 self._at_broker -= 1
                 return [Send("user", message), *self._advance()]
@@ -181,7 +184,8 @@ class Submission:
     # --- Inside -----------------------------------------------------------------------------------
 
     def _results(self, message: p.Results) -> list[Send]:
-        fresh = [self._forget(id) for id in message.ids]
+        unsent = self._unsent  # a broken broker may have outcomes of what it never had
+        fresh = [id not in unsent and self._forget(id) for id in message.ids]
         count = sum(fresh)
         self._at_broker -= count
         if count == len(fresh):
@@ -200,6 +204,11 @@ class Submission:
             ),
             *self._advance(),
         ]
+
+    def _wait(self, ids: list[int]) -> None:
+        """The broker gets these later."""
+        self._backlog.extend(ids)
+        self._unsent.update(ids)
 
     def _forget(self, id: int) -> bool:
         """Drop a task; False if it was not there."""
@@ -248,6 +257,7 @@ class Submission:
                 payloads.append(payload)
                 room -= 1
             self._at_broker += len(ids)
+            self._unsent.difference_update(ids)
             sends += self._new_blobs(group)
             sends.append(_submit(group, ids, payloads))
         if not backlog and self._credit is not None:
@@ -294,6 +304,7 @@ class Submission:
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""
         assert len(set(self._backlog)) == len(self._backlog), "a task waits twice"
+        assert self._unsent == set(self._backlog), "what waits is not what counts as waiting"
         assert all(id in self._tasks for id in self._backlog), "a resolved task waits"
         if self._credit is not None:
             assert self._at_broker == len(self._tasks) - len(self._backlog), "tasks miscounted"

@@ -324,6 +324,22 @@ def test_a_second_outcome_is_dropped() -> None:
     assert len(bench.core) == 0
 
 
+def test_outcomes_of_what_the_broker_never_had_are_dropped() -> None:
+    """A broken one may tell of them; the tasks still run."""
+    bench = busy(1, 2, 3, 4, credit=1)
+    bench.hear(failed(2))
+    bench.hear(results(3, 4))
+    assert len(bench.core) == 4
+    bench.hear(results(1, 2))
+    assert bench.sent() == [(USER, results(1)), submit(2)]
+    bench.disconnect()
+    bench.hear(results(4))
+    bench.connect()
+    assert bench.sent() == [*blob(1), submit(2, 3, 4)]
+    bench.hear(results(2, 3, 4))
+    assert bench.sent() == [(USER, results(2, 3, 4))]
+
+
 def test_of_a_message_only_the_new_outcomes_are_handed_on() -> None:
     """Each with its own status and payload, and once where one is named twice."""
     bench = busy(1, 2, 3, 4)
