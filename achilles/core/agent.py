@@ -8,7 +8,9 @@ Rules
        runner is killed, and no neighbour with it.
     5. A task whose lease is lent waits for tasks of its own: it takes up no slot, and nothing waits behind it. There are as
        many runners more; those that are idle for long afterwards are let go.
-    6. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies before it
+    6. A worker without a broker goes on with what it has, and holds its reports. A broker that follows the last one is told
+       of all that; one that has given the worker up is not, and all is ended.
+    7. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies before it
        finished anything, in spite of having work, charges its first task: or nothing would ever end.
 
 Picture
@@ -26,9 +28,10 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from achilles.core import envelope
 from achilles.core import protocol as p
+from achilles.core.holding import Holding
 from achilles.core.runners import START_SECONDS as START_SECONDS
 from achilles.core.runners import STUCK_SECONDS as STUCK_SECONDS
-from achilles.core.runners import Chunk, Runner
+from achilles.core.runners import Chunk, Runner, crossed, without_first
 from achilles.errors import ProtocolError
 
 SURPLUS_SECONDS = 5.0  # a runner beyond the slots may be idle for so long
@@ -61,6 +64,8 @@ class Agent:
         self._said_goodbye = False
         self._lent: set[int] = set()  # leases
         self._has_lent = False
+        self._holding = Holding(slots)
+        self._epoch = b""  # of the last broker
 
     # --- The core's contract ----------------------------------------------------------------------
 
@@ -97,7 +102,7 @@ class Agent:
 
     def tick(self, now: float) -> list[Send]:
         """Call back what waits behind a task that runs long; end the task that ran for too long; let surplus runners go."""
-        sends: list[Send] = []
+        sends = self.reset() if self._holding.is_too_old(now) else []
         if len(self._runners) > self._slots:
             for runner in self._surplus():
                 if now >= runner.progress_at + SURPLUS_SECONDS:
@@ -135,6 +140,53 @@ class Agent:
         sends += [Send("host", p.Recall(runner.number)) for runner in self._runners.values()]
         return [*sends, *self._goodbye_if_empty()]
 
+    def hold(self, messages: Iterable[p.Wire], now: float) -> None:
+        """There is no session: these messages of the agent's were not, or perhaps not, received."""
+        self._holding.add(messages, now)
+
+    def join(self, epoch: bytes, now: float) -> list[Send]:
+        """A session has begun: the first one, or one with another broker, or with the one that has given us up."""
+        is_back, is_new = self._epoch != b"", self._epoch != epoch
+        self._epoch = epoch
+        if not is_back:
+            self._holding.clear()
+            return []
+        sends = self._take_stock(now) if is_new else self.reset()
+        ordered = sorted(self._chunks.values(), key=self._waits)
+        held, reports = self._holding.take(ordered, self._blobs)
+        draining = [p.Drain()] if self._is_draining else []
+        told = (*held, *reports, *draining, p.Resumed())
+        return [*sends, *(Send("broker", one) for one in told), *self._goodbye_if_empty()]
+
+    def _waits(self, chunk: Chunk) -> bool:
+        """Whether the chunk waits behind another one."""
+        return all(
+            not runner.chunks or runner.chunks[0] is not chunk for runner in self._runners.values()
+        )
+
+    def _take_stock(self, now: float) -> list[Send]:
+        """A new broker comes: end what it cannot take over, the tasks of runners that submitted tasks, and these."""
+        sends: list[Send] = []
+        for runner in list(self._runners.values()):
+            if runner.has_submitted or any(chunk.run.root for chunk in runner.chunks):
+                sends.append(Send("host", p.Kill(runner.number)))
+                del self._runners[runner.number]
+                self._due.pop(runner.number, None)
+                for chunk in runner.chunks:
+                    del self._chunks[chunk.run.lease]
+                    self._lent.discard(chunk.run.lease)
+        for chunk in [chunk for chunk in self._queue if chunk.run.root]:
+            self._queue.remove(chunk)
+            del self._chunks[chunk.run.lease]
+        needed = {(one.run.client, blob) for one in self._chunks.values() for blob in one.needs}
+        for client in {client for client, _ in self._blobs}:
+            blobs = [blob for one, blob in self._blobs if one == client]
+            gone = [blob for blob in blobs if (client, blob) not in needed]
+            is_served = any(chunk.run.client == client for chunk in self._chunks.values())
+            if gone:
+                sends += self._forget(client, gone if is_served else [])
+        return [*sends, *self._assign(now)]
+
     def reset(self) -> list[Send]:
         """The session is over: end all work; nothing of it is reported any more. A drain ends with it."""
         sends = [Send("host", p.Kill(number)) for number in self._runners]
@@ -144,6 +196,7 @@ class Agent:
         self._due.clear()
         self._lent.clear()
         self._blobs.clear()
+        self._holding.clear()
         self._said_goodbye = self._is_draining  # nobody is left to say it to
         return sends
 
@@ -151,6 +204,11 @@ class Agent:
     def is_drained(self) -> bool:
         """Whether a drain has come to its end."""
         return self._said_goodbye
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to run and nothing to report."""
+        return not self._chunks and not self._holding
 
     @property
     def running(self) -> int:
@@ -219,6 +277,7 @@ class Agent:
         if not chunk.open:
             del self._chunks[chunk.run.lease]
             self._lent.discard(chunk.run.lease)
+            self._holding.ended(chunk)
 
     # --- Tasks that submit tasks ------------------------------------------------------------------
 
@@ -482,12 +541,12 @@ class Agent:
         if runner is None:
             return []
         self._due.pop(message.runner, None)
-        unstarted = message.unstarted + _crossed(runner.chunks, message.last_seq)
+        unstarted = message.unstarted + crossed(runner.chunks, message.last_seq)
         held = sum(len(chunk.open) for chunk in runner.chunks)
         had_work = bool(message.unstarted) or not message.last_seq
         is_stillborn = bool(message.reason) and not runner.results and had_work
         if is_stillborn and sum(count for _, count in unstarted) == held:
-            unstarted = _without_first(unstarted)
+            unstarted = without_first(unstarted)
         sends = self._take_back(runner, unstarted)
         reason = runner.fault or message.reason or "exited before it was done"
         if runner.has_submitted:
@@ -508,7 +567,8 @@ class Agent:
         return [*sends, *self._assign(now), *self._goodbye_if_empty()]
 
     def _goodbye_if_empty(self) -> list[Send]:
-        if not self._is_draining or self._chunks or self._said_goodbye:
+        is_away = self._holding.since is not None
+        if not self._is_draining or self._chunks or self._said_goodbye or is_away:
             return []
         self._said_goodbye = True
         return [Send("broker", p.Goodbye("drained"))]
@@ -534,20 +594,3 @@ class Agent:
             idle = [runner for runner in self._runners.values() if not runner.chunks]
             free = [runner for runner in idle if not (runner.is_retiring or runner.is_killed)]
             assert not free or self._busy >= self._slots, "a runner idles while a chunk waits"
-
-
-def _crossed(chunks: Iterable[Chunk], last_seq: int) -> list[tuple[int, int]]:
-    """The chunks that were sent to a runner later than the last one that its host was given."""
-    return [
-        (chunk.seq, len(chunk.run.ids))
-        for chunk in chunks
-        if 0 < (chunk.seq - last_seq) % 255 < 128
-    ]
-
-
-def _without_first(unstarted: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same counts, but for the very first task."""
-    if not unstarted:
-        return unstarted
-    (seq, count), *rest = unstarted
-    return [(seq, count - 1), *rest]

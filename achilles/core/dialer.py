@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from achilles.core import protocol as p
 from achilles.core.link import Link, Packet
 
@@ -39,6 +41,7 @@ class Dialer:
         self._heartbeat_interval = 1.0
         self._next_at: float | None = None
         self.state = CALLING
+        self.unacknowledged: list[p.Wire] = []  # what the last session's broker has perhaps not got
         self.heard_at: float | None = None  # the broker's last sign of life
         self.reason = ""  # why it refused us
 
@@ -86,7 +89,11 @@ class Dialer:
             if self.state == CALLING:
                 self.state, self.reason, self._next_at = REFUSED, message.reason, None
             return Step([], [message])
-        return Step(self.start(now), [message]) if is_ours else Step([], [])
+        if not is_ours:
+            return Step([], [])
+        self._hello = msgspec.structs.replace(self._hello, is_back=True)
+        self.unacknowledged = self._link.kept
+        return Step(self.start(now), [message])
 
     def tick(self, now: float) -> list[Packet]:
         """Repeat the hello, or send a heartbeat."""

@@ -25,6 +25,7 @@ from achilles.core.tables import READY, Client, Lease, PeerId, TaskQueue, Worker
 from achilles.core.tables import Send as Send
 
 ANNOUNCE_SECONDS = 0.005  # most tasks are done before anybody could ask whether they run
+LEASE_BITS = 32  # of a lease's number; above them is its broker's
 PREFETCH_PAUSE = 0.5  # after tasks came back from behind a long one, seconds
 
 Places: TypeAlias = "dict[frozenset[str], dict[PeerId, Worker]]"
@@ -33,13 +34,13 @@ Places: TypeAlias = "dict[frozenset[str], dict[PeerId, Worker]]"
 class Dispatcher:
     """The workers' places, the clients who wait for them, and the leases that bring the two together."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_lease: int = 1) -> None:
         self.waiting: dict[PeerId, Client] = {}  # with queued tasks
         self.slots = 0
         self._idle: Places = {}  # ready, with a free slot
         self._room: Places = {}  # ready, slots taken, with room for one more in advance
         self._unannounced: deque[tuple[float, Lease]] = deque()
-        self._next_lease = 1
+        self._next_lease = self._first_lease = first_lease
 
     # --- Places -----------------------------------------------------------------------------------
 
@@ -163,7 +164,30 @@ class Dispatcher:
             0 if client.root is client else client.root.number,
         )
         sends.append(Send(worker.peer, run))
+        self.announce_soon(lease, now)
+
+    def is_own(self, number: int) -> bool:
+        """Whether a lease of that number was, or may be, made here."""
+        return number >> LEASE_BITS == self._first_lease >> LEASE_BITS
+
+    def adopt(self, lease: Lease) -> None:
+        """Take in a lease that another broker has made."""
+        worker = lease.worker
+        worker.leases[lease.number] = lease
+        lease.queue.leases += 1
+        lease.client.root.prefetched += 1
+        if worker.taken < worker.slots:
+            self.promote(lease)
+        self.place(worker)
+
+    def announce_soon(self, lease: Lease, now: float) -> None:
+        """Have it told which tasks of the lease were dispatched."""
         self._unannounced.append((now + ANNOUNCE_SECONDS, lease))
+
+    def wait(self, client: Client) -> None:
+        """The client has queued tasks."""
+        if not client.is_held_back:
+            self.waiting[client.peer] = client
 
     def close(self, lease: Lease) -> None:
         """End a lease; the oldest one that waited behind it moves into its slot."""
@@ -235,7 +259,7 @@ class Dispatcher:
         queue.live += waiting
         queue.client.live += waiting
         if queue.live:
-            self.waiting[queue.client.peer] = queue.client
+            self.wait(queue.client)
             queue.client.enqueue(queue)
 
     # --- Announcements ----------------------------------------------------------------------------

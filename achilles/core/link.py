@@ -84,6 +84,11 @@ class Link:
         """How many messages are kept for a resend."""
         return len(self._kept)
 
+    @property
+    def kept(self) -> list[p.Wire]:
+        """The messages that are not known to have arrived."""
+        return [packet.message for packet in self._kept]
+
     def _resend(self) -> list[Packet]:
         self._acked = self.received
         return [

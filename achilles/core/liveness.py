@@ -26,6 +26,9 @@ class Timings(NamedTuple):
     grace: float = 2.0  # after a connection was seen to close
     client_lost_after: float = 30.0
     client_grace: float = 10.0
+    recovery: float = (
+        3.0  # in which workers come back to a new broker before it gives out what they may hold
+    )
 
 
 class Silence(Generic[K]):

@@ -112,7 +112,7 @@ class Nesting:
     def _is_of(self, lease: Lease, number: int) -> bool:
         """Whether the lease is that client's, or was made on its behalf, and the client is still there."""
         root = lease.client.root
-        return root.number == number and root.peer in self._clients
+        return root.number == number and (root.peer in self._clients or root.found is not None)
 
     # --- Who leaves -------------------------------------------------------------------------------
 
@@ -144,6 +144,8 @@ class Nesting:
         """A row for each client; what its tasks have submitted is its own."""
         rows = {c.number: c.status() for c in self._clients.values() if c.role == "client"}
         for nested in self._nested.values():
+            if nested.key.root not in rows:
+                continue  # its client is not back yet
             row, more = rows[nested.key.root], nested.status()
             row.queued += more.queued
             row.running += more.running
@@ -158,7 +160,8 @@ class Nesting:
         assert all(lease in waiting for lease in leases if lease.is_lent), "lent for nothing"
         for nested in self._nested.values():
             assert self._clients[nested.key] is nested, "a nested client is not among the clients"
-            assert nested.root in self._clients.values(), "a nested client outlives its root"
+            is_there = nested.root in self._clients.values() or nested.root.found is not None
+            assert is_there, "a nested client outlives its root"
             assert nested.worker in workers, "a nested client outlives its worker"
             parent = nested.parent
             if parent is not None and parent.left and nested.tasks:

@@ -13,6 +13,8 @@ the body that travels in parts is the number of its parts there.
     client  ──ClientHello Submit Blob Forget Cancel──▶  broker  ──Run Blob Forget Revoke Lend──▶  worker
             ◀──Welcome Running Results Failed Cluster──         ◀──WorkerHello Done Returned Crashed──
 
+    to a broker that follows another   client  ──Submit(is_again) … Resumed──▶  ◀──Held Done … Resumed──  worker
+
     a task, as a client  ── its worker ──Relay(Submit Blob Forget Cancel)──▶  broker
                                        ◀──Relay(Running Results Failed Cluster)──
 
@@ -148,10 +150,11 @@ class ClientHello(Message, tag="hello-client"):
     python: str
     name: str
     slots_max: int = 0  # at most so many of its tasks at once; 0: no limit
+    is_back: bool = False  # it had a session before, and submits again what it had submitted there
 
 
 class WorkerHello(Message, tag="hello-worker"):
-    """A worker wants a session; it has dropped all work of an earlier one when it says so."""
+    """A worker wants a session."""
 
     incarnation: bytes
     version: str
@@ -160,6 +163,7 @@ class WorkerHello(Message, tag="hello-worker"):
     slots: int
     pid: int
     tags: Annotated[list[str], msgspec.Meta(max_length=TAGS_MAX)] = []
+    is_back: bool = False  # it had a session before, and tells next what it still holds
 
 
 class Welcome(Message, tag="welcome"):
@@ -181,6 +185,10 @@ class Refused(Message, tag="refused"):
 
 class Gone(Message, tag="gone"):
     """The broker knows no session of that token (it ended, or the broker is a new one)."""
+
+
+class Resumed(Message, tag="resumed"):
+    """A peer that is back has said all that it has of its earlier session."""
 
 
 class Heartbeat(Message, tag="beat"):
@@ -223,6 +231,7 @@ class Submit(Message, tag="submit"):
     chunk_max: int = 0  # at most so many in a chunk; 0: the broker decides
     options: Options | None = None
     blobs: Blobs = ()  # what else the payloads refer to
+    is_again: bool = False  # an earlier broker had them, and perhaps a worker has
 
     @property
     def group(self) -> Group:
@@ -398,6 +407,20 @@ class Crashed(Message, tag="crashed"):
     kind: str = CRASHED
 
 
+class Held(Message, tag="held"):
+    """A lease of an earlier broker's: the worker has still these tasks of it, or a report about them that follows.
+
+    ``blobs``: those of the client that it has, too.
+    """
+
+    lease: int
+    client: int
+    ids: Numbers
+    indexes: Numbers
+    blobs: Numbers
+    attempt: int = 1
+
+
 class Lend(Message, tag="lend"):
     """The lease's task waits for tasks of its own, and takes up no slot; or it does so again."""
 
@@ -529,11 +552,13 @@ RunnerCommand: TypeAlias = Spawn | Load | Unload | Execute | Recall | Kill | Ret
 RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied | FromRunner
 
 # What may cross the wire, by who sends it. The broker refuses the rest by role (default deny).
-FromClient: TypeAlias = Submit | Blob | Forget | Cancel | Letter | StatusRequest | Goodbye
+FromClient: TypeAlias = Submit | Blob | Forget | Cancel | Letter | Resumed | StatusRequest | Goodbye
 FromTask: TypeAlias = Submit | Blob | Forget | Cancel | StatusRequest | Goodbye
 ToTask: TypeAlias = Running | Results | Failed | Cluster | Status
 FromAdmin: TypeAlias = StatusRequest | ReloadKeys | Shutdown | Goodbye
-FromWorker: TypeAlias = Done | Returned | Crashed | Letter | Relay | Drain | Goodbye
+FromWorker: TypeAlias = (
+    Done | Returned | Crashed | Letter | Relay | Held | Resumed | Drain | Goodbye
+)
 ToClient: TypeAlias = (
     Running | Results | Failed | Cluster | Letter | Status | ShuttingDown | Goodbye
 )
@@ -688,6 +713,8 @@ def _check_fields(message: Wire) -> None:
                 raise ProtocolError("a blob with a number below 1")
             if isinstance(message, Submit) and message.options is not None:
                 _check_options(message.options)
+        case Held():
+            _check_held(message)
         case Results(ids=ids, statuses=statuses) | Done(indexes=ids, statuses=statuses):
             _check_columns(ids, len(message.payloads), len(statuses))
             if not STATUSES.issuperset(statuses):
@@ -729,6 +756,7 @@ def _check_fields(message: Wire) -> None:
             | ShuttingDown()
             | Drain()
             | Lend()
+            | Resumed()
             | Gone()
             | Heartbeat()
             | Resync()
@@ -743,6 +771,20 @@ def _check_columns(ids: list[int], *lengths: int) -> None:
             raise ProtocolError(f"columns of different lengths: {count}, {length}")
     if count and min(ids) < 0:
         raise ProtocolError("a negative number")
+
+
+def _check_held(held: Held) -> None:
+    _check_columns(held.ids)
+    _check_range([held.lease, held.client, *held.blobs])
+    if len(held.blobs) > BLOBS_MAX + 2 or held.attempt < 1:
+        raise ProtocolError("too many blobs, or an attempt below 1")
+    indexes = held.indexes
+    if (
+        sorted(set(indexes)) != indexes
+        or not indexes
+        or not 0 <= indexes[0] <= indexes[-1] < len(held.ids)
+    ):
+        raise ProtocolError("indexes that are not those of tasks, in order")
 
 
 def _check_range(numbers: list[int]) -> None:

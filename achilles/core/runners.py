@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from achilles.core import protocol as p
 
@@ -24,6 +25,12 @@ class Chunk:
         self.seq = 0
         self.is_lent = False
         self.open: set[int] = set(range(len(run.ids)))
+
+    @property
+    def needs(self) -> tuple[int, ...]:
+        """The numbers of all blobs that its tasks need."""
+        run = self.run
+        return tuple(blob for blob in (run.fn, run.init, *run.blobs) if blob)
 
 
 class Runner:
@@ -95,3 +102,20 @@ class Runner:
         if self.has_begun:
             return self.progress_at + self.chunks[0].run.timeout
         return max(self.progress_at, self.recalled_at) + START_SECONDS
+
+
+def crossed(chunks: Iterable[Chunk], last_seq: int) -> list[tuple[int, int]]:
+    """The chunks that were sent to a runner later than the last one that its host was given."""
+    return [
+        (chunk.seq, len(chunk.run.ids))
+        for chunk in chunks
+        if 0 < (chunk.seq - last_seq) % 255 < 128
+    ]
+
+
+def without_first(unstarted: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same counts, but for the very first task."""
+    if not unstarted:
+        return unstarted
+    (seq, count), *rest = unstarted
+    return [(seq, count - 1), *rest]

@@ -8,7 +8,7 @@ Rules
        back, or waited behind another task, is not.
     5. A peer's messages can be wrong in any way that their types allow: that raises `ProtocolError`
        before anything has changed, or is counted as late.
-    6. Tasks may submit tasks: see `nesting`.
+    6. Tasks may submit tasks: see `nesting`. Workers may have tasks of an earlier broker's: see `recovery`.
 
 Picture
     client ─Submit─▶ TaskQueue (one for each function) ─chunk─▶ Lease ─Run─▶ worker
@@ -16,24 +16,24 @@ Picture
                         └──────── Returned, Crashed, lost ───────┘ └─ Done ─▶ Results ─▶ client
 
 Theory
-    What becomes of tasks is decided here; where they run, in `dispatch`. A task that ended its runner, or was on a worker that
-    vanished, runs again, until it has done so too often: then it is the task. One that may run at most once
-    is given up as soon as nobody knows whether it ran. What raised, or took too long, has its retries.
+    What becomes of tasks is decided here; where they run, in `dispatch`; what failures cost them, in `charges`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from achilles.core import protocol as p
-from achilles.core.dispatch import PREFETCH_PAUSE, Dispatcher, Send
+from achilles.core.charges import Charges
+from achilles.core.dispatch import LEASE_BITS, PREFETCH_PAUSE, Dispatcher, Send
 from achilles.core.nesting import Nesting
+from achilles.core.recovery import Recovery, stable_number
 from achilles.core.tables import (
     DRAINING,
     READY,
+    RETURNING,
     SUSPECT,
-    Blame,
     Client,
     Lease,
     PeerId,
@@ -43,21 +43,34 @@ from achilles.core.tables import (
 )
 from achilles.errors import ProtocolError
 
-CRASHES_MAX = 3
-LOSSES_MAX = 5
+EPOCHS = 1 << 29  # above which their numbers would meet the stable ones of peers
 
 
 class Scheduler:
     """Gives clients' tasks to workers. Sessions come by `join`, end by `leave`, speak by `receive`."""
 
-    def __init__(self, *, credit: int = 0, now: float = 0.0) -> None:
-        """``credit``: tasks that a client may have unresolved; 0: no limit."""
+    def __init__(
+        self,
+        *,
+        credit: int = 0,
+        now: float = 0.0,
+        epoch: int = 0,
+        recovery: float = 0.0,
+        patience: float = 0.0,
+        awaited: Iterable[int] | None = None,
+    ) -> None:
+        """``credit``: tasks that a client may have unresolved; 0: no limit. The others: see `Recovery`.
+
+        ``epoch`` is another one for each broker that peers may meet.
+        """
         self._credit = credit
         self._started_at = now
         self._clients: dict[PeerId, Client] = {}
         self._workers: dict[PeerId, Worker] = {}
-        self._desk = Dispatcher()
-        self._numbers = itertools.count(1)  # of clients and workers
+        first = (epoch << LEASE_BITS) + 1
+        self._desk = self._make_desk(first)
+        self._charges = self._make_charges()
+        self._numbers = itertools.count(first)  # of clients and workers that have no stable one
         self._nesting = Nesting(
             self._clients,
             self._desk,
@@ -65,7 +78,25 @@ class Scheduler:
             receive=self._from_client,
             end=self._client_left,
         )
-        self._done = self._failed = self._reassigned = self._late = 0
+        self._recovery = Recovery(
+            self._clients,
+            self._desk,
+            self._charges,
+            now=now,
+            seconds=recovery,
+            patience=patience,
+            awaited=awaited,
+            end=self._root_left,
+        )
+        # The workers' numbers, and of those that may come back; None while that is not known.
+        self.workers = None if awaited is None and recovery else frozenset(awaited or ())
+        self._done = self._late = 0
+
+    def _make_desk(self, first_lease: int) -> Dispatcher:
+        return Dispatcher(first_lease)
+
+    def _make_charges(self) -> Charges:
+        return Charges(self._desk)
 
     # --- Sessions ---------------------------------------------------------------------------------
 
@@ -73,22 +104,36 @@ class Scheduler:
         """A new session begins."""
         match hello:
             case p.WorkerHello():
-                worker = Worker(peer, next(self._numbers), hello, now)
+                worker = Worker(peer, self._number(hello, self._workers), hello, now)
                 self._workers[peer] = worker
+                self._count_workers({worker.number}, set())
                 self._desk.add(worker)
                 return [*self._cluster_changed(), *self._desk.dispatch(now)]
             case p.ClientHello():
-                client = Client(peer, next(self._numbers), hello)
+                number = self._number(hello, self._clients)
+                client, sends = self._recovery.client(peer, number, hello)
                 self._clients[peer] = client
-                return [Send(peer, self._cluster())]
+                return [Send(peer, self._cluster()), *sends]
+
+    def _number(
+        self, hello: p.ClientHello | p.WorkerHello, present: Mapping[PeerId, Client | Worker]
+    ) -> int:
+        """A peer's number: the one that it has at each broker, unless somebody has that already."""
+        number = stable_number(hello.incarnation) if any(hello.incarnation) else 0
+        is_taken = not number or any(one.number == number for one in present.values())
+        return next(self._numbers) if is_taken else number
 
     def leave(self, peer: PeerId, now: float, reason: str, *, charge: bool = True) -> list[Send]:
         """A session has ended; ``charge`` tells whether started tasks are charged for a lost worker."""
         if worker := self._workers.pop(peer, None):
+            self._count_workers(set(), {worker.number})
             return self._worker_left(worker, now, reason, charge)
-        if client := self._clients.pop(peer, None):
-            return [*self._nesting.root_left(client), *self._client_left(client)]
-        return []
+        client = self._clients.pop(peer, None)
+        return self._root_left(client) if client else []
+
+    def amnesty(self, now: float) -> None:
+        """The broker has slept: who is late may have been kept waiting."""
+        self._recovery.extend(now)
 
     def heard(self, peer: PeerId, now: float) -> None:
         """A worker has shown life."""
@@ -129,12 +174,17 @@ class Scheduler:
         return self._from_client(client, message, now)
 
     def tick(self, now: float) -> list[Send]:
-        """Tell clients what is worth telling by now."""
-        return self._desk.announce(now)
+        """Tell clients what is worth telling by now; give out what was held back for long enough."""
+        sends = self._desk.announce(now)
+        due = self._recovery.next_deadline()
+        return sends if due is None or now < due else [*sends, *self._recover(now)]
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        return self._desk.next_deadline()
+        announce, recover = self._desk.next_deadline(), self._recovery.next_deadline()
+        if announce is None or recover is None:
+            return recover if announce is None else announce
+        return min(announce, recover)
 
     def status(self, now: float) -> p.Status:
         """The state in numbers."""
@@ -144,8 +194,8 @@ class Scheduler:
             queued=sum(client.live for client in self._clients.values()),
             running=sum(len(client.tasks) - client.live for client in self._clients.values()),
             done=self._done,
-            failed=self._failed,
-            reassigned=self._reassigned,
+            failed=self._charges.failed,
+            reassigned=self._charges.reassigned,
             late=self._late,
             uptime=now - self._started_at,
         )
@@ -162,8 +212,8 @@ class Scheduler:
     ) -> list[Send]:
         match message:
             case p.Submit():
-                self._submit(client, message)
-                return [*self._desk.lend(client), *self._desk.dispatch(now)]
+                sends = self._submit(client, message, now)
+                return [*sends, *self._desk.lend(client), *self._desk.dispatch(now)]
             case p.Blob(blob=blob, payload=payload):
                 if blob < 1:
                     raise ProtocolError("a blob's number is at least 1")
@@ -177,12 +227,14 @@ class Scheduler:
                 return self._to_runner(client, message)
             case p.StatusRequest():
                 return [client.tell(self.status(now))]
+            case p.Resumed():
+                return self._recovery.resumed(client)
             case p.Goodbye(reason=reason):
                 return self.leave(client.peer, now, reason)
-            case p.Done() | p.Returned() | p.Crashed() | p.Drain() | p.Relay():
+            case p.Done() | p.Returned() | p.Crashed() | p.Drain() | p.Relay() | p.Held():
                 raise ProtocolError(f"a client does not send {type(message).__name__}")
 
-    def _submit(self, client: Client, message: p.Submit) -> None:
+    def _submit(self, client: Client, message: p.Submit, now: float) -> list[Send]:
         if self._credit and len(client.tasks) + len(message.ids) > self._credit:
             raise ProtocolError(f"more than {self._credit} unresolved tasks")
         group = message.group
@@ -192,6 +244,12 @@ class Scheduler:
                 raise ProtocolError(f"a task names blob {blob}, which was not sent")
         if queue is None:
             queue = client.queues[group] = TaskQueue(client, group)
+        sends: list[Send] = []
+        if client.found is not None and message.is_again:
+            results = self._recovery.claim(client, client.found, queue, message, now)
+            self._done += len(results.ids)
+            client.done += len(results.ids)
+            sends = [client.tell(results)] if results.ids else []
         was_empty = queue.live == 0
         tasks = client.tasks
         append = queue.tasks.append
@@ -204,9 +262,14 @@ class Scheduler:
         queue.live += added
         client.live += added
         if added:
-            self._desk.waiting[client.peer] = client
+            self._desk.wait(client)
             if was_empty:
                 client.enqueue(queue)
+        if message.is_again and queue.options.at_most_once:
+            client.doubtful.update(message.ids)
+            if not client.is_held_back:
+                sends += self._recovery.give_up_doubtful(client)
+        return sends
 
     def _forget(self, client: Client, blobs: list[int]) -> list[Send]:
         using = [
@@ -251,7 +314,7 @@ class Scheduler:
                 continue
             lease = task.lease
             if lease is None:
-                self._unqueue(task)
+                self._charges.unqueue(task)
             else:
                 index = lease.tasks.index(task)
                 sends.append(Send(lease.worker.peer, p.Revoke(lease.number, [index], kill)))
@@ -261,14 +324,12 @@ class Scheduler:
             self._desk.waiting.pop(client.peer, None)
         return [*sends, *self._desk.lend(client)]
 
-    def _unqueue(self, task: Task) -> None:
-        queue = task.queue
-        if queue is not None:
-            queue.live -= 1
-            queue.client.live -= 1
+    def _root_left(self, client: Client) -> list[Send]:
+        return [*self._nesting.root_left(client), *self._client_left(client)]
 
     def _client_left(self, client: Client) -> list[Send]:
         self._desk.waiting.pop(client.peer, None)
+        client.found, client.is_held_back = None, False
         sends = []
         for task in client.tasks.values():
             task.queue = None
@@ -308,6 +369,10 @@ class Scheduler:
                 return self._cluster_changed()
             case p.Relay():
                 return self._nesting.receive(worker, message, self._cluster(), now)
+            case p.Held():
+                return self._recovery.held(worker, message, now)
+            case p.Resumed():
+                return self._worker_resumed(worker, now)
             case p.Goodbye(reason=reason):
                 return self.leave(worker.peer, now, reason, charge=False)
             case p.Submit() | p.Blob() | p.Forget() | p.Cancel() | p.StatusRequest():
@@ -319,6 +384,8 @@ class Scheduler:
             self._late += len(message.indexes)
             return []
         held = self._held(lease, message.indexes)
+        if lease.client.found is not None:
+            self._recovery.keep(lease.client, held, message.statuses, message.payloads)
         ids: list[int] = []
         statuses = message.statuses
         payloads = message.payloads
@@ -327,7 +394,11 @@ class Scheduler:
             lease.tasks[index] = None
         lease.left -= len(held)
         worker.done += len(held)
-        again = self._retry(lease.queue, held, statuses) if lease.queue.options.retries else set()
+        again = (
+            self._charges.retry(lease.queue, held, statuses)
+            if lease.queue.options.retries
+            else set()
+        )
         for task in held:
             if task.queue is not None and task not in again:
                 ids.append(task.id)
@@ -348,16 +419,6 @@ class Scheduler:
         self._close_if_done(lease)
         sends += self._desk.dispatch(now)
         return sends
-
-    def _retry(self, queue: TaskQueue, held: list[Task], statuses: bytes) -> set[Task]:
-        """Requeue those that raised and may try again."""
-        again = [
-            task
-            for task, status in zip(held, statuses, strict=True)
-            if status == p.ERROR and task.queue is not None and _may_retry(task, queue)
-        ]
-        self._requeue(queue, again)
-        return set(again)
 
     def _held(self, lease: Lease, indexes: list[int]) -> list[Task]:
         """The lease's tasks of these indexes, each of which must be open and named once.
@@ -381,7 +442,8 @@ class Scheduler:
             lease.tasks[index] = None
         lease.left -= len(held)
         lease.queue.pause_until = now + PREFETCH_PAUSE
-        self._requeue(lease.queue, held)
+        self._recovery.gone(lease.client, held)
+        self._charges.requeue(lease.queue, held)
         self._close_if_done(lease)
         return self._desk.dispatch(now)
 
@@ -392,64 +454,14 @@ class Scheduler:
         (task,) = self._held(lease, [message.index])
         lease.tasks[message.index] = None
         lease.left -= 1
+        self._recovery.gone(lease.client, [task])
         if message.kind == p.TIMEOUT:
-            sends = self._too_slow(task, f"{message.reason} on worker {worker.name}")
+            sends = self._charges.too_slow(task, f"{message.reason} on worker {worker.name}")
         else:
             text = f"its runner {message.reason} on worker {worker.name}"
-            sends = self._charge(task, text, is_crash=True)
+            sends = self._charges.charge(task, text, is_crash=True)
         self._close_if_done(lease)
         return [*sends, *self._desk.dispatch(now)]
-
-    def _too_slow(self, task: Task, text: str) -> list[Send]:
-        """A task was ended because it took longer than it may: it has its retries, and no more."""
-        queue = task.queue
-        if queue is None:
-            return []
-        if not _may_retry(task, queue):
-            return self._give_up(task, queue, p.TIMEOUT, text)
-        _blame(task).story.append(text[: p.TEXT_MAX])
-        self._requeue(queue, [task])
-        return []
-
-    def _charge(self, task: Task, text: str, *, is_crash: bool) -> list[Send]:
-        """Put a crash or a loss on a task's account, and requeue it or give it up."""
-        queue = task.queue
-        if queue is None:
-            return []
-        blame = _blame(task)
-        if is_crash:
-            blame.crashes += 1
-        else:
-            blame.losses += 1
-        kind = p.CRASHED if is_crash else p.LOST
-        if queue.options.at_most_once:
-            return self._give_up(task, queue, kind, f"{text}; it may run at most once")
-        if blame.crashes >= CRASHES_MAX or blame.losses >= LOSSES_MAX:
-            return self._give_up(task, queue, kind, text)
-        blame.story.append(text[: p.TEXT_MAX])
-        self._requeue(queue, [task], is_reassigned=True)
-        return []
-
-    def _give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> list[Send]:
-        """The task fails; ``text`` is the last line of its story."""
-        story = [*_blame(task).story, text[: p.TEXT_MAX]]
-        del queue.client.tasks[task.id]
-        self._failed += 1
-        return [queue.client.tell(p.Failed(task.id, kind, story)), *self._desk.lend(queue.client)]
-
-    def _requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:
-        """Put leased tasks back to the front of their queue, without those that nobody waits for.
-
-        ``is_reassigned``: a runner or worker failed them, which the status counts.
-        """
-        waiting = 0
-        for task in reversed(tasks):
-            task.lease = None
-            if task.queue is not None:
-                queue.tasks.appendleft(task)
-                waiting += 1
-        self._reassigned += waiting * is_reassigned
-        self._desk.requeue(queue, waiting)
 
     def _may_have_started(self, lease: Lease) -> bool:
         """Whether the lease's first open task had perhaps begun when its worker was lost.
@@ -470,14 +482,38 @@ class Scheduler:
             open_tasks = [task for task in lease.tasks if task is not None]
             lease.left = 0
             self._desk.close(lease)
+            self._recovery.gone(lease.client, open_tasks)
             started = open_tasks[:1] if charge and self._may_have_started(lease) else []
-            self._requeue(lease.queue, open_tasks[len(started) :], is_reassigned=True)
+            self._charges.requeue(lease.queue, open_tasks[len(started) :], is_reassigned=True)
             for task in started:
                 task.lease = None
-                sends += self._charge(
+                sends += self._charges.charge(
                     task, f"worker {worker.name} was lost: {reason}", is_crash=False
                 )
         return [*sends, *self._cluster_changed(), *self._desk.dispatch(now)]
+
+    # --- Work of an earlier broker's --------------------------------------------------------------
+
+    def _worker_resumed(self, worker: Worker, now: float) -> list[Send]:
+        if not worker.is_returning:
+            raise ProtocolError("only a worker that is back says that it has resumed")
+        self._recovery.back(worker)
+        if worker.state == RETURNING:
+            worker.state = READY
+            self._desk.place(worker)
+        return self._recover(now)
+
+    def _recover(self, now: float) -> list[Send]:
+        """Give out what is held back, if that is to end; and what is doubtful then fails."""
+        was_open = self._recovery.is_open
+        sends = self._recovery.tick(now)
+        if was_open and not self._recovery.is_open:
+            self.workers = frozenset(worker.number for worker in self._workers.values())
+        return [*sends, *self._desk.dispatch(now)]
+
+    def _count_workers(self, new: set[int], gone: set[int]) -> None:
+        if self.workers is not None:
+            self.workers = self.workers - gone | new
 
     # --- Letters ----------------------------------------------------------------------------------
 
@@ -487,6 +523,9 @@ class Scheduler:
         if client is None:
             return []
         letter.worker = worker.number
+        if client.peer not in self._clients:
+            self._recovery.keep_letter(client, letter)
+            return []
         return [Send(client.peer, letter)]
 
     def _to_runner(self, client: Client, letter: p.Letter) -> list[Send]:
@@ -524,10 +563,12 @@ class Scheduler:
             places = [lease for lease in leases if lease.client.root is client]
             client.check_invariants(held, places)
             is_waiting = client.peer in self._desk.waiting
-            assert (client.live > 0) == is_waiting, "a client waits in vain"
+            may_wait = client.live > 0 and not client.is_held_back
+            assert may_wait == is_waiting, "a client waits in vain"
         assert self._desk.waiting.keys() <= self._clients.keys(), "a client that left waits"
         self._desk.check_invariants(workers)
         self._nesting.check_invariants(workers, leases)
+        self._recovery.check_invariants()
 
 
 def _served(worker: Worker, number: int) -> Client | None:
@@ -536,18 +577,3 @@ def _served(worker: Worker, number: int) -> Client | None:
         if lease.client.root.number == number:
             return lease.client.root
     return None
-
-
-def _blame(task: Task) -> Blame:
-    if task.blame is None:
-        task.blame = Blame()
-    return task.blame
-
-
-def _may_retry(task: Task, queue: TaskQueue) -> bool:
-    """Whether a task that failed has a retry left, which is then taken."""
-    blame = _blame(task)
-    if blame.retries >= queue.options.retries:
-        return False
-    blame.retries += 1
-    return True

@@ -24,10 +24,11 @@ Route: TypeAlias = Hashable
 CLIENT, WORKER, ADMIN = "client", "worker", "admin"
 
 _ALWAYS = (p.Heartbeat, p.Resync, p.Goodbye)
+_OF_PEERS = (*_ALWAYS, p.Letter, p.Resumed)
 ALLOWED: dict[str, frozenset[type]] = {
-    CLIENT: frozenset({*_ALWAYS, p.Submit, p.Blob, p.Forget, p.Cancel, p.Letter, p.StatusRequest}),
+    CLIENT: frozenset({*_OF_PEERS, p.Submit, p.Blob, p.Forget, p.Cancel, p.StatusRequest}),
     ADMIN: frozenset({*_ALWAYS, p.StatusRequest, p.ReloadKeys, p.Shutdown}),
-    WORKER: frozenset({*_ALWAYS, p.Done, p.Returned, p.Crashed, p.Letter, p.Relay, p.Drain}),
+    WORKER: frozenset({*_OF_PEERS, p.Done, p.Returned, p.Crashed, p.Held, p.Relay, p.Drain}),
 }
 
 
@@ -45,6 +46,8 @@ _FOR_SCHEDULER = (
     p.Letter,
     p.Drain,
     p.Relay,
+    p.Held,
+    p.Resumed,
 )
 
 
@@ -355,6 +358,7 @@ class Sessions:
         if now - self._seen_at > STALL_SECONDS:
             for watch in (self._suspects, *self._lost.values(), *self._closed.values()):
                 watch.amnesty(now)
+            self.scheduler.amnesty(now)
         self._seen_at = now
 
     def check_invariants(self) -> None:

@@ -5,7 +5,8 @@ Rules
     2. The broker holds at most its credit of this client's tasks; the rest wait here, in order.
     3. Each task gets one outcome; what comes after it (a late result, a second one), or for a task that the broker
        does not have, is dropped here.
-    4. A blob is sent before the first task that names it, once a session.
+    4. What an earlier broker had is marked as such: workers may hold it.
+    5. A blob is sent before the first task that names it, once a session.
 
 Ids are the caller's, ascending from 1, and never used twice.
 """
@@ -57,6 +58,9 @@ class Submission:
         self._idle: OrderedDict[int, int] = OrderedDict()  # sizes of large blobs that no task names
         self._idle_bytes = 0
         self._credit: int | None = None  # None: no session
+        self._again: set[int] = set()  # in the backlog, and an earlier broker had them
+        self._was_connected = False
+        self._is_resuming = False
 
     # --- Sessions ---------------------------------------------------------------------------------
 
@@ -64,24 +68,14 @@ class Submission:
         """A new session: the broker knows nothing. ``credit`` 0 means no limit."""
         self._credit = credit
         self._sent_blobs.clear()
-        doubtful = self._doubtful()
+        if self._was_connected:
+            self._is_resuming = True
+            self._again |= self._tasks.keys() - self._unsent
+        self._was_connected = True
         self._backlog = deque(sorted(self._tasks))
         self._unsent = set(self._tasks)
         self._at_broker = 0
-        return [*doubtful, *self._advance()]
-
-    def _doubtful(self) -> list[Send]:
-        """Fail the tasks that may run at most once, and that the broker which is gone may have started."""
-        unsent = set(self._backlog)
-        doubtful = [
-            id
-            for id, (group, _) in self._tasks.items()
-            if group.options is not None and group.options.at_most_once and id not in unsent
-        ]
-        story = ["the broker was lost, and nobody knows whether the task had started"]
-        for id in doubtful:
-            self._forget(id)
-        return [Send("user", p.Failed(id, p.LOST, story)) for id in doubtful]
+        return self._advance()
 
     def disconnect(self) -> None:
         """The session is over; tasks stay until another one begins."""
@@ -140,9 +134,16 @@ class Submission:
             self._unsent -= dropped
         self._at_broker -= len(at_broker)
         if self._credit is None or not at_broker:
-            return []
+            return self._resumed()
         cancels = [Send("broker", p.Cancel(ids, kill)) for ids in _runs(at_broker)]
         return [*cancels, *self._advance()]
+
+    def _resumed(self) -> list[Send]:
+        """Say so once all is sent again that an earlier broker had."""
+        if not self._is_resuming or self._again or self._credit is None:
+            return []
+        self._is_resuming = False
+        return [Send("broker", p.Resumed())]
 
     # --- The core's contract ----------------------------------------------------------------------
 
@@ -215,6 +216,7 @@ class Submission:
         entry = self._tasks.pop(id, None)
         if entry is None:
             return False
+        self._again.discard(id)
         fn, init, _, _, blobs = entry[0]
         if fn:
             self._release(fn)
@@ -249,9 +251,10 @@ class Submission:
             group = self._tasks[backlog[0]][0]
             ids: list[int] = []
             payloads: list[p.Payload] = []
+            is_again = backlog[0] in self._again
             while backlog and room and len(ids) < p.TASKS_MAX:
                 task_group, payload = self._tasks[backlog[0]]
-                if task_group != group:
+                if task_group != group or (backlog[0] in self._again) != is_again:
                     break
                 ids.append(backlog.popleft())
                 payloads.append(payload)
@@ -259,7 +262,10 @@ class Submission:
             self._at_broker += len(ids)
             self._unsent.difference_update(ids)
             sends += self._new_blobs(group)
-            sends.append(_submit(group, ids, payloads))
+            sends.append(_submit(group, ids, payloads, is_again))
+            self._again.difference_update(ids)
+        if self._is_resuming:
+            sends += self._resumed()
         if not backlog and self._credit is not None:
             sends += self._drop_blobs()
         return sends
@@ -306,6 +312,7 @@ class Submission:
         assert len(set(self._backlog)) == len(self._backlog), "a task waits twice"
         assert self._unsent == set(self._backlog), "what waits is not what counts as waiting"
         assert all(id in self._tasks for id in self._backlog), "a resolved task waits"
+        assert self._again <= set(self._backlog), "a task is sent again that is not to be sent"
         if self._credit is not None:
             assert self._at_broker == len(self._tasks) - len(self._backlog), "tasks miscounted"
             assert not self._credit or self._at_broker <= self._credit, "credit overdrawn"
@@ -320,9 +327,11 @@ class Submission:
         assert self._sent_blobs <= self._blobs.keys(), "a forgotten blob counts as sent"
 
 
-def _submit(group: Group, ids: list[int], payloads: list[p.Payload]) -> Send:
+def _submit(
+    group: Group, ids: list[int], payloads: list[p.Payload], is_again: bool = False
+) -> Send:
     fn, init, chunk_max, options, blobs = group
-    return Send("broker", p.Submit(fn, init, ids, payloads, chunk_max, options, blobs))
+    return Send("broker", p.Submit(fn, init, ids, payloads, chunk_max, options, blobs, is_again))
 
 
 def _runs(numbers: list[int]) -> list[list[int]]:

@@ -23,6 +23,7 @@ Rank: TypeAlias = "tuple[int, int]"
 Tags: TypeAlias = "tuple[str, ...]"
 
 READY, SUSPECT, DRAINING = "ready", "suspect", "draining"
+RETURNING = "returning"  # it tells what it holds of an earlier broker's leases
 
 
 class Send(NamedTuple):
@@ -35,9 +36,10 @@ class Send(NamedTuple):
 class Blame:
     """What a task was charged with."""
 
-    __slots__ = ("crashes", "losses", "retries", "story")
+    __slots__ = ("crashes", "earlier", "losses", "retries", "story")
 
     def __init__(self) -> None:
+        self.earlier = 0  # attempts under another broker
         self.crashes = 0
         self.losses = 0
         self.retries = 0
@@ -46,7 +48,7 @@ class Blame:
     @property
     def attempts(self) -> int:
         """How often the task was begun, so far as is known."""
-        return self.crashes + self.losses + self.retries
+        return self.earlier + self.crashes + self.losses + self.retries
 
 
 class Task:
@@ -136,6 +138,20 @@ class TaskQueue:
         return chunk
 
 
+class Found:
+    """What workers hold of a client's that it has not asked for, after a change of brokers.
+
+    ``tasks`` run, or wait to; of ``results`` each is a status and a payload; ``letters`` are for a client that is not back.
+    """
+
+    __slots__ = ("letters", "results", "tasks")
+
+    def __init__(self) -> None:
+        self.tasks: dict[int, Task] = {}
+        self.results: dict[int, tuple[int, p.Payload]] = {}
+        self.letters: list[p.Letter] = []
+
+
 class Client:
     """A client's session: its tasks, its queues, and the places that it and its nested clients hold."""
 
@@ -153,10 +169,18 @@ class Client:
         # A heap of queues by rank for each set of wanted tags; stale entries are skipped.
         self.orders: dict[Tags, list[tuple[Rank, int, TaskQueue]]] = {}
         self._entries = 0
+        self.found: Found | None = None  # until it has asked for all that it wants of it
+        self.is_held_back = False  # a worker might come back that holds what is queued
+        self.doubtful: set[int] = set()  # queued, and may run at most once, which they perhaps did
         self.live = 0
         self.running = 0  # leases in slots
         self.prefetched = 0  # leases waiting behind those
         self.done = 0
+
+    def come_back(self, peer: PeerId, hello: p.ClientHello) -> None:
+        """The client whose tasks were found is there itself."""
+        self.peer = peer
+        self.name, self.role, self.slots_max = hello.name, hello.role, hello.slots_max
 
     @property
     def urgency(self) -> tuple[int, int]:
@@ -258,7 +282,8 @@ class Worker:
         self.slots = hello.slots
         self.pid = hello.pid
         self.tags = frozenset(hello.tags)
-        self.state = READY
+        self.state = RETURNING if hello.is_back else READY
+        self.is_returning = hello.is_back
         self.is_gone = False
         self.leases: dict[int, Lease] = {}
         self.taken = 0  # slots with a lease

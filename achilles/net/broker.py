@@ -13,7 +13,7 @@ import zmq
 from achilles.core import protocol as p
 from achilles.core.link import Packet
 from achilles.core.liveness import Timings
-from achilles.core.scheduler import Scheduler
+from achilles.core.scheduler import EPOCHS, Scheduler
 from achilles.core.sessions import Send, Sessions
 from achilles.errors import ConfigError, ProtocolError
 from achilles.net.endpoint import Gatekeeper
@@ -37,6 +37,8 @@ class Broker:
         gatekeeper: the ZAP handler.
         credit: tasks that a client may have unresolved.
         reload: reads the keys anew; then those sessions are cut whose key is gone.
+        awaited: the numbers of the workers that the last broker had; None: not known.
+        on_workers: is told the numbers of the present workers before any of them gets work.
     """
 
     def __init__(
@@ -47,15 +49,28 @@ class Broker:
         timings: Timings,
         credit: int,
         reload: Callable[[], None],
+        awaited: frozenset[int] | None = None,
+        on_workers: Callable[[frozenset[int]], None] | None = None,
     ) -> None:
         now = monotonic()
         self.loop = SocketLoop()
         self._next_tick = now
         self.loop.register(gatekeeper.socket.FD, gatekeeper.answer)
         gatekeeper.answer()  # a socket signals only to a reader that has found it empty
+        epoch = secrets.token_bytes(16)
+        scheduler = Scheduler(
+            credit=credit,
+            now=now,
+            epoch=int.from_bytes(epoch, "big") % EPOCHS,
+            recovery=timings.recovery,
+            patience=timings.client_lost_after,
+            awaited=awaited,
+        )
+        self._on_workers = on_workers
+        self._workers = scheduler.workers  # as they were told last
         self._sessions = Sessions(
-            Scheduler(credit=credit, now=now),
-            epoch=secrets.token_bytes(16),
+            scheduler,
+            epoch=epoch,
             timings=timings,
             credit=credit,
             now=now,
@@ -130,6 +145,11 @@ class Broker:
         self._transmit(self._sessions.cut_unless(is_allowed, now))
 
     def _transmit(self, sends: Iterable[Send]) -> None:
+        workers = self._sessions.scheduler.workers
+        if workers is not self._workers:
+            self._workers = workers
+            if self._on_workers is not None and workers is not None:
+                self._on_workers(workers)
         route: Any  # a Route, as given to the sessions
         for route, packet in sends:
             if isinstance(packet.message, p.Refused):

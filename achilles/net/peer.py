@@ -64,6 +64,11 @@ class Peer:
         """Whether there is a session."""
         return self._dialer.state == JOINED
 
+    def take_unacknowledged(self) -> list[p.Wire]:
+        """What the last session's broker has perhaps not got."""
+        messages, self._dialer.unacknowledged = self._dialer.unacknowledged, []
+        return messages
+
     def silent_for(self, now: float) -> float:
         """Seconds since the broker's last sign of life, or since the first call."""
         heard_at = self._dialer.heard_at

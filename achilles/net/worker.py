@@ -20,6 +20,7 @@ from achilles.runtime.host import RunnerHost
 from achilles.runtime.shared import store
 
 CLOSE_SECONDS = 5.0
+AWAY_SECONDS = 5.0  # a worker that drains waits for another broker
 
 _LOG = logging.getLogger("achilles.worker")
 
@@ -67,6 +68,7 @@ class Worker:
         self._sends: deque[Send] = deque()
         self._connect_by = monotonic() + connect_timeout
         self._was_joined = False
+        self._cut_off_at: float | None = None
         self._on_joined: Callable[[], None] = lambda: None
         self._is_over = False
 
@@ -82,7 +84,7 @@ class Worker:
         try:
             while not self._is_over:
                 end = wanted_end()
-                if end >= 2 or (end and not self._peer.is_joined):
+                if end >= 2 or (end and self._is_cut_off(monotonic())):
                     break
                 if end:
                     self._sends += self._agent.drain()
@@ -90,6 +92,16 @@ class Worker:
             return self._agent.running
         finally:
             self.close()
+
+    def _is_cut_off(self, now: float) -> bool:
+        """Whether a drain is to end because there is no broker, and none has come soon enough."""
+        if self._peer.is_joined:
+            return False
+        if not self._was_joined or self._agent.is_empty:
+            return True
+        if self._cut_off_at is None:
+            self._cut_off_at = now + AWAY_SECONDS
+        return now >= self._cut_off_at
 
     def close(self) -> None:
         """End the runners and the session."""
@@ -117,14 +129,15 @@ class Worker:
 
     def _from_broker(self, message: p.Wire, now: float) -> None:
         match message:
-            case p.Welcome():
+            case p.Welcome(epoch=epoch):
                 _LOG.info("joined the broker")
-                self._sends += self._agent.reset()
+                self._hold_unsent(now)
+                self._sends += self._agent.join(epoch, now)
                 self._was_joined = True
                 self._on_joined()
             case p.Gone():
-                _LOG.warning("the broker has given this session up; its work is dropped")
-                self._sends += self._agent.reset()
+                _LOG.warning("the broker is gone, or has given this session up; joining again")
+                self._agent.hold(self._peer.take_unacknowledged(), now)
             case p.Refused(reason=reason):
                 raise BrokerUnreachableError(f"the broker refused this worker: {reason}")
             case p.Goodbye(reason=reason):
@@ -143,6 +156,12 @@ class Worker:
                     "the broker sent a %s, which is not for workers", type(message).__name__
                 )
 
+    def _hold_unsent(self, now: float) -> None:
+        """What was meant for the last session's broker is not for this one, before it has heard what it is about."""
+        unsent = [message for to, message in self._sends if to == "broker"]
+        self._agent.hold(unsent, now)  # type: ignore[arg-type]
+        self._sends = deque(send for send in self._sends if send.to != "broker")
+
     def _pump(self, now: float) -> None:
         sends = self._sends
         outgoing: list[p.Wire] = []
@@ -153,8 +172,10 @@ class Worker:
                     sends += self._agent.receive(event, now)
             else:
                 outgoing.append(message)  # type: ignore[arg-type]
-        if outgoing:
+        if outgoing and self._peer.is_joined:
             self._peer.send(outgoing)
+        elif outgoing:
+            self._agent.hold(outgoing, now)
         if self._agent.is_drained:
             self._is_over = True
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from types import CodeType, ModuleType
 
 ANSWER_SECONDS = 20.0
+ASKS_MAX = 8
 _NUMBER_SIZE = 4
 
 
@@ -90,8 +91,10 @@ class ClientModules:
         number = (next(self._numbers) & 0xFFFFFFFF).to_bytes(_NUMBER_SIZE, "little")
         answer = self._waiting[number] = _Answer()
         try:
-            side.send(IMPORT, context.client, number + name.encode())
-            answer.is_awaited.acquire(timeout=ANSWER_SECONDS)
+            for _ in range(ASKS_MAX):  # a question can be lost, with the broker that had it
+                side.send(IMPORT, context.client, number + name.encode())
+                if answer.is_awaited.acquire(timeout=ANSWER_SECONDS / ASKS_MAX):
+                    break
         except OSError:
             pass  # no host, or a fork: there is nobody to ask
         finally:

@@ -3,7 +3,7 @@
     runner ──▶ host: a task submits tasks of its own, an import needs a module, a task printed
     runner ◀── host: the answers
 
-Both directions are a stream of letters, ``<I length of the body> <B kind> <I client> body``: of a kind that says who
+Both directions are a stream of letters, ``<I length of the body> <B kind> <Q client> body``: of a kind that says who
 reads it, and of a client, because a runner works for one after the other.
 
 Rules
@@ -29,7 +29,7 @@ NESTED = 1  # tasks of a task, and what becomes of them
 IMPORT = 2  # modules of the client's that a runner lacks
 OUTPUT = 3  # what a task printed
 
-HEAD = Struct("<IBI")
+HEAD = Struct("<IBQ")
 BODY_MAX = (1 << 32) - 1
 READ_MAX = 1 << 18
 READS_MAX = 16

@@ -33,7 +33,7 @@ TRANSITIONS = {
         "leased > failed as timeout",
         "cancelled > done",
         "cancelled > returned",
-        "in doubt > failed at the client",
+        "queued > failed as lost, at most once",
     ),
     "lease": ("made for a slot", "made in advance", "moved into a slot", "closed"),
     "revoke": (
@@ -83,6 +83,17 @@ TRANSITIONS = {
         "worker > ended, by itself",
         "worker > ended, closed",
         "worker > ended, silent",
+    ),
+    "recovery": (
+        "a begun task is held",
+        "a lease is adopted",
+        "a held task is asked for",
+        "a held result is asked for",
+        "a queued task is held",
+        "an unwanted task is held",
+        "a client is not back in time",
+        "all are back",
+        "time is over",
     ),
     "peer": ("calling > joined", "joined > calling", "told that its session is gone"),
     "link": (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from achilles.core import protocol as p
 from achilles.core.dialer import JOINED
 from achilles.core.link import Packet
+from achilles.core.recovery import stable_number
 from tests.sim.nodes import Peer
 from tests.sim.oracle import ALWAYS, CANCELLED, Truth, task_payload
 
@@ -30,6 +31,7 @@ class Hostile(Peer):
         hello = p.ClientHello(world.fresh_token(), "client", "0", "3.11", f"client-{number}", 0)
         super().__init__(world, hello.name, hello)
         self.number = number
+        world.oracle.numbers[stable_number(hello.incarnation)] = number
         for id in range(1, IDS_MAX + 1):
             payload = task_payload(number, id, 0)
             truth = Truth(number, id, p.Group(0, 0), 0.001, False, 0, payload, state=CANCELLED)
@@ -73,6 +75,9 @@ class Hostile(Peer):
             p.Cancel(ids, chance.random() < 0.5),
             p.StatusRequest(),
             p.Goodbye("for now"),
+            p.Resumed(),
+            p.Submit(0, 0, ids, payloads, is_again=True),
+            p.Held(number, number, ids, list(range(len(ids))), []),
             p.Done(number, ids, statuses, payloads, 0.0),
             p.Returned(number, ids),
             p.Crashed(number, 0, "died", chance.choice((p.CRASHED, p.TIMEOUT))),

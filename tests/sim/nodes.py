@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from achilles.core import protocol as p
-from achilles.core import submission
+from achilles.core import submission, tables
 from achilles.core.dialer import JOINED, Dialer
 from achilles.core.link import Packet
+from achilles.core.recovery import stable_number
 from achilles.core.sessions import Send
 from achilles.core.submission import Submission
 from achilles.errors import ProtocolError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Frames = list[p.Buffer]
 
 NOT_FOR_CLIENTS = (p.Done, p.Returned, p.Crashed, p.Drain, p.Results, p.Run, p.Revoke, p.Shutdown)
+AWAY_SECONDS = 5.0  # a worker that drains waits for another broker, as in `net.worker`
 LOOP_SECONDS = 0.005  # from when a runner's end could be seen until the worker acts on it
 
 
@@ -130,15 +132,21 @@ class Node:
 class Broker(Node):
     """The broker's process; a restarted one is another."""
 
-    def __init__(self, world: World, number: int) -> None:
+    def __init__(self, world: World, number: int, awaited: frozenset[int] | None) -> None:
         super().__init__(world, f"broker {number}")
         plan = world.plan
         scheduler = WatchedScheduler(
             credit=plan.credit,
             now=world.now,
+            epoch=number,
+            recovery=plan.timings.recovery,
+            patience=plan.timings.client_lost_after,
+            awaited=awaited,
             oracle=world.oracle,
             marks=world.marks,
             is_sound=plan.is_sound,
+            on_recovered=self.on_recovered,
+            on_left=self._on_left,
         )
         epoch = b"epoch" + number.to_bytes(11, "big")
         self.sessions = WatchedSessions(
@@ -147,6 +155,27 @@ class Broker(Node):
         self.sessions.watch(world.marks)
         self.scheduler = scheduler
         self._tick_at = world.now
+
+    def on_recovered(self) -> None:
+        """From here on, what is held by workers that are not back may run elsewhere."""
+        back = {
+            worker.number
+            for worker in self.scheduler._workers.values()
+            if not worker.is_returning and not worker.is_gone
+        }
+        for worker in self.world.workers:
+            if worker.stable_number not in back and worker.is_up:
+                worker.let_go_of_acknowledged()
+                held = [truth for truth in worker.begun() if truth.is_held]
+                if held and self.world.is_prompt:
+                    raise Violation("back in time", f"{worker.name} is not back, and has {held[0]}")
+                self.world.oracle.let_go(held, f"{worker.name} is not back")
+
+    def _on_left(self, worker: tables.Worker) -> None:
+        """A worker's session ended, perhaps before it had told all that it holds."""
+        for one in self.world.workers:
+            if one.stable_number == worker.number:
+                self.world.oracle.let_go(one.begun(), f"{one.name} was given up")
 
     def on_frames(self, what: tuple[Connection, Frames]) -> None:
         connection, frames = what
@@ -213,10 +242,27 @@ class Broker(Node):
     def check(self) -> None:
         self.sessions.check_invariants()
         for client in self.scheduler._clients.values():
-            leases = client.running + client.prefetched
+            leases = client.running + client.prefetched - self._adopted(client)
             if 0 < client.slots_max < leases:
                 text = f"{client.name} holds {leases} of {client.slots_max} slots"
                 raise Violation("slots_max", text)
+
+    def places(self) -> list[tuple[Truth, int]]:
+        """Each leased task, and the number of the worker that has it."""
+        oracle = self.world.oracle
+        return [
+            (oracle.tasks[oracle.numbers[lease.client.number], task.id], worker.number)
+            for worker in self.scheduler._workers.values()
+            for lease in worker.leases.values()
+            for task in lease.tasks
+            if task is not None
+        ]
+
+    def _adopted(self, client: tables.Client) -> int:
+        workers = self.scheduler._workers.values()
+        leases = [lease for worker in workers for lease in worker.leases.values()]
+        is_own = self.scheduler._desk.is_own
+        return sum(one.client is client and not is_own(one.number) for one in leases)
 
 
 class Peer(Node):
@@ -288,6 +334,7 @@ class Client(Peer):
         )
         super().__init__(world, hello.name, hello)
         self.number = number
+        world.oracle.numbers[stable_number(hello.incarnation)] = number
         self.submission = Submission()
         self._sends: list[submission.Send] = []
 
@@ -369,8 +416,6 @@ class Client(Peer):
             elif isinstance(message, p.Results):
                 oracle.results(self.number, message)
             elif isinstance(message, p.Failed):
-                in_doubt = message.story[0].startswith("the broker was lost")
-                self.world.marks["task: in doubt > failed at the client"] += in_doubt
                 oracle.failed(self.number, message)
         self._sends.clear()
         self.transmit(self.dialer.send(outgoing))
@@ -406,7 +451,10 @@ class Worker(Peer):
             watch=world.watch,
         )
         self._sends: list[Any] = []
-        self._runs: dict[int, p.Run] = {}
+        self._runs: dict[int, list[Truth]] = {}
+        self.stable_number = stable_number(hello.incarnation)
+        self.away_at = 0.0
+        self._sent: list[p.Done] = []
         self._events: list[p.RunnerEvent] = []
 
     def _set_timer(self, seconds: float, function: Callable[[Any], None], argument: Any) -> None:
@@ -430,20 +478,81 @@ class Worker(Peer):
 
     def on_message(self, message: p.Wire) -> None:
         match message:
-            case p.Welcome() | p.Gone():
-                self._runs.clear()
-                for runner in self.host.runners.values():
-                    runner.is_written_off = True
-                self._sends += self.agent.reset()
+            case p.Welcome(epoch=epoch):
+                self._join(epoch)
+            case p.Gone():
+                self.away_at = self.world.now
+                self.let_go_of_acknowledged()
+                self.agent.hold(self.dialer.unacknowledged, self.world.now)
             case p.Run(lease=lease):
                 if lease in self._runs:
                     raise Violation("fresh lease", f"{self.name} got lease {lease} twice")
-                self._runs[lease] = message
+                self._runs[lease] = list(map(self.world.oracle.of_payload, message.payloads))
                 self._sends += self.agent.receive(message, self.world.now)
             case p.Revoke() | p.Blob() | p.Forget() | p.Drain():
                 self._sends += self.agent.receive(message, self.world.now)
             case _:
                 raise Violation("role", f"{self.name} got {message}")
+
+    def _join(self, epoch: bytes) -> None:
+        unsent = [message for to, message in self._sends if to == "broker"]
+        self.agent.hold(unsent, self.world.now)
+        self._sends = [send for send in self._sends if send[0] != "broker"]
+        if epoch == self.agent._epoch:
+            self.world.oracle.let_go(self.begun(), f"{self.name} was given up")
+            for runner in self.host.runners.values():
+                runner.is_written_off = True
+        sends = self.agent.join(epoch, self.world.now)
+        told: list[Any] = [message for to, message in sends if to == "broker"]
+        self.transmit(self.dialer.send(told))
+        self._sends += [send for send in sends if send.to == "host"]
+
+    def begun(self) -> list[Truth]:
+        """The tasks that run here, and those whose values no broker may have."""
+        found = [
+            runner.current.truth
+            for runner in self.host.runners.values()
+            if runner.current and not (runner.is_dead or runner.is_written_off)
+        ]
+        rows = [
+            row
+            for event in self._events
+            if isinstance(event, p.RunnerDone)
+            for row in event.results
+        ]
+        rows += [
+            row
+            for runner in self.host.runners.values()
+            if not runner.is_written_off
+            for row in runner.outbox
+        ]
+        held = [*self.dialer._link.kept, *self.agent._holding._reports]
+        values = [row[4] for row in rows if row[2] == p.VALUE]
+        for message in held:
+            if isinstance(message, p.Done):
+                rows_of = zip(message.statuses, message.payloads, strict=True)
+                values += [payload for status, payload in rows_of if status == p.VALUE]
+        return [*found, *map(self.world.oracle.of_result, values)]
+
+    def places(self) -> list[tuple[Truth, int]]:
+        """Each task that it is to run, and its own number."""
+        chunks = self.agent._chunks.values()
+        held = [(chunk.run.lease, index) for chunk in chunks for index in chunk.open]
+        return [(self._runs[lease][index], self.stable_number) for lease, index in held]
+
+    def note_held(self) -> list[Truth]:
+        """The broker is gone: what is held here now. An acknowledgement may be on its way yet."""
+        self._sent = [one for one in self.dialer._link.kept if isinstance(one, p.Done)]
+        return self.begun()
+
+    def let_go_of_acknowledged(self) -> None:
+        """The broker that is gone had these results, which is known by now."""
+        kept = list(map(id, [*self.dialer._link.kept, *self.dialer.unacknowledged]))
+        for message in self._sent:
+            if id(message) not in kept:
+                truths = map(self.world.oracle.of_result, message.payloads)
+                self.world.oracle.let_go(truths, "the broker had its result")
+        self._sent.clear()
 
     def drain(self, _: None) -> None:
         """The worker is asked to end when it has finished what runs (SIGTERM)."""
@@ -452,7 +561,7 @@ class Worker(Peer):
 
     def act(self) -> None:
         if self.is_draining:
-            if self.dialer.state != JOINED:
+            if self.dialer.state != JOINED and (self.agent.is_empty or self._is_cut_off):
                 self.die()
                 return
             self._sends += self.agent.drain()
@@ -471,10 +580,12 @@ class Worker(Peer):
             else:
                 outgoing.append(message)
                 if isinstance(message, p.Crashed):
-                    payload = self._runs[message.lease].payloads[message.index]
-                    truth = self.world.oracle.of_payload(payload)
+                    truth = self._runs[message.lease][message.index]
                     self.world.oracle.charged(truth, message.kind)
-        self.transmit(self.dialer.send(outgoing))
+        if self.dialer.state == JOINED:
+            self.transmit(self.dialer.send(outgoing))
+        elif outgoing:
+            self.agent.hold(outgoing, now)
         if self.agent.is_drained:
             self.host.close()
             self.world.linger(self)
@@ -484,7 +595,13 @@ class Worker(Peer):
         call = super().next_deadline()
         return call if deadline is None else min(call, deadline)
 
+    @property
+    def _is_cut_off(self) -> bool:
+        return self.world.now >= self.away_at + AWAY_SECONDS / self.world.plan.scale
+
     def die(self) -> None:
+        self.let_go_of_acknowledged()
+        self.world.oracle.let_go(self.begun(), f"{self.name} died")
         self.host.close()
         super().die()
 

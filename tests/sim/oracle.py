@@ -24,7 +24,7 @@ step of a core are asserted in that core's ``check_invariants``; the assertion's
 
 and beyond these: "cancelled in time" and "killed in time" (here), "timeout enforced", "no task ends early" and
 "neighbours of the killed" (here, by the runners), "priority", "oldest first", "fair share", "alone after a charge",
-"chunk_max" and "attempt" (watch, here).
+"chunk_max" and "attempt" (watch, here), "what is held runs once" (here) and "back in time" (world).
 
 Not simulated, because the cores have no such thing: a quarantine of workers, and budgets in bytes.
 """
@@ -38,7 +38,7 @@ from itertools import islice
 
 from achilles.core import protocol as p
 from achilles.core.agent import START_SECONDS
-from achilles.core.scheduler import CRASHES_MAX
+from achilles.core.charges import CRASHES_MAX
 
 OPEN, DONE, CANCELLED, ABANDONED = "open", "done", "cancelled", "abandoned"
 ALWAYS = 1 << 30
@@ -84,6 +84,7 @@ class Truth:
     stop_by: float = NEVER  # nor should it run
     ends: int = 0  # sessions of its client that ended, each with its charges
     leases: int = 0
+    is_held: bool = False  # begun under an earlier broker, and its worker still has it
     story: list[str] = field(default_factory=list)
 
     @property
@@ -134,6 +135,7 @@ class Oracle:
         self._is_exact = is_exact
         self._is_prompt = is_prompt
         self.tasks: dict[tuple[int, int], Truth] = {}
+        self.numbers: dict[int, int] = {}  # of the plan's clients, by those that brokers know
         self.open = 0
 
     def add(self, truth: Truth) -> None:
@@ -143,6 +145,11 @@ class Oracle:
     def of_payload(self, payload: p.Payload) -> Truth:
         client, id, _ = join(payload).split(b"/", 2)
         return self.tasks[int(client), int(id)]
+
+    def of_result(self, payload: p.Payload) -> Truth:
+        """The task whose outcome this is."""
+        *_, task, _ = join(payload).split(b"|")
+        return self.of_payload(task)
 
     # --- What happens -----------------------------------------------------------------------------
 
@@ -160,6 +167,8 @@ class Oracle:
             )
         truth.starts += 1
         truth.story.append(f"started at {where}")
+        if truth.is_held:
+            raise Violation("what is held runs once", f"{truth} was begun again: {truth.story}")
         if truth.options.at_most_once and truth.starts > 1:
             raise Violation("at most once", f"{truth} was begun again: {truth.story}")
         if truth.starts > 1 + truth.excuses:
@@ -181,6 +190,7 @@ class Oracle:
 
     def crashed(self, truth: Truth, *, is_stillborn: bool = False) -> None:
         truth.crashes += 1
+        truth.is_held = False
         truth.stillborn += is_stillborn
         truth.excuses += 1
         truth.story.append("its runner died")
@@ -193,6 +203,7 @@ class Oracle:
     def killed(self, truth: Truth, seconds: float) -> None:
         """Its runner was killed on purpose when it had run for so long."""
         truth.kills += 1
+        truth.is_held = False
         timeout = truth.options.timeout
         if timeout and seconds >= timeout - EPSILON:
             truth.timeouts += 1
@@ -208,6 +219,7 @@ class Oracle:
 
     def _excuse_retry(self, truth: Truth, why: str) -> None:
         truth.story.append(why)
+        truth.is_held = False
         tries = (1 + truth.options.retries) * (1 + truth.ends)  # with each new session all again
         if truth.raises + truth.timeouts < tries:
             truth.excuses += 1
@@ -227,18 +239,44 @@ class Oracle:
     def worker_lost(self, is_charged: bool, truths: Iterable[Truth]) -> None:
         for truth in truths:
             truth.losses += is_charged
+            truth.is_held = False
             truth.excuses += 1
             truth.story.append("its worker's session ended")
 
-    def client_lost(self, client: int | None = None) -> None:
-        """A client's session ended, or all did."""
+    def client_lost(self, client: int) -> None:
+        """A client's session ended."""
         for truth in self.tasks.values():
-            if client in (None, truth.client):
+            if client == truth.client:
                 truth.is_unwanted = True  # its last session's attempts are
+                truth.is_held = False
                 if truth.state == OPEN:
                     truth.ends += 1
                     truth.excuses += 1
                     truth.story.append("its client's session ended")
+
+    def broker_lost(self, held: Iterable[Truth]) -> None:
+        """All sessions ended. A worker has begun each of the ``held`` ones, has it or its value still, and is the only one."""
+        for truth in self.tasks.values():
+            truth.is_unwanted = True  # if two workers have it
+            truth.is_held = False
+            if truth.state == OPEN:
+                truth.ends += 1
+                truth.excuses += 1
+                truth.story.append("the broker was lost")
+        for truth in held:
+            if truth.state == OPEN and not truth.is_held:
+                self.marks["recovery: a begun task is held"] += 1
+                truth.is_held = True
+                truth.excuses -= 1
+                truth.story.append("and its worker held it")
+
+    def let_go(self, truths: Iterable[Truth], why: str) -> None:
+        """What was held may run elsewhere."""
+        for truth in truths:
+            if truth.is_held:
+                truth.is_held = False
+                truth.excuses += 1
+                truth.story.append(why)
 
     def client_joined(self, client: int) -> None:
         """A client begins a new session; it cannot know what became of what it sent in the last one."""

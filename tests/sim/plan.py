@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from achilles.core.agent import START_SECONDS
+from achilles.core.charges import LOSSES_MAX
 from achilles.core.liveness import Timings
 from achilles.core.protocol import PLAIN, Group, Options
-from achilles.core.scheduler import LOSSES_MAX
 from tests.sim.oracle import ALWAYS, Truth, task_payload
 
 KINDS = (
@@ -36,6 +36,10 @@ CHANCE = 0.6
 SOUND = frozenset({"runner-crash", "poison", "cancel", "kill", "broker-pause"})  # no peer is lost
 CALM = frozenset({"cancel", "kill", "client-leave"})  # and nothing is to be late
 HEARD = frozenset({"runner-crash", "poison", "cancel", "kill"})  # nor what a client says
+# Nothing but the broker's own end keeps a worker from being back in time.
+PROMPT = frozenset(
+    {"runner-crash", "poison", "cancel", "kill", "client-leave", "worker-crash", "broker-crash"}
+)
 WORK_SECONDS_MAX = 12.0  # a slot, so that a run does not take for ever
 TAGS = ("big", "gpu")
 
@@ -75,6 +79,7 @@ class Plan:
     tasks_max: int
     blobs_kept: int
     losses_max: int
+    is_supervised: bool  # a broker knows which workers the last one had
     clients: list[int]  # slots_max of each
     workers: list[int]  # slots of each
     tags: list[tuple[str, ...]]  # of each; the first has all that any task wants
@@ -128,6 +133,8 @@ def make_plan(seed: int, trim: Trim = WHOLE) -> Plan:
         drawn &= SOUND
     elif seed % 20 == 1:
         drawn = frozenset(KINDS)
+    elif seed % 20 == 3:
+        drawn = drawn & PROMPT | {"broker-crash"}
     chance = random.Random(f"{seed}/topology")
     scale = chance.choice((1.0, 3.0, 5.0))
     plan = Plan(
@@ -146,6 +153,7 @@ def make_plan(seed: int, trim: Trim = WHOLE) -> Plan:
         ],
         workers=[chance.randint(1, 4) for _ in range(chance.randint(1, 6))],
         tags=[],
+        is_supervised=random.Random(f"{seed}/supervisor").random() < 0.7,
         losses_max=random.Random(f"{seed}/limits").choice((LOSSES_MAX, LOSSES_MAX, 2)),
     )
     _add_tags(plan)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from achilles.core import scheduler, sessions, submission
+from achilles.core import charges, sessions, submission
 from tests.sim.faults import Faults
 from tests.sim.nodes import Client, Node
 from tests.sim.oracle import Truth, Violation
@@ -15,7 +15,7 @@ from tests.sim.plan import WHOLE, Plan, Trim, make_plan
 from tests.sim.world import World
 
 CHECK_INTERVAL = 0.25
-_LIVENESS, _LIMITS = vars(sessions), vars(scheduler)
+_LIVENESS, _LIMITS = vars(sessions), vars(charges)
 
 
 class Outcome(NamedTuple):
@@ -152,6 +152,8 @@ def _remains(world: World) -> str:
         return f"the broker still has {status.queued} queued and {status.running} running tasks"
     if any(worker.leases for worker in world.broker.scheduler._workers.values()):
         return "the broker still has leases"
+    if world.broker.scheduler._recovery._absent:
+        return "the broker waits for clients that will not come"
     kept = sum(peer.dialer._link.unacknowledged for peer in alive)
     kept += sum(session.link.unacknowledged for session in broker._by_token.values())
     if kept:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 from achilles.core import protocol as p
 from achilles.core import sessions
 from achilles.core.agent import Agent
 from achilles.core.agent import Send as AgentSend
+from achilles.core.charges import Charges
 from achilles.core.dispatch import Dispatcher, Send
 from achilles.core.link import Packet
+from achilles.core.recovery import IN_DOUBT
 from achilles.core.runners import Runner
 from achilles.core.scheduler import Scheduler
 from achilles.core.sessions import Route, Session, Sessions
@@ -32,8 +35,8 @@ LEASES_MAX = 500  # of one task: more is a circle
 class WatchedDispatcher(Dispatcher):
     """A dispatcher whose choices are compared with the best of all."""
 
-    def __init__(self, oracle: Oracle, marks: Marks) -> None:
-        super().__init__()
+    def __init__(self, oracle: Oracle, marks: Marks, first_lease: int) -> None:
+        super().__init__(first_lease)
         self._oracle = oracle
         self._marks = marks
         self._last_lease = 0
@@ -67,6 +70,11 @@ class WatchedDispatcher(Dispatcher):
             if run.attempt < self._attempts.get(key, 1):
                 raise Violation("attempt", f"{truth}: attempt {run.attempt} follows a later one")
             self._attempts[key] = run.attempt
+
+    def forget(self, client: Client) -> None:
+        """With the client's next session all begins anew."""
+        for key in [key for key in self._attempts if key[0] == client.number]:
+            del self._attempts[key]
 
     def _check_choice(self, worker: Worker, queue: TaskQueue, in_slot: bool) -> None:
         client = queue.client
@@ -105,19 +113,67 @@ def _fitting(client: Client, worker: Worker) -> Iterable[tuple[int, int]]:
             yield _rank(queue)
 
 
+class WatchedCharges(Charges):
+    """Charges that are marked, with their ``cause``."""
+
+    def __init__(self, desk: Dispatcher, marks: Marks) -> None:
+        super().__init__(desk)
+        self._marks = marks
+        self.cause = ""
+
+    def requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:
+        wanted = sum(task.queue is not None for task in tasks)
+        self._marks[f"task: leased > queued, {self.cause}"] += wanted
+        self._marks["task: cancelled > returned"] += len(tasks) - wanted
+        super().requeue(queue, tasks, is_reassigned=is_reassigned)
+
+    def give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> list[Send]:
+        once = ", at most once" * (queue.options.at_most_once and kind != p.TIMEOUT)
+        state = "queued" if text == IN_DOUBT else "leased"
+        self._marks[f"task: {state} > failed as {kind}{once}"] += 1
+        return super().give_up(task, queue, kind, text)
+
+
 class WatchedScheduler(Scheduler):
     """A scheduler that tells the oracle which tasks a session's end touches."""
 
     def __init__(
-        self, *, credit: int, now: float, oracle: Oracle, marks: Marks, is_sound: bool
+        self,
+        *,
+        oracle: Oracle,
+        marks: Marks,
+        is_sound: bool,
+        on_recovered: Callable[[], None],
+        on_left: Callable[[Worker], None],
+        **options: Any,
     ) -> None:
-        """``is_sound``: nobody should be given up."""
-        super().__init__(credit=credit, now=now)
-        self._desk = WatchedDispatcher(oracle, marks)
+        """``is_sound``: nobody should be given up; ``on_recovered``: what is held back no more may be given out;
+        ``on_left``: a worker's session has ended.
+        """
         self._oracle = oracle
         self._marks = marks
         self._is_sound = is_sound
-        self._cause = ""
+        self._on_recovered = on_recovered
+        self._on_left = on_left
+        super().__init__(**options)
+
+    def _make_desk(self, first_lease: int) -> Dispatcher:
+        return WatchedDispatcher(self._oracle, self._marks, first_lease)
+
+    def _make_charges(self) -> Charges:
+        return WatchedCharges(self._desk, self._marks)
+
+    def _set_cause(self, cause: str) -> None:
+        assert isinstance(self._charges, WatchedCharges)
+        self._charges.cause = cause
+
+    def tick(self, now: float) -> list[Send]:
+        recovery = self._recovery
+        if recovery._expires_at is not None and now >= recovery._expires_at:
+            for client in recovery._absent.values():
+                self._marks["recovery: a client is not back in time"] += 1
+                self._oracle.client_lost(self._oracle.numbers[client.number])
+        return super().tick(now)
 
     def leave(self, peer: Hashable, now: float, reason: str, *, charge: bool = True) -> list[Send]:
         if charge and reason in FAREWELLS:
@@ -127,22 +183,25 @@ class WatchedScheduler(Scheduler):
                 "nobody is given up", f"session {peer} was ended, its peer being well: {reason}"
             )
         if worker := self._workers.get(peer):
-            self._cause = "its worker was lost" if charge else "its worker left"
+            self._set_cause("its worker was lost" if charge else "its worker left")
             self._oracle.worker_lost(
                 charge,
                 [
                     self._oracle.of_payload(task.payload)
                     for lease in worker.leases.values()
                     for task in lease.tasks
-                    if task is not None and task.payload is not None
+                    if task is not None and task.payload
                 ],
             )
+            self._on_left(worker)
         if client := self._clients.get(peer):
             for task in client.tasks.values():
                 state = "queued" if task.lease is None else "leased"
                 self._marks[f"task: {state} > dropped, its client left"] += 1
             # Results that were on their way to it are lost too.
             self._oracle.client_lost(int(client.name.split("-")[1]))
+            assert isinstance(self._desk, WatchedDispatcher)
+            self._desk.forget(client)
         return super().leave(peer, now, reason, charge=charge)
 
     def suspect(self, peer: Hashable) -> None:
@@ -154,10 +213,38 @@ class WatchedScheduler(Scheduler):
         self._marks["session: suspect > ready"] += bool(worker and worker.state != READY)
         return super().resume(peer, now)
 
-    def _submit(self, client: Client, message: p.Submit) -> None:
+    def _submit(self, client: Client, message: p.Submit, now: float) -> list[Send]:
         before = len(client.tasks)
-        super()._submit(client, message)
+        found = client.found
+        tasks, results = (len(found.tasks), len(found.results)) if found else (0, 0)
+        self._set_cause("it raised")
+        sends = super()._submit(client, message, now)
         self._marks["task: > queued"] += len(client.tasks) - before
+        if found:
+            self._marks["recovery: a held task is asked for"] += tasks - len(found.tasks)
+            self._marks["recovery: a held result is asked for"] += results - len(found.results)
+        return sends
+
+    def _from_worker(
+        self, worker: Worker, message: p.FromClient | p.FromWorker, now: float
+    ) -> list[Send]:
+        queued = sum(client.live for client in self._clients.values())
+        sends = super()._from_worker(worker, message, now)
+        if isinstance(message, p.Held):
+            queued -= sum(client.live for client in self._clients.values())
+            self._marks["recovery: a lease is adopted"] += 1
+            self._marks["recovery: a queued task is held"] += queued
+            self._marks["recovery: an unwanted task is held"] += bool(sends)
+        return sends
+
+    def _recover(self, now: float) -> list[Send]:
+        was_open = self._recovery.is_open
+        sends = super()._recover(now)
+        if was_open and not self._recovery.is_open:
+            how = "time is over" if self._recovery._awaited else "all are back"
+            self._marks[f"recovery: {how}"] += 1
+            self._on_recovered()
+        return sends
 
     def _cancel(self, client: Client, ids: Iterable[int], kill: bool) -> list[Send]:
         ids = list(ids)
@@ -173,27 +260,16 @@ class WatchedScheduler(Scheduler):
             unwanted = sum(task is not None and task.queue is None for task in tasks)
             self._marks["task: cancelled > done"] += unwanted
             self._marks["task: leased > done"] += len(tasks) - unwanted
-        self._cause = "it raised"
+        self._set_cause("it raised")
         return super()._results(worker, message, now)
 
     def _returned(self, worker: Worker, number: int, indexes: list[int], now: float) -> list[Send]:
-        self._cause = "it was returned"
+        self._set_cause("it was returned")
         return super()._returned(worker, number, indexes, now)
 
     def _crashed(self, worker: Worker, message: p.Crashed, now: float) -> list[Send]:
-        self._cause = "it timed out" if message.kind == p.TIMEOUT else "its runner died"
+        self._set_cause("it timed out" if message.kind == p.TIMEOUT else "its runner died")
         return super()._crashed(worker, message, now)
-
-    def _requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:
-        wanted = sum(task.queue is not None for task in tasks)
-        self._marks[f"task: leased > queued, {self._cause}"] += wanted
-        self._marks["task: cancelled > returned"] += len(tasks) - wanted
-        super()._requeue(queue, tasks, is_reassigned=is_reassigned)
-
-    def _give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> list[Send]:
-        once = ", at most once" * (queue.options.at_most_once and kind != p.TIMEOUT)
-        self._marks[f"task: leased > failed as {kind}{once}"] += 1
-        return super()._give_up(task, queue, kind, text)
 
 
 class WatchedSessions(Sessions):

@@ -23,7 +23,7 @@ from achilles.errors import ProtocolError
 from tests.sim.hostile import Hostile
 from tests.sim.nodes import Broker, Client, Connection, Frames, Node, Peer, Worker
 from tests.sim.oracle import Oracle, Violation
-from tests.sim.plan import Plan
+from tests.sim.plan import PROMPT, Plan
 from tests.sim.runners import IdleWatch
 
 STEPS_MAX = 400_000
@@ -67,9 +67,14 @@ class World:
             slack = 3 * plan.round_trip
             self.watch = IdleWatch(STUCK_SECONDS + slack, START_SECONDS + slack)
         self._broker_number = 1
-        self.broker = Broker(self, 1)
+        self.broker = Broker(self, 1, frozenset())
         self.clients = [Client(self, n, slots_max) for n, slots_max in enumerate(plan.clients)]
         self.workers = [Worker(self, n, 1) for n in range(len(plan.workers))]
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether each worker should be back with a new broker within its time for that."""
+        return self.plan.kinds <= PROMPT and self.plan.scale == 1 and self.plan.delay <= 0.01
 
     # --- Time -------------------------------------------------------------------------------------
 
@@ -113,7 +118,7 @@ class World:
         if not peer.is_up or peer.connection is not None:
             return
         if not self.broker.is_up:
-            self.at(self.now + self._network.uniform(*RECONNECT_SECONDS), self.connect, peer)
+            self.at(self.now + self._reconnect_seconds(), self.connect, peer)
             return
         self._route += 1
         factor = (
@@ -145,7 +150,10 @@ class World:
         else:
             self.marks["fault: a cut that the broker does not see"] += 1
         if reconnect:
-            self.at(self.now + chance.uniform(*RECONNECT_SECONDS), self.connect, peer)
+            self.at(self.now + self._reconnect_seconds(), self.connect, peer)
+
+    def _reconnect_seconds(self) -> float:
+        return self._network.uniform(*RECONNECT_SECONDS)
 
     def linger(self, peer: Peer) -> None:
         """The peer ends; what it has sent arrives."""
@@ -253,14 +261,25 @@ class World:
         if not self.broker.is_up:
             return
         self.broker.is_up = False
-        self.oracle.client_lost()
+        workers = [worker for worker in self.workers if worker.is_up]
+        places = [place for worker in workers for place in worker.places()]
+        places += self.broker.places()
+        self.oracle.broker_lost(
+            truth
+            for worker in workers
+            for truth in worker.note_held()
+            if all(number == worker.stable_number for one, number in places if one is truth)
+        )
         for peer in [*self.clients, *self.workers, *([self.hostile] if self.hostile else [])]:
             self.cut(peer)
 
     def restart_broker(self, _: None) -> None:
         if not self.broker.is_up:
             self._broker_number += 1
-            self.broker = Broker(self, self._broker_number)
+            known = self.broker.scheduler.workers if self.plan.is_supervised else None
+            self.broker = Broker(self, self._broker_number, known)
+            if not self.broker.scheduler._recovery.is_open:
+                self.broker.on_recovered()
             self.broker.after_step()
 
     def heal(self) -> None:

@@ -16,6 +16,7 @@ WIRE: list[p.Wire] = [
         python="3.11",
         name="laptop-7",
         slots_max=3,
+        is_back=True,
     ),
     p.WorkerHello(
         incarnation=b"i" * 16,
@@ -25,6 +26,7 @@ WIRE: list[p.Wire] = [
         slots=4,
         pid=42,
         tags=["gpu"],
+        is_back=True,
     ),
     p.Welcome(
         token=b"t" * 16,
@@ -47,6 +49,7 @@ WIRE: list[p.Wire] = [
         chunk_max=5,
         options=OPTIONS,
         blobs=(3, 4),
+        is_again=True,
     ),
     p.Blob(client=1, blob=2, payload=b"function"),
     p.Forget(client=1, blobs=[1, 2]),
@@ -83,6 +86,8 @@ WIRE: list[p.Wire] = [
         blobs=(3, 4),
         root=9,
     ),
+    p.Held(lease=5, client=1, ids=[7, 8], indexes=[0, 1], blobs=[3, 4], attempt=2),
+    p.Resumed(),
     p.Lend(lease=5, is_lent=True),
     p.Relay(runner=2, client=3, lease=5, message=p.Cancel(ids=[7, 8], kill=True)),
     p.Revoke(lease=5, indexes=[0, 1], kill=True),

@@ -21,15 +21,17 @@ BEAT = p.Heartbeat()
 class Peer:
     """The other end of a session: where its connection is, and its link once it was welcomed."""
 
-    def __init__(self, name: str, role: str, python: str) -> None:
+    def __init__(self, name: str, role: str, python: str, is_back: bool) -> None:
         self.route: Hashable = name
         self.link = Link(p.NO_TOKEN)
         incarnation = name.encode().ljust(16)
         self.hello: p.ClientHello | p.WorkerHello
         if role == "worker":
-            self.hello = p.WorkerHello(incarnation, "0", python, name, slots=1, pid=42)
+            self.hello = p.WorkerHello(
+                incarnation, "0", python, name, slots=1, pid=42, is_back=is_back
+            )
         else:
-            self.hello = p.ClientHello(incarnation, role, "0", python, name)
+            self.hello = p.ClientHello(incarnation, role, "0", python, name, is_back=is_back)
 
 
 class SessionsBench(Bench):
@@ -39,7 +41,7 @@ class SessionsBench(Bench):
 
     def __init__(self, *, credit: int = 0) -> None:
         self.credit = credit
-        self.scheduler = Scheduler(credit=credit, now=100.0)
+        self.scheduler = Scheduler(credit=credit, now=100.0, epoch=2)
         core = Sessions(self.scheduler, epoch=EPOCH, timings=TIMINGS, credit=credit, now=100.0)
         super().__init__(core)
         self.peers: list[Peer] = []
@@ -63,18 +65,20 @@ class SessionsBench(Bench):
             if not isinstance(packet.message, p.Gone):
                 peer.link.receive(packet, self.now)
 
-    def peer(self, name: str, role: str = "client", python: str = "3.11") -> Peer:
+    def peer(
+        self, name: str, role: str = "client", python: str = "3.11", is_back: bool = False
+    ) -> Peer:
         """A peer that has not said hello yet."""
-        self.peers.append(Peer(name, role, python))
+        self.peers.append(Peer(name, role, python, is_back))
         return self.peers[-1]
 
     def hello(self, peer: Peer, *roles: str) -> None:
         """A hello on a route that may speak for ``roles``; for any, if none is given."""
         self.take(peer.route, Packet(p.Header(p.NO_TOKEN, 0, 0), peer.hello), *roles)
 
-    def join(self, name: str, role: str = "client") -> Peer:
+    def join(self, name: str, role: str = "client", *, is_back: bool = False) -> Peer:
         """A peer that has joined, and seen what it was told."""
-        peer = self.peer(name, role)
+        peer = self.peer(name, role, is_back=is_back)
         self.hello(peer)
         assert self.sent()[0] == (name, self.welcome(peer))
         return peer

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from achilles.core import protocol as p
-from achilles.core.scheduler import CRASHES_MAX
+from achilles.core.charges import CRASHES_MAX
 from achilles.errors import ProtocolError
 from tests.unit.core.bench import CLIENT, OTHER, SECOND, WORKER, SchedulerBench, of, runs
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from achilles.core import protocol as p
+from achilles.core.charges import CRASHES_MAX, LOSSES_MAX
 from achilles.core.dispatch import ANNOUNCE_SECONDS
-from achilles.core.scheduler import CRASHES_MAX, LOSSES_MAX
 from achilles.errors import ProtocolError
 from tests.unit.core.bench import CLIENT, OTHER, SECOND, WORKER, SchedulerBench, of, runs
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 
 from achilles.core import protocol as p
+from achilles.core.recovery import stable_number
 from tests.unit.core.messages import WIRE, example
 from tests.unit.core.peers import BEAT, ROLES, SessionsBench, cut, submit
 
 # --- Roles ----------------------------------------------------------------------------------------
 
 ALWAYS: set[type] = {p.Heartbeat, p.Resync, p.Goodbye}
+BOTH = ALWAYS | {p.Letter, p.Resumed}
 MAY: dict[str, set[type]] = {
-    "client": ALWAYS | {p.Submit, p.Blob, p.Forget, p.Cancel, p.Letter, p.StatusRequest},
+    "client": BOTH | {p.Submit, p.Blob, p.Forget, p.Cancel, p.StatusRequest},
     "admin": ALWAYS | {p.StatusRequest, p.ReloadKeys, p.Shutdown},
-    "worker": ALWAYS | {p.Done, p.Returned, p.Crashed, p.Letter, p.Relay, p.Drain},
+    "worker": BOTH | {p.Done, p.Returned, p.Crashed, p.Held, p.Relay, p.Drain},
 }
 KINDS = [type(m) for m in WIRE if not isinstance(m, p.ClientHello | p.WorkerHello)]
 
@@ -25,7 +27,7 @@ def test_a_role_may_send_what_is_listed_for_it_and_nothing_else(kind: type, role
     """Over every pair. Anything else costs the session, and is not looked at."""
     bench = SessionsBench()
     bench.join("witness")
-    peer = bench.join("me", role)
+    peer = bench.join("me", role, is_back=kind in (p.Held, p.Resumed))
     if kind in (p.Submit, p.Forget):
         for blob in (1, 2, 3, 4) if role == "client" else ():
             bench.say(peer, p.Blob(client=0, blob=blob, payload=b"b"))
@@ -52,7 +54,8 @@ def test_each_allowed_message_reaches_the_scheduler() -> None:
     bench.say(client, p.Blob(client=0, blob=1, payload=b"f"))
     bench.say(client, submit(1, 2, fn=1))
     (_, blob), (_, run) = bench.sent()
-    assert blob == p.Blob(client=1, blob=1, payload=b"f")
+    number = stable_number(client.hello.incarnation)
+    assert blob == p.Blob(client=number, blob=1, payload=b"f")
     bench.say(worker, p.Crashed(lease=run.lease, index=0, reason="died"))
     ((_, run),) = bench.sent()
     bench.say(worker, p.Returned(lease=run.lease, indexes=[0]))
@@ -66,7 +69,7 @@ def test_each_allowed_message_reaches_the_scheduler() -> None:
     bench.say(client, p.Cancel(ids=[2]))
     assert bench.sent() == [("worker", p.Revoke(lease=run.lease, indexes=[0]))]
     bench.say(client, p.Forget(client=0, blobs=[1]))
-    assert bench.sent() == [("worker", p.Forget(client=1, blobs=[1]))]
+    assert bench.sent() == [("worker", p.Forget(client=number, blobs=[1]))]
     bench.say(worker, p.Drain())
     assert bench.sent() == [("client", p.Cluster(workers=0, slots=0))]
     bench.say(client, p.StatusRequest())

@@ -64,6 +64,14 @@ def submit(*ids: int, fn: int = 1, **group: Any) -> tuple[str, Any]:
     return BROKER, p.Submit(fn=fn, ids=list(ids), payloads=payloads, **{"init": 0, **group})
 
 
+def again(*ids: int, fn: int = 1, **group: Any) -> tuple[str, Any]:
+    """Tasks that an earlier broker had, on their way to another one."""
+    return submit(*ids, fn=fn, is_again=True, **group)
+
+
+RESUMED = (BROKER, p.Resumed())
+
+
 def cancel(*ids: int, kill: bool = False) -> tuple[str, Any]:
     """A cancellation on its way to the broker."""
     return BROKER, p.Cancel(ids=list(ids), kill=kill)
@@ -114,7 +122,8 @@ def test_a_new_session_gets_everything_unresolved_again() -> None:
     bench.sent()
     bench.disconnect()
     bench.connect()
-    assert bench.sent() == [*blob(1), submit(1, 3), *blob(2), submit(4, fn=2, init=1), submit(5)]
+    fourth = again(4, fn=2, init=1)
+    assert bench.sent() == [*blob(1), again(1, 3), *blob(2), fourth, again(5), RESUMED]
     bench.hear(results(1, 3, 4, 5))
     assert bench.sent() == [(USER, results(1, 3, 4, 5))]
 
@@ -123,9 +132,28 @@ def test_a_session_that_begins_without_the_end_of_the_last_is_a_new_one() -> Non
     """The broker may be a new one all the same."""
     bench = busy(1, 2, 3, credit=2)
     bench.connect(1)
-    assert bench.sent() == [*blob(1), submit(1)]
+    assert bench.sent() == [*blob(1), again(1)]
     bench.connect(0)
-    assert bench.sent() == [*blob(1), submit(1, 2, 3)]
+    assert bench.sent() == [*blob(1), again(1, 2), submit(3), RESUMED]
+
+
+def test_what_an_earlier_broker_had_is_marked_until_it_is_sent_again() -> None:
+    """Also by the broker before that; what is resolved or cancelled meanwhile is not missed."""
+    bench = busy(1, 2, 3, 4, credit=4)
+    bench.submit(5)
+    bench.disconnect()
+    bench.connect(1)
+    assert bench.sent() == [*blob(1), again(1)]
+    bench.disconnect()
+    bench.cancel(3)
+    bench.connect(1)
+    assert bench.sent() == [*blob(1), again(1)]
+    bench.hear(results(1))
+    assert bench.sent() == [(USER, results(1)), again(2)]
+    bench.cancel(4)
+    assert bench.sent() == [RESUMED]
+    bench.hear(results(2))
+    assert bench.sent() == [(USER, results(2)), submit(5)]
 
 
 def test_without_a_session_tasks_wait() -> None:
@@ -140,7 +168,7 @@ def test_without_a_session_tasks_wait() -> None:
     bench.cancel(1, 4)
     assert repr(bench.core) == "<Submission 2 tasks | 2 not sent>"
     bench.connect()
-    assert bench.sent() == [*blob(2), submit(3, 5, fn=2)]
+    assert bench.sent() == [*blob(2), submit(3, 5, fn=2), RESUMED]
 
 
 def test_what_was_said_before_the_session_ended_counts() -> None:
@@ -152,7 +180,7 @@ def test_what_was_said_before_the_session_ended_counts() -> None:
     bench.hear(failed(2))
     assert bench.sent() == [(USER, failed(2))]
     bench.connect()
-    assert bench.sent() == [*blob(1), submit(3)]
+    assert bench.sent() == [*blob(1), again(3), RESUMED]
 
 
 @pytest.mark.parametrize(
@@ -191,16 +219,17 @@ def test_groups_travel_apart() -> None:
     bench.connect()
     assert bench.sent() == [
         *blob(1, 2),
-        submit(1, options=options, blobs=(2,), chunk_max=7),
-        submit(2, options=options),
+        again(1, options=options, blobs=(2,), chunk_max=7),
+        again(2, options=options),
+        RESUMED,
     ]
 
 
 ONCE = p.Options(at_most_once=True)
 
 
-def test_what_may_run_once_is_not_submitted_to_two_brokers() -> None:
-    """It fails where the first may have started it; what the first never had goes to the second."""
+def test_what_may_run_once_and_another_broker_had_is_told_apart() -> None:
+    """The broker knows whether a worker holds it; what the first one never had is like any other."""
     bench = SubmissionBench(credit=3)
     bench.submit(1)
     assert bench.sent() == [*blob(1), submit(1)]
@@ -211,11 +240,9 @@ def test_what_may_run_once_is_not_submitted_to_two_brokers() -> None:
     bench.disconnect()
     bench.submit(5, options=ONCE)
     bench.connect(3)
-    doubtful_3, doubtful_4, *sends = bench.sent()
-    for id, (to, message) in ((3, doubtful_3), (4, doubtful_4)):
-        assert (to, message.id, message.kind) == (USER, id, p.LOST)
-        assert "nobody knows whether the task had started" in message.story[0]
-    assert sends == [*blob(1), submit(1), submit(5, options=ONCE)]
+    assert bench.sent() == [*blob(1), again(1), again(3, 4, options=ONCE), RESUMED]
+    bench.hear(results(1))
+    assert bench.sent() == [(USER, results(1)), submit(5, options=ONCE)]
 
 
 def test_what_may_run_once_waits_for_the_first_broker() -> None:
@@ -279,7 +306,7 @@ def test_credit_begins_anew_with_a_session() -> None:
     bench = busy(1, 2, 3, 4, credit=1)
     bench.disconnect()
     bench.connect(3)
-    assert bench.sent() == [*blob(1), submit(1, 2, 3)]
+    assert bench.sent() == [*blob(1), again(1), submit(2, 3), RESUMED]
     bench.hear(results(1))
     assert bench.sent() == [(USER, results(1)), submit(4)]
 
@@ -296,7 +323,8 @@ def test_one_message_holds_no_more_than_it_may() -> None:
     bench.submit(*ids)
     assert bench.sent() == [*blob(1), *parts]
     bench.connect()
-    assert bench.sent() == [*blob(1), *parts]
+    parts = [again(*message.ids) for _, message in parts]
+    assert bench.sent() == [*blob(1), *parts, RESUMED]
 
 
 def test_the_largest_message_is_one() -> None:
@@ -335,7 +363,7 @@ def test_outcomes_of_what_the_broker_never_had_are_dropped() -> None:
     bench.disconnect()
     bench.hear(results(4))
     bench.connect()
-    assert bench.sent() == [*blob(1), submit(2, 3, 4)]
+    assert bench.sent() == [*blob(1), again(2), submit(3, 4), RESUMED]
     bench.hear(results(2, 3, 4))
     assert bench.sent() == [(USER, results(2, 3, 4))]
 
@@ -523,6 +551,7 @@ def test_blobs_are_not_forgotten_while_tasks_wait() -> None:
     """The next of them may name one that nobody named for long."""
     bench = used(BLOBS_KEPT - 1)
     bench.connect(1)
+    assert bench.sent() == [RESUMED]
     bench.add_blob(1000)
     bench.submit(1000, fn=1000)
     bench.sent()
@@ -547,6 +576,7 @@ def test_blobs_are_not_forgotten_while_nobody_can_be_told() -> None:
     assert bench.sent() == [(USER, results(1000))]
     assert bench.core.knows_blob(1)
     bench.connect()
+    assert bench.sent() == [RESUMED]
     assert not bench.core.knows_blob(1)
     bench.submit(1001, fn=1000)
     assert bench.sent() == [*blob(1000), submit(1001, fn=1000)]

@@ -1,0 +1,109 @@
+"""What becomes of tasks that failed: they run again, or they are given up.
+
+Rules
+    1. Only what befell a task itself is put on its account: its runner's crash, its worker's loss, or a retry that it took.
+    2. A task that ended its runner, or was on a worker that vanished, runs again, until it has done so too often: then it is
+       the task. One that may run at most once is given up as soon as nobody knows whether it ran.
+    3. What raised, or took too long, has its retries.
+"""
+
+from __future__ import annotations
+
+from achilles.core import protocol as p
+from achilles.core.dispatch import Dispatcher, Send
+from achilles.core.tables import Blame, Task, TaskQueue
+
+CRASHES_MAX = 3
+LOSSES_MAX = 5
+
+
+class Charges:
+    """Puts failures on tasks' accounts. ``failed`` and ``reassigned`` count tasks."""
+
+    def __init__(self, desk: Dispatcher) -> None:
+        self._desk = desk
+        self.failed = 0
+        self.reassigned = 0
+
+    def retry(self, queue: TaskQueue, held: list[Task], statuses: bytes) -> set[Task]:
+        """Requeue those that raised and may try again."""
+        again = [
+            task
+            for task, status in zip(held, statuses, strict=True)
+            if status == p.ERROR and task.queue is not None and may_retry(task, queue)
+        ]
+        self.requeue(queue, again)
+        return set(again)
+
+    def too_slow(self, task: Task, text: str) -> list[Send]:
+        """A task was ended because it took longer than it may: it has its retries, and no more."""
+        queue = task.queue
+        if queue is None:
+            return []
+        if not may_retry(task, queue):
+            return self.give_up(task, queue, p.TIMEOUT, text)
+        _blame(task).story.append(text[: p.TEXT_MAX])
+        self.requeue(queue, [task])
+        return []
+
+    def charge(self, task: Task, text: str, *, is_crash: bool) -> list[Send]:
+        """Put a crash or a loss on a task's account, and requeue it or give it up."""
+        queue = task.queue
+        if queue is None:
+            return []
+        blame = _blame(task)
+        if is_crash:
+            blame.crashes += 1
+        else:
+            blame.losses += 1
+        kind = p.CRASHED if is_crash else p.LOST
+        if queue.options.at_most_once:
+            return self.give_up(task, queue, kind, f"{text}; it may run at most once")
+        if blame.crashes >= CRASHES_MAX or blame.losses >= LOSSES_MAX:
+            return self.give_up(task, queue, kind, text)
+        blame.story.append(text[: p.TEXT_MAX])
+        self.requeue(queue, [task], is_reassigned=True)
+        return []
+
+    def give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> list[Send]:
+        """The task fails; ``text`` is the last line of its story."""
+        story = [*_blame(task).story, text[: p.TEXT_MAX]]
+        del queue.client.tasks[task.id]
+        self.failed += 1
+        return [queue.client.tell(p.Failed(task.id, kind, story)), *self._desk.lend(queue.client)]
+
+    def requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:
+        """Put leased tasks back to the front of their queue, without those that nobody waits for.
+
+        ``is_reassigned``: a runner or worker failed them, which the status counts.
+        """
+        waiting = 0
+        for task in reversed(tasks):
+            task.lease = None
+            if task.queue is not None:
+                queue.tasks.appendleft(task)
+                waiting += 1
+        self.reassigned += waiting * is_reassigned
+        self._desk.requeue(queue, waiting)
+
+    def unqueue(self, task: Task) -> None:
+        """A queued task is wanted no more; it stays where it is, and is passed over."""
+        queue = task.queue
+        if queue is not None:
+            queue.live -= 1
+            queue.client.live -= 1
+
+
+def _blame(task: Task) -> Blame:
+    if task.blame is None:
+        task.blame = Blame()
+    return task.blame
+
+
+def may_retry(task: Task, queue: TaskQueue) -> bool:
+    """Whether a task that failed has a retry left, which is then taken."""
+    blame = _blame(task)
+    if blame.retries >= queue.options.retries:
+        return False
+    blame.retries += 1
+    return True
