@@ -106,6 +106,12 @@ class Future(_Base):
             sleep(0)
         return condition
 
+    def __repr__(self) -> str:
+        """The standard's, with the task's number: what ``achilles status --explain`` takes."""
+        return (
+            super().__repr__().replace(" at ", f" of task {self._id}, {self._task_name}(), at ", 1)
+        )
+
     def __reduce__(self) -> NoReturn:
         name = self._task_name or "a task"
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,35 @@ END_SECONDS = 10.0  # for a broker to end after a shutdown
 LOOK_INTERVAL = 0.02
 
 
+def _task_name(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[str, int]:
+    """A client's name (or none) and the number of its task: ``17``, or ``CLIENT/17``."""
+    client, _, number = (value or "0").rpartition("/")
+    if not re.fullmatch("[0-9]{1,18}", number) or (value is not None and not int(number)):
+        raise click.BadParameter(
+            f"{value!r} is no task: that is its number, as repr(future) shows it, or CLIENT/NUMBER"
+        )
+    return client, int(number)
+
+
 @click.command()
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+@click.option(
+    "--explain",
+    "task",
+    callback=_task_name,
+    metavar="TASK",
+    help="Say where a task is, and what it waits for: its number, as its future shows it, or CLIENT/NUMBER.",
+)
 @click.pass_obj
-def status(context: Context, output: str) -> None:
-    """Show workers, slots and tasks of the broker."""
-    address, values = _status(context)
+def status(context: Context, output: str, task: tuple[str, int]) -> None:
+    """Show workers, slots and tasks of the broker, and what nobody may run."""
+    client, number = task
+    address, values = _status(context, client, number)
+    if number:
+        _explain(address, values["waiting"], number, output)
+        return
     if output == "json":
         click.echo(json.dumps({"address": address, **values}, indent=2))
         return
@@ -42,6 +66,38 @@ def status(context: Context, output: str) -> None:
             f"{name:<32} {row['state']:<9} {row['slots']:>5} {row['running']:>8} {row['done']:>10} "
             f"{row['silent_for']:>6.1f} s"
         )
+    for waiting in values["waiting"]:
+        tasks = "1 task waits" if waiting["count"] == 1 else f"{waiting['count']} tasks wait"
+        click.echo(f"client {waiting['client']}: {tasks}: {_with_advice(waiting, address)}")
+
+
+def _explain(address: str, rows: list[dict[str, Any]], number: int, output: str) -> None:
+    """Print what the broker says of the tasks of that number.
+
+    Raises:
+        AchillesError: it knows none.
+    """
+    from achilles.errors import AchillesError
+
+    if not rows:
+        raise AchillesError(
+            f"the broker at {address} has no task {number} that is not done: it has its outcome, was cancelled, or "
+            "waits in its client until the broker takes more"
+        )
+    if output == "json":
+        click.echo(json.dumps({"address": address, "waiting": rows}, indent=2))
+        return
+    for row in rows:
+        click.echo(f"task {number} of {row['client']}: {_with_advice(row, address)}")
+
+
+def _with_advice(row: dict[str, Any], address: str) -> str:
+    """Why a task waits, and what to do about it."""
+    from achilles.core import protocol as p
+    from achilles.core.waiting import advice
+
+    helps = advice(p.Waiting(**row), address)
+    return f"{row['reason']}; {helps}" if helps else str(row["reason"])
 
 
 @click.command()
@@ -64,12 +120,12 @@ def shutdown(context: Context, yes: bool) -> None:
         click.echo(f"the broker at {join.address} and its workers are ending")
 
 
-def _status(context: Context) -> tuple[str, dict[str, Any]]:
-    """The broker's address, and its status as plain values."""
+def _status(context: Context, client: str = "", task: int = 0) -> tuple[str, dict[str, Any]]:
+    """The broker's address, and its status as plain values; with a ``task``, where it is."""
     from achilles.core import protocol as p
     from achilles.core.status import status_dict
 
-    join, answer = _ask(context, p.StatusRequest())
+    join, answer = _ask(context, p.StatusRequest(task, client))
     assert isinstance(answer, p.Status)
     return join.address, status_dict(answer)
 

@@ -293,7 +293,11 @@ class Cluster(Message, tag="cluster"):
 
 
 class StatusRequest(Message, tag="status?"):
-    """Asks for a `Status`."""
+    """Asks for a `Status`, and why tasks wait: the client's own, or any of ``client`` (empty: of all) by the number ``task``."""
+
+    task: int = 0  # 0: none in particular
+    client: str = ""
+    is_brief: bool = False  # without the rows of workers and clients
 
 
 class WorkerStatus(Message, tag="worker-status"):
@@ -317,6 +321,17 @@ class ClientStatus(Message, tag="client-status"):
     done: int
 
 
+class Waiting(Message, tag="waiting"):
+    """Why tasks of a client wait: ``count`` of them; ``id`` is the first one's number, 0 if it is a task's own."""
+
+    client: str
+    id: int
+    count: int
+    reason: str
+    wants_worker: bool = False  # another worker would help, with these tags
+    tags: list[str] = []
+
+
 class Status(Message, tag="status"):
     """The broker's state in numbers of tasks since it started."""
 
@@ -329,6 +344,8 @@ class Status(Message, tag="status"):
     reassigned: int
     late: int
     uptime: float
+    waiting: list[Waiting] = []
+    is_brief: bool = False
 
 
 class Shutdown(Message, tag="shutdown"):
@@ -732,6 +749,9 @@ def _check_fields(message: Wire) -> None:
             _check_text("reason", text)
             if kind not in (CRASHED, TIMEOUT):
                 raise ProtocolError("an unknown kind of crash")
+        case StatusRequest(task=task, client=client):
+            _check_range([task])
+            _check_text("client", client)
         case Letter(kind=kind, body=body):
             if kind not in (IMPORT, OUTPUT) or len(body) > LETTER_MAX:
                 raise ProtocolError("a letter of an unknown kind, or an over-long one")
@@ -748,7 +768,6 @@ def _check_fields(message: Wire) -> None:
             Blob()
             | Failed()
             | Cluster()
-            | StatusRequest()
             | Status()
             | Shutdown()
             | ReloadKeys()

@@ -41,6 +41,7 @@ from achilles.core.tables import (
     TaskQueue,
     Worker,
 )
+from achilles.core.waiting import answer
 from achilles.errors import ProtocolError
 
 EPOCHS = 1 << 29  # above which their numbers would meet the stable ones of peers
@@ -186,11 +187,12 @@ class Scheduler:
             return recover if announce is None else announce
         return min(announce, recover)
 
-    def status(self, now: float) -> p.Status:
+    def status(self, now: float, *, is_brief: bool = False) -> p.Status:
         """The state in numbers."""
+        workers = () if is_brief else self._workers.values()
         return p.Status(
-            workers=[worker.status(now) for worker in self._workers.values()],
-            clients=self._nesting.client_statuses(),
+            workers=[worker.status(now) for worker in workers],
+            clients=[] if is_brief else self._nesting.client_statuses(),
             queued=sum(client.live for client in self._clients.values()),
             running=sum(len(client.tasks) - client.live for client in self._clients.values()),
             done=self._done,
@@ -198,6 +200,7 @@ class Scheduler:
             reassigned=self._charges.reassigned,
             late=self._late,
             uptime=now - self._started_at,
+            is_brief=is_brief,
         )
 
     def __repr__(self) -> str:
@@ -225,8 +228,11 @@ class Scheduler:
                 return self._cancel(client, ids, kill)
             case p.Letter():
                 return self._to_runner(client, message)
-            case p.StatusRequest():
-                return [client.tell(self.status(now))]
+            case p.StatusRequest(is_brief=is_brief):
+                status = self.status(now, is_brief=is_brief)
+                everybody, workers = self._clients.values(), self._workers.values()
+                status.waiting = answer(message, client, everybody, workers, now)
+                return [client.tell(status)]
             case p.Resumed():
                 return self._recovery.resumed(client)
             case p.Goodbye(reason=reason):

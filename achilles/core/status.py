@@ -14,6 +14,8 @@ def status_dict(status: Status) -> dict[str, Any]:
     values: dict[str, Any] = msgspec.structs.asdict(status)
     workers = [msgspec.structs.asdict(worker) for worker in status.workers]
     values["clients"] = [msgspec.structs.asdict(client) for client in status.clients]
+    values["waiting"] = [msgspec.structs.asdict(waiting) for waiting in status.waiting]
+    del values["is_brief"]
     values["workers"] = len(workers)
     values["slots"] = sum(worker["slots"] for worker in workers)
     by_name = values["workers_by_name"] = {}

@@ -15,6 +15,7 @@ from time import monotonic
 import achilles
 from achilles.core import protocol as p
 from achilles.core.submission import Send, Submission
+from achilles.core.waiting import WARN_SECONDS, Conditions, Curiosity, advice
 from achilles.errors import AchillesError, BrokerLostError, BrokerUnreachableError
 from achilles.letters import Desk, Printer
 from achilles.mailbox import Mailbox
@@ -23,9 +24,10 @@ from achilles.net.peer import Dial, Peer, dialer_to
 from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
 
-NO_WORKERS_SECONDS = 10.0
 STATUS_SECONDS = 5.0
 WATCH_SECONDS = 0.5
+OBSTACLE_SECONDS = WARN_SECONDS  # that nobody may run a task, before it is said
+SILENCE_SECONDS = WARN_SECONDS  # the same of a broker that says nothing
 FLUSH_SECONDS = 2.0
 ANNOUNCED_SECONDS = 0.02  # within it the broker tells what it has dispatched of what it was sent
 
@@ -92,8 +94,9 @@ class Connection:
         self._failure: AchillesError | None = None
         self._next_watch = 0.0
         self._cancel_at: float | None = None  # when to cancel what is not running by then
-        self._lonely_since: float | None = None
-        self._has_warned = False
+        self._curiosity = Curiosity()
+        self._obstacles = Conditions(OBSTACLE_SECONDS)
+        self._silence = Conditions(SILENCE_SECONDS)
         self.thread: threading.Thread | None = None
 
     # --- User threads -----------------------------------------------------------------------------
@@ -281,6 +284,8 @@ class Connection:
                 )
             case p.Goodbye(reason=reason):
                 raise BrokerLostError(f"the broker at {self._address} is gone: {reason}")
+            case p.Status(is_brief=True):
+                self._tell_of_obstacles(message.waiting, now)
             case p.Status():
                 while self._statuses:
                     self._statuses.popleft()(message)
@@ -311,7 +316,7 @@ class Connection:
             self._sends += self._submission.cancel(list(ids), kill=kill)
 
     def _watch(self, peer: Peer, now: float) -> None:
-        """Give up a broker that is gone for long; say once why nothing happens where there is no worker.
+        """Give up a broker that is gone for long; find out why tasks wait.
 
         Raises:
             BrokerLostError: nothing was heard of the broker for ``broker_timeout`` seconds.
@@ -322,17 +327,32 @@ class Connection:
                 f"nothing was heard of the broker at {self._address} for {silent_for:.0f} s; "
                 "tasks without a result have failed"
             )
-        if self.mailbox.workers != 0 or not len(self._submission):
-            self._lonely_since = None
-        elif self._lonely_since is None:
-            self._lonely_since = now
-        elif now - self._lonely_since > NO_WORKERS_SECONDS and not self._has_warned:
-            self._has_warned = True
+        unresolved = len(self._submission)
+        if self._curiosity.is_due(now, is_waiting=unresolved > 0):
+            self._sends.append(Send("broker", p.StatusRequest(is_brief=True)))
+        since = {"silence": now - silent_for} if unresolved and silent_for > WATCH_SECONDS else {}
+        if self._silence.observe(since, now):
             _LOG.warning(
-                "no worker is connected to the broker at %s; %d tasks wait. Start one with: achilles worker %s",
+                "nothing was heard of the broker at %s for %.0f s; %s its answer, and fails after %g s (client.broker_timeout)",
                 self._address,
-                len(self._submission),
+                silent_for,
+                "1 task awaits" if unresolved == 1 else f"each of {unresolved} tasks awaits",
+                self._broker_timeout,
+            )
+
+    def _tell_of_obstacles(self, waiting: list[p.Waiting], now: float) -> None:
+        """Say which tasks nobody may run, when that has been so for a while."""
+        current = {(one.reason, *one.tags): one for one in waiting if len(self._submission)}
+        for key in self._obstacles.observe(dict.fromkeys(current, now), now):
+            one = current[key]
+            which = f" (see: achilles status --explain {one.id})" if one.id else ""
+            _LOG.warning(
+                "%s at the broker at %s: %s; %s%s",
+                "1 task waits" if one.count == 1 else f"{one.count} tasks wait",
                 self._address,
+                one.reason,
+                advice(one, self._address),
+                which,
             )
 
     def _fail(self, error: AchillesError) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import signal
 import socket
@@ -331,25 +330,27 @@ def test_a_broker_that_is_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- Nobody there ---------------------------------------------------------------------------------
 
 
-@pytest.mark.bad_input(50)
-def test_no_worker_is_warned_of_once(
+def test_a_silent_broker_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(achilles.net.client, "NO_WORKERS_SECONDS", 0.3)
+    """And when it is back, nothing was lost."""
+    monkeypatch.setattr(achilles.net.client, "SILENCE_SECONDS", 1.0)
     with (
-        own_cluster(monkeypatch, 0) as cluster,
+        own_cluster(monkeypatch, 1) as cluster,
         DistributedExecutor(address=cluster.address) as executor,
     ):
-        time.sleep(1.2)
-        assert not caplog.records  # nothing waits
-        future = executor.submit(tasks.add, 1)
+        assert executor.submit(tasks.add, 1).result(20) == 2
+        assert cluster.broker is not None
+        cluster.broker.send_signal(signal.SIGSTOP)
+        future = executor.submit(tasks.add, 2)
         wait_until(lambda: caplog.records, "the warning")
-        time.sleep(1.2)
-        (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
-        assert f"achilles worker {cluster.address}" in record.getMessage()
-        assert "1 tasks wait" in record.getMessage()
-        cluster.add_worker(1)
-        assert future.result(20) == 2
+        text = caplog.records[0].getMessage()
+        cluster.broker.send_signal(signal.SIGCONT)
+        assert text.startswith(f"nothing was heard of the broker at {cluster.address} for ")
+        assert text.endswith(
+            "s; 1 task awaits its answer, and fails after 60 s (client.broker_timeout)"
+        )
+        assert future.result(20) == 3
 
 
 # --- Clients --------------------------------------------------------------------------------------

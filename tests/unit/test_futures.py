@@ -159,6 +159,7 @@ def test_what_is_abandoned_has_failed(owner: Owner) -> None:
 
 
 def test_repr_and_attributes(future: Future) -> None:
+    assert repr(future).startswith("<Future of task 7, f(), at 0x")
     assert repr(future).endswith("state=pending>")
     future.resolve(1, None)
     assert repr(future).endswith("state=finished returned int>")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from time import monotonic
@@ -11,8 +12,9 @@ from click.testing import CliRunner
 
 from achilles import DistributedExecutor
 from achilles.cli import main
+from achilles.core import protocol as p
 from tests import commands
-from tests.brokers import RunningBroker, raw_peer
+from tests.brokers import RunningBroker, raw_peer, wait_for
 
 
 def invoke(*arguments: str, text: str = "") -> tuple[int, str]:
@@ -41,6 +43,35 @@ def test_the_status_is_a_table_or_json(achilles_home: Path) -> None:
             values = json.loads(output)
             assert values["address"] == str(broker.addresses.clients)
             assert len(values["workers_by_name"]) == 2, "workers of one name are told apart"
+
+
+def test_the_status_explains_why_a_task_waits(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home) as broker, raw_peer(broker, "client") as client:
+        address = broker.addresses.clients
+        client.hello("client", name="laptop-7")
+        client.send(p.Submit(0, 0, [17, 18], [b"", b""], options=p.PLAIN.but(tags=("gpu",))))
+        wait_for(lambda: " 2 queued" in invoke("status")[1], "the tasks to arrive")
+        why = f"no worker is connected; start one with: achilles worker {address} --tag gpu\n"
+        assert invoke("status")[1].endswith(f"client laptop-7: 2 tasks wait: {why}")
+        assert invoke("status", "--explain", "18") == (0, f"task 18 of laptop-7: it waits: {why}")
+        assert invoke("status", "--explain", "laptop-7/17")[1].endswith(why)
+        code, output = invoke("status", "--explain", "17", "-o", "json")
+        row = json.loads(output)["waiting"][0]
+        assert (code, row["id"], row["tags"]) == (0, 17, ["gpu"])
+        for unknown in ("19", "other/17"):
+            code, output = invoke("status", "--explain", unknown)
+            assert code == 1
+            assert re.match(
+                rf"achilles: the broker at {address} has no task 1[79] that is not", output
+            )
+
+
+@pytest.mark.bad_input(75)
+@pytest.mark.parametrize("task", ["x", "0", "-1", "", "a/", "1/x", "9" * 30, "<Future>"])
+def test_what_is_no_task(task: str) -> None:
+    code, output = invoke("status", "--explain", task)
+    assert code == 2
+    assert f"{task!r} is no task: that is its number, as repr(future) shows it, or" in output
 
 
 @pytest.mark.bad_input(72)

@@ -58,7 +58,7 @@ WIRE: list[p.Wire] = [
     p.Results(ids=[7, 8, 9], statuses=b"\0\1\2", payloads=[b"a", b"b", b""]),
     p.Failed(id=7, kind=p.CRASHED, story=["it crashed", "again"]),
     p.Cluster(workers=2, slots=8),
-    p.StatusRequest(),
+    p.StatusRequest(task=7, client="laptop-7", is_brief=True),
     p.Status(
         workers=[p.WorkerStatus("node-1", "ready", 4, 1, 2, 0.5, 42)],
         clients=[p.ClientStatus("laptop-7", 1, 2, 3)],
@@ -69,6 +69,8 @@ WIRE: list[p.Wire] = [
         reassigned=5,
         late=6,
         uptime=7.5,
+        waiting=[p.Waiting("laptop-7", 7, 2, "no worker offers the tag gpu", True, ["gpu"])],
+        is_brief=True,
     ),
     p.Shutdown(),
     p.ShuttingDown(),

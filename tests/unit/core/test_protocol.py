@@ -76,7 +76,7 @@ def test_every_message_arrives_as_it_was(message: p.Wire) -> None:
 def test_every_message_is_for_the_wire_or_for_runners() -> None:
     """Each under its own tag; what is for runners is refused on the wire."""
     of_runners = set(get_args(p.RunnerCommand | p.RunnerEvent))
-    parts = {p.WorkerStatus, p.ClientStatus}  # of a `Status`
+    parts = {p.WorkerStatus, p.ClientStatus, p.Waiting}  # of a `Status`
     kinds: set[Any] = set(p.Message.__subclasses__())
     assert kinds == set(get_args(p.Wire)) | of_runners | parts
     tags = {kind: kind.__struct_config__.tag for kind in kinds}
@@ -109,6 +109,7 @@ DEFAULTS: dict[type, dict[str, Any]] = {
     p.Submit: {"chunk_max": 0, "options": None, "blobs": ()},
     p.Cancel: {"kill": False},
     p.Run: {"timeout": 0.0, "attempt": 1, "blobs": ()},
+    p.StatusRequest: {"task": 0, "client": "", "is_brief": False},
     p.Revoke: {"kill": False},
     p.Crashed: {"kind": p.CRASHED},
     p.Execute: {"attempt": 1, "blobs": ()},
@@ -435,6 +436,8 @@ BAD: list[tuple[p.Wire, str]] = [
         (but(p.Letter, **{whose: -1}), "a negative number")
         for whose in ("worker", "runner", "client")
     ),
+    (but(p.StatusRequest, task=-1), "a negative number"),
+    (but(p.StatusRequest, client="x" * (p.TEXT_MAX + 1)), "client of 4097 characters"),
     (but(p.Crashed, kind="bored"), "an unknown kind of crash"),
     (but(p.Crashed, kind=p.LOST), "an unknown kind of crash"),
     *(

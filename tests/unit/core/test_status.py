@@ -20,6 +20,7 @@ STATUS = p.Status(
     reassigned=5,
     late=6,
     uptime=7.0,
+    waiting=[p.Waiting("c", 7, 1, "no worker offers the tag gpu", True, ["gpu"])],
 )
 
 
@@ -34,4 +35,6 @@ def test_workers_are_counted_and_listed_by_name() -> None:
 
 def test_it_is_json() -> None:
     """``achilles status -o json`` prints it as it is."""
-    assert json.loads(json.dumps(status_dict(STATUS)))["reassigned"] == 5
+    values = json.loads(json.dumps(status_dict(STATUS)))
+    assert values["reassigned"] == 5
+    assert values["waiting"][0]["tags"] == ["gpu"]

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
 
@@ -10,10 +11,11 @@ import pytest
 
 from achilles import DistributedExecutor
 from achilles.core import protocol as p
+from achilles.core import waiting as waiting_module
 from achilles.errors import BrokerLostError, BrokerUnreachableError, ConfigError
 from achilles.net import client as client_module
 from achilles.net.client import connection
-from tests.brokers import RawPeer, RunningBroker, raw_peer
+from tests.brokers import RawPeer, RunningBroker, raw_peer, wait_for
 
 
 @pytest.fixture
@@ -98,21 +100,57 @@ def test_the_end_of_the_broker_fails_what_is_open(broker: RunningBroker, worker:
     executor.shutdown()
 
 
-def test_no_worker_is_one_warning_that_says_how_to_start_one(
-    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(client_module, "NO_WORKERS_SECONDS", 0.05)
+@pytest.fixture
+def warnings(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Callable[[], list[str]]:
+    """What a client says of tasks that wait, which it says at once."""
+    for name in ("FIRST_QUESTION_SECONDS", "QUESTION_SECONDS"):
+        monkeypatch.setattr(waiting_module, name, 0.02)
+    monkeypatch.setattr(client_module, "OBSTACLE_SECONDS", 0.02)
     monkeypatch.setattr(client_module, "WATCH_SECONDS", 0.01)
     caplog.set_level(logging.WARNING, "achilles")
+    return lambda: list(caplog.messages)
+
+
+Warnings = Callable[[], "list[str]"]
+
+
+@pytest.mark.bad_input(50)
+def test_no_worker_is_one_warning_that_says_how_to_start_one(
+    broker: RunningBroker, warnings: Warnings
+) -> None:
+    address = broker.addresses.clients
     with DistributedExecutor(address="auto") as executor:
-        future = executor.submit(pow, 2, 3)
-        deadline = monotonic() + 10
-        while not caplog.messages and monotonic() < deadline:
+        for _ in range(20):
             executor.status()
+        assert not warnings(), "nothing waits"
+        future = executor.submit(pow, 2, 3)
+        wait_for(warnings, "the warning")
+        for _ in range(20):
+            executor.status()
+        (text,) = warnings()
+        assert text == (
+            f"1 task waits at the broker at {address}: no worker is connected; start one with: achilles worker {address} "
+            "(see: achilles status --explain 1)"
+        )
         assert future.cancel()
-    assert len(caplog.messages) == 1
-    wanted = f"1 tasks wait. Start one with: achilles worker {broker.addresses.clients}"
-    assert wanted in caplog.messages[0]
+
+
+def test_a_tag_that_nobody_offers_is_one_warning(
+    broker: RunningBroker, worker: RawPeer, warnings: Warnings
+) -> None:
+    with DistributedExecutor(address="auto") as executor:
+        executor.submit(pow, 2, 3)
+        worker.expect(p.Run)
+        futures = [executor.with_options(tags="gpu").submit(pow, 2, n) for n in range(3)]
+        wait_for(warnings, "the warning")
+        text = warnings()[0]
+        assert re.match("(1 task waits|[23] tasks wait) at the broker at", text), "as they arrived"
+        assert ": no worker offers the tag gpu (what is offered: no tags); start one with: " in text
+        assert f"achilles worker {broker.addresses.clients} --tag gpu (see: " in text
+        assert repr(futures[0]).startswith("<Future of task 2, pow(), at ")
+        executor.kill_workers()
 
 
 def test_a_connection_says_where_it_goes(broker: RunningBroker, achilles_home: Path) -> None:
