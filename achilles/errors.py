@@ -9,6 +9,7 @@
     ├── BrokerUnreachableError        nobody, or nobody of ours, answers at the endpoint (exit 69)
     │   └── AuthenticationError       the broker refused our key, or is not the broker we expect
     ├── ExecutorForkedError           an executor used in a child forked from its process
+    ├── SealError                     a call or a result that was not sealed with the cluster's code key; a Future carries it
     └── in achilles.task_errors, the errors that a Future carries:
         ├── ArgumentPickleError       the function or an argument cannot be pickled        (PicklingError too)
         ├── ResultPickleError         a returned value cannot be pickled                   (PicklingError too)
@@ -59,6 +60,7 @@ __all__ = [
     "RemoteError",
     "ResultPickleError",
     "ResultUnpickleError",
+    "SealError",
     "SelfAttackError",
     "TaskCrashedError",
     "TaskTimeoutError",
@@ -101,6 +103,10 @@ class AuthenticationError(BrokerUnreachableError):
 
 class ExecutorForkedError(AchillesError, RuntimeError):
     """The executor was made in another process; make a new one after a fork."""
+
+
+class SealError(AchillesError):
+    """A call, or a result, was not sealed with the code key of this cluster; nothing of it was unpickled."""
 
 
 def __getattr__(name: str) -> Any:

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple, TypeAlias
 from achilles.core import protocol as p
 from achilles.core.protocol import Group
 from achilles.core.submission import Send, Submission
+from achilles.errors import SealError
 from achilles.futures import Future, MapRun
 from achilles.runtime.arguments import Attached
 from achilles.runtime.functions import Pickled, bytes_of
+from achilles.runtime.seal import Sealer
 from achilles.runtime.serialize import load_outcome, loads
 
 Sink: TypeAlias = "Future | tuple[MapRun, int]"
@@ -60,6 +62,7 @@ class Mailbox:
         self.is_closing = False  # no more submissions; end when everything is resolved
         self.broken: BaseException | None = None
         self.init_blob = b""  # the pickle of (initializer, initargs)
+        self.sealer: Sealer | None = None  # where a broker is between us and the runners
         self.on_letter: Callable[[p.Letter], None] = lambda letter: None  # of a runner to us
         self.workers = -1  # unknown
         self.slots = 0
@@ -73,6 +76,8 @@ class Mailbox:
         What the group's ``blobs`` are is attached to it.
         """
         id = next(self._ids)
+        if self.sealer is not None:
+            payload = _seal(self.sealer, id, group, blob, payload)
         future = Future(self, id, name)
         with self._lock:
             self._check_open()
@@ -87,6 +92,8 @@ class Mailbox:
     ) -> int:
         """Enqueue one item of a map; its id."""
         id = next(self._ids)
+        if self.sealer is not None:
+            payload = _seal(self.sealer, id, group, blob, payload)
         with self._lock:
             self._check_open()
             self._inbox.append((id, group, blob, payload, (run, index)))
@@ -214,12 +221,19 @@ class Mailbox:
         blob = batch.blob
         if isinstance(blob, Attached):
             for one in blob.shared:
-                submission.add_blob(one.number, one.payload, is_kept=one.is_kept)
+                payload = self._blob(one.number, one.payload)
+                submission.add_blob(one.number, payload, is_kept=one.is_kept)
         if group.fn and not submission.knows_blob(group.fn):
-            submission.add_blob(group.fn, bytes_of(blob))
+            submission.add_blob(group.fn, self._blob(group.fn, bytes_of(blob)))
         if group.init and not submission.knows_blob(group.init):
-            submission.add_blob(group.init, self.init_blob)
+            submission.add_blob(group.init, self._blob(group.init, self.init_blob))
         return submission.submit(group, batch.ids, batch.payloads)
+
+    def _blob(self, number: int, payload: bytes | memoryview) -> p.Payload:
+        """A blob as it travels."""
+        if self.sealer is None:
+            return payload
+        return _behind(payload, self.sealer.blob(number, payload))
 
     def drop(self, ids: Sequence[int]) -> None:
         """The tasks were cancelled: let those who wait for their futures know."""
@@ -280,6 +294,14 @@ class Mailbox:
         for id, status, payload in zip(
             results.ids, results.statuses, results.payloads, strict=True
         ):
+            if self.sealer is not None:
+                if id not in self._sinks:
+                    continue  # nobody waits for it
+                try:
+                    payload = self.sealer.open_result(id, status, payload)
+                except SealError as error:
+                    self.deliver_error(id, error)
+                    continue
             if status == p.INIT_FAILED:
                 broken += self._break(payload)  # and with all others this task fails
                 continue
@@ -408,6 +430,18 @@ class Mailbox:
             return error
 
         return self.fail_all(make_error)
+
+
+def _seal(sealer: Sealer, id: int, group: Group, blob: Pickled, payload: Any) -> p.Payload:
+    """A call's payload with its seal; in the caller's thread, for a large one takes its time."""
+    return _behind(payload, sealer.call(id, (group.fn, group.init, group.blobs), blob, payload))
+
+
+def _behind(payload: Any, seal: bytes) -> p.Payload:
+    """The payload and its seal; what is large is not copied."""
+    if type(payload) is bytes and len(payload) <= p.INLINE_MAX:
+        return payload + seal
+    return p.Parts((payload, seal))
 
 
 def _wake_nobody() -> None:

@@ -3,7 +3,7 @@
     the task's threads ─▶ Mailbox ─▶ Submission ─letters─▶ the runner's host ─▶ the broker (or the embedded scheduler)
                               ◀──────────  ◀──────────────
 
-It is the same client as that of the task: no session of its own, no socket, no key. A runner has one connection for each
+It is the same client as that of the task: no session with the broker of its own, no socket, no key but the code key. A runner has one connection for each
 client that it works for; all handles of that client's executors share it, and it lives as long as the runner.
 """
 
@@ -30,6 +30,7 @@ from achilles.mailbox import INIT_BLOB, Mailbox
 from achilles.runtime import context
 from achilles.runtime.arguments import ArgumentTable
 from achilles.runtime.functions import FunctionTable
+from achilles.runtime.seal import Sealer
 from achilles.runtime.side import NESTED, RunnerSide
 
 STATUS_SECONDS = 5.0
@@ -45,7 +46,7 @@ def connection(credit: int, slots: int) -> NestedConnection | None:
         return None
     with _lock:
         found = _connections.get(client)
-        if found is None:
+        if found is None or found.root != context.root:
             found = _connections[client] = NestedConnection(side, client, credit, slots)
             found.start()
         return found
@@ -86,8 +87,11 @@ class NestedConnection:
     def __init__(self, side: RunnerSide, client: int, credit: int, slots: int) -> None:
         self._side = side
         self._client = client
+        self.root = context.root
         self._letters: SimpleQueue[bytes | None] = SimpleQueue()
         self.mailbox = Mailbox(lambda: self._letters.put(None))
+        if context.seal is not None:
+            self.mailbox.sealer = Sealer(context.seal, self.root)
         self.mailbox.credit = credit
         self.mailbox.slots = slots
         self.functions = FunctionTable(ArgumentTable())

@@ -35,8 +35,13 @@ def list_() -> None:
 @keys.command()
 @click.argument("role", type=click.Choice(ROLES))
 @click.option("--name", metavar="NAME", help="What the new key is called; by default ROLE-NUMBER.")
+@click.option(
+    "--without-code",
+    is_flag=True,
+    help="Leave the code key out: it goes another way, past this host.",
+)
 @click.pass_obj
-def export(context: Context, role: str, name: str | None) -> None:
+def export(context: Context, role: str, name: str | None, without_code: bool) -> None:
     """Print a join file with a new key for another machine or person.
 
     It holds a secret. Send it through something that you trust, for example:
@@ -49,14 +54,15 @@ def export(context: Context, role: str, name: str | None) -> None:
             "that only you can read, with: (umask 077; achilles keys export ROLE > FILE)"
         )
     from achilles.net import authorized
-    from achilles.net.keys import find_join
+    from achilles.net.keys import code_key, find_join
 
     base = home()
     join = find_join(base, role, context.address())
+    code = b"" if role == "admin" or without_code else code_key(base)
     called = name or _next_name(role, authorized.entries(base))
     made = authorized.export(base, role, called)
     _reload(context)
-    click.echo(join.for_others(made.pair).encode())
+    click.echo(join.for_others(made.pair, code).encode())
     click.echo(
         f"achilles keys: made the key {made.entry.fingerprint} ({role} {escape(called)}) for "
         f"{join.far_address or join.address}; take it back with: achilles keys revoke {called}",
@@ -100,10 +106,18 @@ def revoke(context: Context, which: str) -> None:
 
 
 @keys.command()
-@click.argument("role", type=click.Choice(["broker", *ROLES]))
+@click.argument("role", type=click.Choice(["broker", "code", *ROLES]))
 @click.pass_obj
 def rotate(context: Context, role: str) -> None:
-    """Replace your own key of a role by a new one."""
+    """Replace your own key of a role by a new one; or the code key, which clients and workers seal with."""
+    if role == "code":
+        from achilles.net.keys import new_code_key
+
+        new_code_key(home())
+        click.echo(
+            "the code key is a new one; start your clients and workers again, and export anew what you have sent to others"
+        )
+        return
     from achilles.net.authorized import rotate as replace
 
     pair = replace(home(), role)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from achilles.cli.settings import Context, StopRequests, count, say
-from achilles.config import SLOTS_MAX, cores
+from achilles.config import SLOTS_MAX, cores, home
 
 if TYPE_CHECKING:
     from achilles.net.keys import Join
@@ -59,6 +59,7 @@ def worker(
     context.start_logging()
 
     from achilles.net.endpoint import hostname
+    from achilles.net.keys import code_of
     from achilles.net.peer import dialer_to
     from achilles.net.worker import Worker
 
@@ -68,6 +69,7 @@ def worker(
     called = settings["worker.name"] or f"{hostname()}-{os.getpid()}"
     running = Worker(
         dialer_to(found),
+        code=code_of(found, home()),
         slots=capacity,
         name=called,
         tags=settings["worker.tags"],

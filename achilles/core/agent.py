@@ -451,6 +451,7 @@ class Agent:
             run.attempt,
             run.blobs,
             run.root,
+            run.ids,
         )
         sends.append(Send("host", command))
         if self._tasks_max and runner.given >= self._tasks_max:

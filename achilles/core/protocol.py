@@ -500,6 +500,7 @@ class Execute(Message, tag="execute"):
     attempt: int = 1
     blobs: tuple[int, ...] = ()
     root: int = 0
+    ids: list[int] = []  # of the tasks, at their client
 
 
 class Recall(Message, tag="recall"):

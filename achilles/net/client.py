@@ -19,10 +19,11 @@ from achilles.core.waiting import WARN_SECONDS, Conditions, Curiosity, advice
 from achilles.errors import AchillesError, BrokerLostError, BrokerUnreachableError
 from achilles.letters import Desk, Printer
 from achilles.mailbox import Mailbox
-from achilles.net.keys import find_join, given_join
+from achilles.net.keys import code_of, find_join, given_join
 from achilles.net.peer import Dial, Peer, dialer_to
 from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
+from achilles.runtime.seal import Seal, Sealer
 
 STATUS_SECONDS = 5.0
 WATCH_SECONDS = 0.5
@@ -55,6 +56,7 @@ def connection(
     found = given_join(join, "client", address) if join else find_join(home, "client", address)
     return Connection(
         dialer_to(found),
+        code=code_of(found, home),
         address=found.address,
         slots_max=slots_max,
         connect_timeout=connect_timeout,
@@ -64,12 +66,16 @@ def connection(
 
 
 class Connection:
-    """A client's session with the broker at ``address``, in a thread of this process."""
+    """A client's session with the broker at ``address``, in a thread of this process.
+
+    It seals with the ``code`` key. None is for measurements against workers without one.
+    """
 
     def __init__(
         self,
         dial: Dial,
         *,
+        code: bytes | None,
         address: str,
         slots_max: int = 0,
         connect_timeout: float = 10.0,
@@ -78,8 +84,10 @@ class Connection:
     ) -> None:
         self._loop = SocketLoop()
         self.mailbox = Mailbox(self._loop.wake)
-        self._desk = Desk(self._reply)
-        self._printer = Printer() if prints else None
+        sealer = None if code is None else Sealer(Seal(code))
+        self.mailbox.sealer = sealer
+        self._desk = Desk(self._reply, sealer)
+        self._printer = Printer(sealer) if prints else None
         self.mailbox.on_letter = self._take_letter
         self._submission = Submission()
         self._dial = dial

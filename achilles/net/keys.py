@@ -1,18 +1,21 @@
 """Keys and join files: how peers of one user find a broker, and what they show it.
 
     $ACHILLES_HOME/keys/ROLE.key      a CURVE key pair a role, made on first start (0700 directory, 0600 files)
+    $ACHILLES_HOME/keys/code.key      the code key, which clients and workers seal with (`runtime.seal`)
     $ACHILLES_HOME/keys/authorized.json   the keys of others (`net.authorized`)
     $ACHILLES_HOME/run/ROLE.join      where the running broker listens, and the keys to meet it; removed when it ends
     $ACHILLES_HOME/run/*.ipc          its sockets for peers on this host
     $ACHILLES_HOME/run/broker.lock    held while it runs
 
-Nothing loose is used (`net.private`), and secrets appear in no text, log or ``repr``.
+The broker neither reads nor makes the code key: it is in no file that the broker writes, and the join files that are sent to
+other hosts get it from ``achilles keys export``. Nothing loose is used (`net.private`), and secrets appear in no text, log or ``repr``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import struct
 import tempfile
 from pathlib import Path
@@ -27,6 +30,7 @@ from achilles.net.endpoint import IPC_PATH_MAX, CurveKeys, Endpoint, hostname, p
 from achilles.net.private import check_directory, private_directory, read_private, write_private
 
 ROLES = ("client", "worker", "admin")
+CODE_SIZE = 32
 
 
 class KeyPair(NamedTuple):
@@ -55,6 +59,11 @@ class _KeyFile(msgspec.Struct, forbid_unknown_fields=True):
     secret: str
 
 
+class _CodeFile(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    secret: str
+
+
 class Join(msgspec.Struct, forbid_unknown_fields=True):
     """What a peer of one role needs to find and meet a broker. Users type ``address``, never ``worker_address``."""
 
@@ -71,6 +80,7 @@ class Join(msgspec.Struct, forbid_unknown_fields=True):
     far_address: str = ""  # the same from other hosts, for join files that are sent there
     far_worker_address: str = ""
     version: int = 1
+    code: str = ""  # the code key, in a join file that was exported; else it is in this user's home
 
     def __repr__(self) -> str:
         return f"<Join {self.role} of {self.address}>"
@@ -80,8 +90,8 @@ class Join(msgspec.Struct, forbid_unknown_fields=True):
         """The keys for TCP."""
         return CurveKeys(self.public.encode(), self.secret.encode(), self.broker_public.encode())
 
-    def for_others(self, pair: KeyPair) -> Join:
-        """The same for another host, with a key of its own."""
+    def for_others(self, pair: KeyPair, code: bytes = b"") -> Join:
+        """The same for another host, with a key of its own, and the code key."""
         return msgspec.structs.replace(
             self,
             address=self.far_address or self.address,
@@ -91,6 +101,7 @@ class Join(msgspec.Struct, forbid_unknown_fields=True):
             pid=0,
             public=pair.public.decode(),
             secret=pair.secret.decode(),
+            code=z85.encode(code).decode(),
         )
 
     def encode(self) -> bytes:
@@ -161,6 +172,64 @@ def new_key_pair(base: Path, role: str) -> KeyPair:
     pair = make_pair()
     write_private(path, _encode_pair(role, pair), replace=True)
     return pair
+
+
+def code_key(base: Path) -> bytes:
+    """The code key of this user's clients and workers, made if there is none. Not for brokers.
+
+    Raises:
+        KeyFileError: the file is loose or damaged, or cannot be written.
+    """
+    path = _code_path(base)
+    try:
+        data = read_private(path)
+    except FileNotFoundError:
+        write_private(path, _encode_code(secrets.token_bytes(CODE_SIZE)), replace=False)
+        data = read_private(path)
+    try:
+        file = msgspec.json.decode(data, type=_CodeFile)
+    except (msgspec.DecodeError, ValueError):
+        file = _CodeFile("", "")
+    if file.role != "code" or not is_key(file.secret):
+        raise KeyFileError(
+            f"{path} is damaged; copy it from another client or worker of the cluster, or make a new one with: "
+            "achilles keys rotate code"
+        )
+    return bytes(z85.decode(file.secret.encode()))
+
+
+def new_code_key(base: Path) -> bytes:
+    """Replace the code key by a new one.
+
+    Raises:
+        KeyFileError: it cannot be written.
+    """
+    write_private(_code_path(base), _encode_code(secrets.token_bytes(CODE_SIZE)), replace=True)
+    return code_key(base)
+
+
+def code_of(join: Join, base: Path) -> bytes:
+    """The code key for a client or worker with that join file: the file's own, else this user's.
+
+    Raises:
+        KeyFileError: the join file is another host's, and neither it nor ``base`` has one.
+    """
+    if join.code:
+        return bytes(z85.decode(join.code.encode()))
+    if not join.pid and not _code_path(base).exists():
+        raise KeyFileError(
+            f"the join file for {join.address} was exported without the code key, and there is none in {base}; copy "
+            "keys/code.key from a client or worker of the cluster to there"
+        )
+    return code_key(base)
+
+
+def _code_path(base: Path) -> Path:
+    return private_directory(private_directory(base) / "keys") / "code.key"
+
+
+def _encode_code(code: bytes) -> bytes:
+    return msgspec.json.encode(_CodeFile("code", z85.encode(code).decode()))
 
 
 def make_pair() -> KeyPair:
@@ -269,6 +338,7 @@ def parse_join(data: bytes, name: str, remedy: str) -> Join:
     except (msgspec.DecodeError, ValueError, ConfigError) as error:
         raise KeyFileError(f"{name} is damaged ({error}); {remedy}") from None
     is_sound = _are_pair(join.public, join.secret) and is_key(join.broker_public)
+    is_sound = is_sound and (not join.code or is_key(join.code))
     if join.role not in ROLES or not is_sound:
         raise KeyFileError(f"{name} is damaged (a key or role); {remedy}")
     return join
@@ -287,7 +357,11 @@ def given_join(file: str, role: str, address: str | None) -> Join:
         join = parse_join(read_private(path), str(path), remedy)
     except FileNotFoundError:
         raise KeyFileError(f"there is no join file {path}; {remedy}") from None
-    return check_join(join, str(path), role, address)
+    check_join(join, str(path), role, address)
+    beside = path.absolute().parent.parent
+    if join.pid and not join.code and (beside / "keys" / "code.key").exists():
+        return msgspec.structs.replace(join, code=z85.encode(code_key(beside)).decode())
+    return join
 
 
 def check_join(join: Join, name: str, role: str, address: str | None) -> Join:

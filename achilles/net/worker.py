@@ -30,6 +30,7 @@ class Worker:
 
     Args:
         dial: makes a socket to the broker's endpoint for workers.
+        code: the code key: its runners run what clients have sealed with it, and nothing else. None is for measurements.
         name: what the worker is called in status and errors.
         captures: what tasks print goes to their client, instead of where our own output goes.
         connect_timeout: seconds until the first session must have begun.
@@ -39,6 +40,7 @@ class Worker:
         self,
         dial: Dial,
         *,
+        code: bytes | None,
         slots: int,
         name: str,
         tags: Sequence[str],
@@ -64,6 +66,7 @@ class Worker:
             cwd=None,
             is_remote=True,
             captures=captures,
+            code=code,
         )
         self._sends: deque[Send] = deque()
         self._connect_by = monotonic() + connect_timeout

@@ -371,8 +371,10 @@ def loads_attached(view: memoryview, resolve: Resolve) -> Any:
     return Loader(BytesIO(data), buffers=buffers).load()
 
 
-def take(kind: int, payload: Buffer) -> Any:
-    """What a task gets for the payload of something shared."""
+def take(kind: int, payload: Buffer, behind: int = 0) -> Any:
+    """What a task gets for the payload of something shared; ``behind`` it are so many bytes that are not of it."""
     if kind == BUFFER:
-        return fresh(payload)
-    return bytes(payload) if kind == BYTES else str(payload, "utf-8", "surrogatepass")
+        buffer = fresh(payload)  # of memory that is mapped as a whole
+        return memoryview(buffer)[: len(buffer) - behind] if behind else buffer
+    view = memoryview(payload)[: len(payload) - behind]
+    return bytes(view) if kind == BYTES else str(view, "utf-8", "surrogatepass")

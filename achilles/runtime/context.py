@@ -4,11 +4,14 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from achilles.runtime.seal import Seal
     from achilles.runtime.side import RunnerSide
 
 attempt = 0
 client = 0  # the host's number for the client whose task runs; 0: this is no runner, or it has not run any
 seq = 0  # of the chunk that runs
+root = b""  # the name of the session that the task is done for in the end, where calls are sealed
+seal: Seal | None = None  # what a runner of a worker seals with; None elsewhere
 is_embedded = False  # the runner belongs to an embedded executor, not to a worker
 side: RunnerSide | None = None  # a runner's side channel; None elsewhere
 

@@ -14,6 +14,7 @@ Rules
 from __future__ import annotations
 
 import contextlib
+import itertools
 import marshal
 import os
 import select
@@ -50,6 +51,8 @@ from achilles.runtime.process import (
     which_limit,
 )
 from achilles.runtime.runner import LENGTH, LETTERS, RECORD, SHARED
+from achilles.runtime.seal import OUTPUT as OUTPUT_LETTER
+from achilles.runtime.seal import Seal, names_of, seal_result
 from achilles.runtime.serialize import ERROR, INIT_FAILED, LARGE
 from achilles.runtime.shared import IS_AVAILABLE
 from achilles.runtime.side import OUTPUT
@@ -74,7 +77,7 @@ class RunnerHost:
     called again to change that. The callbacks gather events, which `collect` hands out.
     ``authkey`` is multiprocessing's, where runners belong to one program. Those that are ``is_remote`` ask
     their client for modules that they lack. What they print is told as events if the host ``captures`` it; without
-    a task it goes to our own stderr.
+    a task it goes to our own stderr. Runners that get the ``code`` key run sealed calls, and no others.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class RunnerHost:
         authkey: bytes | None = None,
         is_remote: bool = False,
         captures: bool = False,
+        code: bytes | None = None,
     ) -> None:
         self.register = register
         self.unregister = unregister
@@ -98,7 +102,11 @@ class RunnerHost:
             "authkey": authkey,
             "is_remote": is_remote,
             "captures": captures,
+            "code": code,
         }
+        self.seal = None if code is None else Seal(code)
+        self.pieces = itertools.count(1)  # of what was printed
+        self.origin = os.urandom(8)  # whose pieces these are
         self.captures = captures
         self.runners: dict[int, _Runner] = {}
         self.polled: set[_Runner] = set()  # those that something is awaited of which wakes nobody
@@ -168,6 +176,13 @@ class RunnerHost:
             os.close(self.life_read)
             os.close(self.life)
 
+    def sealed(self, body: bytes, root: bytes) -> bytes:
+        """What a task of that root has printed, as it travels."""
+        if self.seal is None:
+            return body
+        once = self.origin + next(self.pieces).to_bytes(8, "big")
+        return once + self.seal.letter(OUTPUT_LETTER, root, once, body) + body
+
     def pids(self) -> dict[int, int]:
         """Process ids by runner."""
         return {number: runner.pid for number, runner in self.runners.items()}
@@ -202,13 +217,14 @@ class _Frame:
 class _Chunk:
     """A chunk with tasks whose results are awaited, and the client for whom all is done."""
 
-    __slots__ = ("client", "count", "number", "outstanding")
+    __slots__ = ("client", "count", "number", "outstanding", "root")
 
     def __init__(self, number: int, count: int, client: int) -> None:
         self.client = client
         self.number = number  # counts this runner's chunks
         self.count = count
         self.outstanding = count
+        self.root = b""  # the session's name, where calls are sealed
 
 
 class _Runner:
@@ -265,13 +281,16 @@ class _Runner:
             return
         count = len(sent)
         self.sent += 1
-        self.chunks[seq] = _Chunk(self.sent, count, effect.root or effect.client)
+        chunk = self.chunks[seq] = _Chunk(self.sent, count, effect.root or effect.client)
+        if self.host.seal is not None:
+            chunk.root = names_of(effect.payloads[0])[1]
         if count > 1:
             self.host.polled.add(self)
         command = (
             "run",
             *(seq, effect.client, effect.fn, effect.init),
             *(sent, effect.attempt, effect.blobs, effect.root or effect.client),
+            effect.ids if self.host.seal is not None else (),
         )
         self.send(command, bytes((seq,)) * count)
 
@@ -317,7 +336,13 @@ class _Runner:
 
         text = "more than 2 GiB of arguments at once, and no shared memory to hand them over"
         error = dump_error(OverflowError(text))
-        results = [(effect.seq, index, ERROR, 0.0, error) for index in range(len(effect.payloads))]
+        errors: list[Any] = [error] * len(effect.payloads)
+        if (seal := self.host.seal) is not None:
+            errors = [
+                seal_result(seal.result(names_of(payload)[0]), id, ERROR, error)
+                for id, payload in zip(effect.ids, effect.payloads, strict=True)
+            ]
+        results = [(effect.seq, index, ERROR, 0.0, error) for index, error in enumerate(errors)]
         self.host.events.append(RunnerDone(self.number, results))
 
     def send(self, command: tuple[Any, ...], tokens: bytes = b"") -> None:
@@ -431,7 +456,7 @@ class _Runner:
                 if chunk is None:
                     os.write(2, piece)
                     continue
-                body = bytes((output.stream,)) + piece
+                body = self.host.sealed(bytes((output.stream,)) + piece, chunk.root)
                 self.host.events.append(FromRunner(self.number, chunk.client, OUTPUT, body))
             if not output.is_open:
                 self.host.unregister(output.fd)

@@ -5,17 +5,20 @@ Rules
     2. A question waits for a bounded time; whoever does not answer has no such module.
     3. A client's modules are its own: when the runner works for another client they are put aside, and
        back in place when it works for theirs again.
+    4. Where calls are sealed, so are questions and answers; each answer is one to its own question, and no older one.
 """
 
 from __future__ import annotations
 
 import marshal
+import os
 import sys
 from _frozen_importlib import ModuleSpec
 from _thread import allocate_lock
 from itertools import count
 
 from achilles.runtime import context
+from achilles.runtime.seal import ANSWER, QUESTION, TAG_SIZE, is_same
 from achilles.runtime.side import IMPORT
 
 TYPE_CHECKING = False  # as in `runner`: every runner of a worker imports this module at its start
@@ -23,8 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import CodeType, ModuleType
 
+    from achilles.runtime.side import RunnerSide
+
 ANSWER_SECONDS = 20.0
 ASKS_MAX = 8
+MEET_SECONDS = 5.0  # after which the question may have been lost with a broker
 _NUMBER_SIZE = 4
 
 
@@ -37,7 +43,6 @@ class ClientModules:
         self._missing: set[str] = set()  # what the present client does not have
         self._numbers = count(1)  # which threads may draw from at once
         self._waiting: dict[bytes, _Answer] = {}
-        self._is_listening = False
 
     def switch_to(self, client: int) -> None:
         """The next task is another client's."""
@@ -64,7 +69,12 @@ class ClientModules:
         """Ask the client for a module."""
         if not context.client or context.side is None or name in self._missing:
             return None
-        found = self._ask(name)
+        if context.seal is not None and not context.root:
+            return None  # no call of the client was opened, so far
+        try:
+            found = self._ask(name, context.side, context.root)
+        except OSError:
+            return None  # no host, or a fork: there is nobody to ask
         if not found:
             if found is not None:  # nobody's answer is not an answer
                 self._missing.add(name)
@@ -80,26 +90,59 @@ class ClientModules:
 
     # --- Questions --------------------------------------------------------------------------------
 
-    def _ask(self, name: str) -> bytes | None:
-        """The client's answer, empty if it has no such module; None if there was none in time."""
+    def meet(self, root: bytes) -> None:
+        """Wait until the client whose session has that name has shown that it lives: what it once sealed is run again only as long as it does.
+
+        It is asked for a module that nobody has.
+
+        Raises:
+            SealError: somebody else has answered.
+            OSError: there is nobody to ask.
+        """
         side = context.side
         if side is None:
-            return None
-        if not self._is_listening:
-            self._is_listening = True
-            side.handle(IMPORT, self._take)
+            raise OSError("a fork of a runner")
+        while self._ask("", side, root) is None:
+            pass
+
+    def _ask(self, name: str, side: RunnerSide, root: bytes) -> bytes | None:
+        """The client's answer, empty if it has no such module; None if there was none in time.
+
+        Raises:
+            SealError: the answer is not the client's.
+            OSError: there is no host.
+        """
         number = (next(self._numbers) & 0xFFFFFFFF).to_bytes(_NUMBER_SIZE, "little")
         answer = self._waiting[number] = _Answer()
+        seal, text = context.seal, name.encode()
+        once = b""
+        if seal is not None:
+            once = os.urandom(16)
+            text = once + seal.letter(QUESTION, root, once, text) + text
         try:
-            for _ in range(ASKS_MAX):  # a question can be lost, with the broker that had it
-                side.send(IMPORT, context.client, number + name.encode())
-                if answer.is_awaited.acquire(timeout=ANSWER_SECONDS / ASKS_MAX):
-                    break
-        except OSError:
-            pass  # no host, or a fork: there is nobody to ask
+            if name:
+                side.handle(IMPORT, self._take)
+                for _ in range(ASKS_MAX):  # a question can be lost, with the broker that had it
+                    side.send(IMPORT, context.client, number + text)
+                    if answer.is_awaited.acquire(timeout=ANSWER_SECONDS / ASKS_MAX):
+                        break
+            else:
+                side.send(IMPORT, context.client, number + text)
+                side.read_until(IMPORT, self._take, answer.is_awaited, MEET_SECONDS)
         finally:
             self._waiting.pop(number, None)
-        return answer.body
+        body = answer.body
+        if seal is None or body is None:
+            return body
+        body, tag = body[:-TAG_SIZE], body[-TAG_SIZE:]
+        if not is_same(seal.letter(ANSWER, root, once, body), tag):
+            from achilles.errors import SealError
+
+            what = f"for the module {name!r}" if name else "whether it lives"
+            raise SealError(
+                f"the answer to the question {what} does not carry the seal of the client"
+            )
+        return body
 
     def _take(self, client: int, body: bytes) -> None:
         """In the reading thread: an answer has come."""

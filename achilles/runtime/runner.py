@@ -17,7 +17,8 @@ Rules
     4. Nothing that a task raises ends the runner. A channel that does not work ends it at once.
     5. What a task changes in its process (directory, environment, signal handlers) stays for the next ones.
     6. What a task wrote to the side channel is there before its result, which says so (`LETTERS`).
-    7. Start-up is the floor of every recovery, so this module imports next to nothing.
+    7. Where the setup brings a code key, nothing of a task is unpickled before its seal was found to be right.
+    8. Start-up is the floor of every recovery, so this module imports next to nothing.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
     from achilles.runtime.arguments import Resolve
     from achilles.runtime.imports import ClientModules
+    from achilles.runtime.seal import Opener
     from achilles.runtime.shared import Handoff
 
 RECORD = Struct("<BBxxIfQ")  # seq, status, index in the chunk, seconds, length of the payload
@@ -62,10 +64,11 @@ QUIET_SECONDS = 0.001  # the host is woken at most so often by a chunk of short 
 READ_MAX = 1 << 16
 HOT_SECONDS = 0.001  # a shorter wait for a token than this is worth a core that nobody wants
 COLD_SECONDS = 0.05  # how long a core is taken to be wanted, or not worth it, once it was
+ALIVE_SECONDS = 60.0  # for so long a client is taken to live that has shown it
 CHANNEL_LOST = 74  # exit code (EX_IOERR): the host is gone, or a task closed our descriptors
 
-# seq, client, fn, init, payloads, attempt, blobs, root
-Chunk: TypeAlias = "tuple[int, int, int, int, list[Any], int, tuple[int, ...], int]"
+# seq, client, fn, init, payloads, attempt, blobs, root, ids
+Chunk: TypeAlias = "tuple[int, int, int, int, list[Any], int, tuple[int, ...], int, list[int]]"
 
 _offer_core = getattr(os, "sched_yield", lambda: None)
 
@@ -91,6 +94,10 @@ class Runner:
         self.functions: dict[tuple[int, int], Any] = {}  # values of blobs that hold no state
         self.modules: ClientModules | None = None  # of those clients that are elsewhere
         self.inits: dict[tuple[int, int], bytes | None] = {}  # how the initializers ended
+        self.opener: Opener | None = None  # where calls are sealed
+        self.roots: dict[
+            int, tuple[bytes, float]
+        ] = {}  # by client, the name of its session, and until when that lives
         os.register_at_fork(after_in_child=self._forked)
 
     def _forked(self) -> None:
@@ -166,17 +173,16 @@ class Runner:
                 return tuple(chunk)
             case ("load", client, blob, payload):
                 self.blobs[client, blob] = self._receive(keep=True) if payload is None else payload
+                if self.opener is not None:
+                    self.functions.pop((client, blob), None)
+                    self.opener.changed([(client, blob)])
             case ("forget", client, [*blobs]):
                 self._forget([(client, blob) for blob in blobs])
             case ("forget_client", client):
-                nested = sys.modules.get("achilles.nested")
-                if nested is not None:
-                    nested.forget(client)
+                self._forget_client(client)
                 self._forget(
                     [key for key in (*self.blobs, *self.functions, *self.inits) if key[0] == client]
                 )
-                if self.modules is not None:
-                    self.modules.forget(client)
             case ("discard", count):
                 for _ in range(count):
                     self._receive()
@@ -188,8 +194,13 @@ class Runner:
                     from achilles.runtime.imports import install
 
                     self.modules = install()
+                if setup["code"] is not None:
+                    from achilles.runtime.seal import Opener, Seal
+
+                    context.seal = Seal(setup["code"])
+                    self.opener = Opener(context.seal, self.blobs)
             case ("sync",):
-                return (0, 0, 0, 0, [], 1, (), 0)
+                return (0, 0, 0, 0, [], 1, (), 0, [])
             case unknown:
                 raise OSError(f"not a command: {str(unknown)[:200]}")
         return None
@@ -224,6 +235,17 @@ class Runner:
             self.blobs.pop(key, None)
             self.functions.pop(key, None)
             self.inits.pop(key, None)
+        if self.opener is not None:
+            self.opener.changed(keys)
+
+    def _forget_client(self, client: int) -> None:
+        """Drop what is kept of a client beside its blobs."""
+        nested = sys.modules.get("achilles.nested")
+        if nested is not None:
+            nested.forget(client)
+        if self.modules is not None:
+            self.modules.forget(client)
+        self.roots.pop(client, None)
 
     # --- Tasks ---
 
@@ -237,6 +259,7 @@ class Runner:
         attempt: int,
         blobs: tuple[int, ...],
         root: int,
+        ids: list[int],
     ) -> bytes:
         """Run the chunk's tasks while tokens are its own; the first token that is not (empty at the end)."""
         read, write, pack, clock = os.read, os.write, RECORD.pack, perf_counter
@@ -247,7 +270,12 @@ class Runner:
         side = context.side
         if self.modules is not None:
             self.modules.switch_to(root)
-        failed_init = self._initialize(root, init) if init else None
+        opener, failed = self.opener, None
+        if opener is not None:
+            opener.begin(client, root, (fn, init, blobs))
+            context.root = self.roots.get(root, (b"", 0.0))[0]
+        elif init:
+            failed = self._initialize(root, init)
         shared = self.functions.get((client, fn))
         resolve = self._resolver(client) if blobs else None
         call: Any = shared
@@ -257,10 +285,12 @@ class Runner:
                 _flush()
                 return token
             payloads[index] = args = None
+            if opener is not None:
+                payload, failed = self._open(opener, root, init, ids[index], payload)
             started = clock()
             try:
-                if failed_init is not None:
-                    status, data = INIT_FAILED, failed_init
+                if failed is not None:
+                    status, data = failed
                 else:
                     if shared is None:
                         call, payload = self._function(client, fn, payload, resolve)
@@ -273,6 +303,8 @@ class Runner:
                 _leave_fork()
             payload = args = kwargs = None
             ended = clock()
+            if opener is not None:
+                data = opener.result(ids[index], status, data)
             if side is not None and side.is_used:
                 side.settle()
                 status |= LETTERS
@@ -292,6 +324,40 @@ class Runner:
         payloads = call = shared = data = None  # type: ignore[assignment]
         return self._next_token()
 
+    def _open(
+        self, opener: Opener, root: int, init: int, id: int, payload: Any
+    ) -> tuple[Any, tuple[int, Encoded] | None]:
+        """A sealed call's payload, and what is its result already: it is not as its client sealed it, or has no initializer."""
+        try:
+            payload = opener.open_call(id, payload)
+            self._meet(root, opener.root)
+        except Exception as error:
+            return None, (ERROR, _dump_error(error, is_loaded=True))
+        return payload, self._initialize(root, init) if init else None
+
+    def _meet(self, client: int, name: bytes) -> None:
+        """See to it that the session for which a call was sealed lives, and that what is kept of the client is its own.
+
+        Raises:
+            SealError: somebody else says that it lives.
+            OSError: the host is gone.
+        """
+        known, alive_until = self.roots.get(client, (b"", 0.0))
+        now = perf_counter()
+        if known == name and now < alive_until:
+            return
+        if known != name:  # the number was another client's, if anybody's
+            self._forget_client(client)
+            self.inits = {key: end for key, end in self.inits.items() if key[0] != client}
+        if self.modules is not None:
+            self.modules.meet(name)
+        self.roots[client] = name, now + ALIVE_SECONDS
+        context.root = name
+
+    def _blob(self, key: tuple[int, int]) -> Any:
+        """What was loaded under that number, without its seal."""
+        return self.blobs[key] if self.opener is None else self.opener.body(key)
+
     def _resolver(self, client: int) -> Resolve:
         """What finds the large objects that calls of this client refer to: immutable ones once, others anew."""
 
@@ -303,7 +369,7 @@ class Runner:
                 raise RuntimeError(f"the worker did not pass object {number} on to its runner")
             from achilles.runtime.arguments import BUFFER, take
 
-            value = take(kind, self.blobs[key])
+            value = take(kind, self.blobs[key], 0 if self.opener is None else self.opener.behind)
             if kind != BUFFER:
                 self.functions[key] = value
                 del self.blobs[key]
@@ -317,30 +383,31 @@ class Runner:
         """The task's function, and its payload without it. A function without state is kept."""
         if fn == 0:
             return split_inline(payload, resolve)
-        blob = self.blobs.get((client, fn))
-        if blob is None:
+        if (client, fn) not in self.blobs:
             raise RuntimeError(f"the worker did not pass function {fn} on to its runner")
+        blob = self._blob((client, fn))
         call = loads(blob, resolve)
         if is_stateless(call) and blob[0] != SHARING:  # what it has of these a task may write to
             self.functions[client, fn] = call
         return call, payload
 
-    def _initialize(self, client: int, init: int) -> bytes | None:
-        """Run the client's initializer unless it ran here; the dumped error if it raised.
+    def _initialize(self, client: int, init: int) -> tuple[int, Encoded] | None:
+        """Run the client's initializer unless it ran here; the result of every task if it raised.
 
         It is the one of the client that all is done for in the end, whichever task has submitted this one.
         """
         key = (client, init)
         if key not in self.inits:
             try:
-                initializer, initargs = loads(self.blobs[key])
+                initializer, initargs = loads(self._blob(key))
                 initializer(*initargs)
                 self.inits[key] = None
             except BaseException as error:
                 self.inits[key] = _dump_error(error, is_loaded=True)
             if self.is_fork:
                 _leave_fork()
-        return self.inits[key]
+        failure = self.inits[key]
+        return None if failure is None else (INIT_FAILED, failure)
 
     # --- Results ---
 

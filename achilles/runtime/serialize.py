@@ -242,10 +242,11 @@ def loads(payload: Any, resolve: Resolve | None = None) -> Any:
     """
     if payload[0] == _PICKLE:
         return _loads(payload)
-    return _loads_buffers(_one_view(payload), resolve)
+    return _loads_buffers(one_view(payload), resolve)
 
 
-def _one_view(payload: Any) -> memoryview:
+def one_view(payload: Any) -> memoryview:
+    """The payload's bytes as one view of them."""
     if not isinstance(payload, tuple | list):
         return memoryview(payload)
     if len(payload) == 1:
@@ -276,7 +277,7 @@ def _loads_buffers(view: memoryview, resolve: Resolve | None) -> Any:
 
 def split_inline(payload: Any, resolve: Resolve | None = None) -> tuple[Any, Any]:
     """The function of a call that brings it along, and the rest of the payload."""
-    view = _one_view(payload)
+    view = one_view(payload)
     if view[0] != _INLINE:
         raise ValueError("a call without its function")
     (size,) = _LENGTH.unpack_from(view, 1)

@@ -16,10 +16,13 @@ Rules
 from __future__ import annotations
 
 import os
+import select
 from _struct import Struct
+from time import monotonic
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _thread import LockType
     from collections.abc import Callable
     from typing import TypeAlias
 
@@ -125,7 +128,9 @@ class RunnerSide:
         self._fd = fd
         self._lock = allocate_lock()
         self._handlers: dict[int, Callable[[int, bytes], None]] = {}
-        self._is_reading = False
+        self._reader = Reader()
+        self._reading = allocate_lock()  # held by a thread that reads for a moment
+        self._is_reading = False  # one reads from here on
         self._flushers: list[Callable[[], None]] = []
         self.is_used = False  # tasks write letters
 
@@ -148,11 +153,35 @@ class RunnerSide:
         """Have a handler called for each letter of a kind."""
         from _thread import start_new_thread
 
-        with self._lock:
+        if self._is_reading and self._handlers.get(kind) == handler:
+            return
+        with self._reading:
             self._handlers[kind] = handler
             if not self._is_reading:
                 self._is_reading = True
                 start_new_thread(self._read, ())
+
+    def read_until(
+        self, kind: int, handler: Callable[[int, bytes], None], is_done: LockType, seconds: float
+    ) -> None:
+        """Read until the handler has released the lock, or the time is over; without a thread if there is none yet.
+
+        Raises:
+            OSError: the host is gone.
+        """
+        with self._reading:
+            self._handlers[kind] = handler
+            until = monotonic() + seconds
+            ready = select.poll()
+            ready.register(self._fd, select.POLLIN)
+            while not self._is_reading and not is_done.acquire(False):
+                left = until - monotonic()
+                if left <= 0:
+                    return
+                if ready.poll(1000 * left) and not self._read_some():
+                    raise OSError("the host closed the side channel")
+        if self._is_reading:
+            is_done.acquire(timeout=seconds)
 
     def send(self, kind: int, client: int, body: bytes) -> None:
         """Send a letter.
@@ -171,16 +200,22 @@ class RunnerSide:
         from _thread import allocate_lock
 
         self._lock = allocate_lock()  # the old one is perhaps held by a thread that is not here
+        self._reading = allocate_lock()
         os.close(self._fd)
         self._fd = -1
 
     def _read(self) -> None:
-        reader = Reader()
         try:
-            while data := os.read(self._fd, READ_MAX):
-                for kind, client, body in reader.feed(data):
-                    handler = self._handlers.get(kind)
-                    if handler is not None:
-                        handler(client, body)
+            while self._read_some():
+                pass
         except OSError:
             pass  # the host is gone: the runner ends by other means
+
+    def _read_some(self) -> bool:
+        """Read what is there, and hand it out; False at the end."""
+        data = os.read(self._fd, READ_MAX)
+        for kind, client, body in self._reader.feed(data):
+            handler = self._handlers.get(kind)
+            if handler is not None:
+                handler(client, body)
+        return bool(data)

@@ -63,7 +63,7 @@ def execute(runner: int, seq: int, *ids: int, **fields: Any) -> tuple[str, Any]:
     """The command that gives a runner the bench's tasks."""
     payloads: list[p.Payload] = [b"%d" % id for id in ids]
     fields = {"client": 1, "fn": 1, "init": 0, **fields}
-    return HOST, p.Execute(runner=runner, seq=seq, payloads=payloads, **fields)
+    return HOST, p.Execute(runner=runner, seq=seq, payloads=payloads, ids=list(ids), **fields)
 
 
 def started(runner: int, *ids: int) -> list[tuple[str, Any]]:

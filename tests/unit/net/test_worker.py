@@ -9,6 +9,7 @@ import pytest
 
 from achilles import DistributedExecutor
 from achilles.errors import BrokerUnreachableError
+from achilles.net.keys import code_key
 from achilles.net.peer import dialer_to
 from achilles.net.worker import Worker, python_version
 from tests import tasks
@@ -23,7 +24,12 @@ class RunningWorker:
         self.joined = threading.Event()
         self.given_up = -1
         self.worker = Worker(
-            dialer_to(broker.join("worker")), slots=slots, name="w", tags=["t"], connect_timeout=10
+            dialer_to(broker.join("worker")),
+            code=code_key(broker.home),
+            slots=slots,
+            name="w",
+            tags=["t"],
+            connect_timeout=10,
         )
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -53,7 +59,9 @@ def broker(achilles_home: Path) -> Iterator[RunningBroker]:
 def test_no_broker_is_a_named_error_in_time(achilles_home: Path) -> None:
     with RunningBroker(achilles_home) as broker:
         join = broker.join("worker")
-    worker = Worker(dialer_to(join), slots=1, name="w", tags=[], connect_timeout=0.2)
+    worker = Worker(
+        dialer_to(join), code=code_key(broker.home), slots=1, name="w", tags=[], connect_timeout=0.2
+    )
     began = monotonic()
     with pytest.raises(BrokerUnreachableError, match="no achilles broker answers"):
         worker.run(lambda: 0, lambda: None)
@@ -64,7 +72,12 @@ def test_a_refusal_is_a_named_error(broker: RunningBroker) -> None:
     with raw_peer(broker, "client") as client:
         client.hello("client", python="2.7", name="old")
         worker = Worker(
-            dialer_to(broker.join("worker")), slots=1, name="w", tags=[], connect_timeout=10
+            dialer_to(broker.join("worker")),
+            code=code_key(broker.home),
+            slots=1,
+            name="w",
+            tags=[],
+            connect_timeout=10,
         )
         with pytest.raises(BrokerUnreachableError, match=r"refused this worker: Python .* 2.7"):
             worker.run(lambda: 0, lambda: None)
