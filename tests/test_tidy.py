@@ -102,7 +102,17 @@ HOMES: dict[str, tuple[set[str], str]] = {
 
 # What a pure core may use: nothing here has a clock, a thread, randomness, the OS or a pickle in it.
 PURE = {
-    *("__future__", "abc", "bisect", "collections", "dataclasses", "enum", "functools", "heapq"),
+    *(
+        "__future__",
+        "abc",
+        "bisect",
+        "collections",
+        "dataclasses",
+        "enum",
+        "functools",
+        "hashlib",
+        "heapq",
+    ),
     *("itertools", "math", "msgspec", "operator", "re", "struct", "types", "typing"),
 }
 IMPURE_BUILTINS = {"__import__", "breakpoint", "compile", "eval", "exec", "input", "open", "print"}
