@@ -92,6 +92,7 @@ class DistributedExecutor(concurrent.futures.Executor):
     )
 
     _prints = True  # also of one that was unpickled
+    _results: tuple[str, ...] = ()  # the same
 
     _mailbox: Mailbox
     _core: Core
@@ -122,6 +123,7 @@ class DistributedExecutor(concurrent.futures.Executor):
             max_workers = settings["client.max_workers"]
         self._join_file = settings["join"]
         self._prints = settings["client.output"] == "print"
+        self._results = settings["client.results"]
         address = address or settings["address"] or ("auto" if self._join_file else None)
         self._pid = os.getpid()
         self._options: p.Options | None = None
@@ -149,6 +151,7 @@ class DistributedExecutor(concurrent.futures.Executor):
                 connect_timeout=self._timeouts[0],
                 broker_timeout=self._timeouts[1],
                 prints=self._prints,
+                results=self._results,
             )
         else:
             from achilles.local import LocalCluster
@@ -217,6 +220,9 @@ class DistributedExecutor(concurrent.futures.Executor):
                 "this executor was pickled from one whose runners are children of another process: outside of its own "
                 "tasks make a new DistributedExecutor, or use one with an address"
             )
+        from achilles.config import load
+
+        self._results = load()["client.results"]
         self._open(handle.init_blob)
 
     # --- The contract of concurrent.futures.Executor ----------------------------------------------

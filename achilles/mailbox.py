@@ -22,6 +22,7 @@ from achilles.core.protocol import Group
 from achilles.core.submission import Send, Submission
 from achilles.errors import SealError
 from achilles.futures import Future, MapRun
+from achilles.runtime.allowed import Allowed, Guarded
 from achilles.runtime.arguments import Attached
 from achilles.runtime.functions import Pickled, bytes_of
 from achilles.runtime.seal import Sealer
@@ -63,6 +64,7 @@ class Mailbox:
         self.broken: BaseException | None = None
         self.init_blob = b""  # the pickle of (initializer, initargs)
         self.sealer: Sealer | None = None  # where a broker is between us and the runners
+        self.allowed: Allowed | None = None  # what results may name, where that is limited
         self.on_letter: Callable[[p.Letter], None] = lambda letter: None  # of a runner to us
         self.workers = -1  # unknown
         self.slots = 0
@@ -291,6 +293,7 @@ class Mailbox:
         pop = self._sinks.pop
         runs: set[MapRun] = set()
         broken: list[int] = []
+        payload: Any
         for id, status, payload in zip(
             results.ids, results.statuses, results.payloads, strict=True
         ):
@@ -302,6 +305,8 @@ class Mailbox:
                 except SealError as error:
                     self.deliver_error(id, error)
                     continue
+            if self.allowed is not None:
+                payload = self.allowed.guard(payload)
             if status == p.INIT_FAILED:
                 broken += self._break(payload)  # and with all others this task fails
                 continue
@@ -400,7 +405,7 @@ class Mailbox:
         """The I/O thread ends."""
         self._callbacks.put(None)
 
-    def _resolve(self, future: Future, status: int, payload: p.Payload) -> None:
+    def _resolve(self, future: Future, status: int, payload: p.Payload | Guarded) -> None:
         if status == p.VALUE and type(payload) is bytes:
             try:
                 value = loads(payload)
@@ -411,7 +416,7 @@ class Mailbox:
                 return
         future.resolve(*load_outcome(status, payload))
 
-    def _break(self, payload: p.Payload) -> list[int]:
+    def _break(self, payload: p.Payload | Guarded) -> list[int]:
         """The initializer raised on a runner: nothing can run any more, as in the standard library.
 
         The ids of all tasks, which have failed.

@@ -158,7 +158,9 @@ class Work:
         values, errors = value
         outcomes: list[Outcome] = [(value, None) for value in values]
         for at, payload in errors.items():
-            _, failure = load_outcome(ERROR, payload)
+            allowed = self.executor._mailbox.allowed
+            guarded = payload if allowed is None else allowed.guard(payload)
+            _, failure = load_outcome(ERROR, guarded)
             assert failure is not None
             outcomes[at] = None, _standard_error(failure)
         return outcomes

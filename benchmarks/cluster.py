@@ -39,6 +39,7 @@ class Cluster:
             self.environ.pop(name, None)
         self.broker: subprocess.Popen[str] | None = None
         self.workers: list[subprocess.Popen[str]] = []
+        self.worker_command: tuple[str, ...] = ("-m", "achilles")
         self._counts = (workers, slots)
         self._tcp = tcp
         self.address = ""
@@ -107,9 +108,10 @@ class Cluster:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def _spawn(self, *arguments: str, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+        command = self.worker_command if arguments[0] == "worker" else ("-m", "achilles")
         with self._log_path.open("a") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "achilles", "--log-level", "info", *arguments],
+                [sys.executable, *command, "--log-level", "info", *arguments],
                 env=self.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,

@@ -23,6 +23,7 @@ from achilles.net.keys import code_of, find_join, given_join
 from achilles.net.peer import Dial, Peer, dialer_to
 from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
+from achilles.runtime.allowed import Allowed
 from achilles.runtime.seal import Seal, Sealer
 
 STATUS_SECONDS = 5.0
@@ -44,17 +45,18 @@ def connection(
     connect_timeout: float,
     broker_timeout: float,
     prints: bool = True,
+    results: Sequence[str] = (),
 ) -> Connection:
     """A connection, not yet started, to the broker at ``address``.
 
-    ``prints``: what its tasks print is printed here, else dropped. Its key is this user's, which is in ``home``, or that of the ``join`` file.
+    ``results``: what those may name beside plain data; everything if that is empty. ``prints``: what its tasks print is printed here, else dropped. Its key is this user's, which is in ``home``, or that of the ``join`` file.
 
     Raises:
         ConfigError: ``address`` is no endpoint, or the join file is not in order.
         BrokerUnreachableError: there is no key for a broker there.
     """
     found = given_join(join, "client", address) if join else find_join(home, "client", address)
-    return Connection(
+    made = Connection(
         dialer_to(found),
         code=code_of(found, home),
         address=found.address,
@@ -63,6 +65,9 @@ def connection(
         broker_timeout=broker_timeout,
         prints=prints,
     )
+    if results:
+        made.mailbox.allowed = Allowed(results)
+    return made
 
 
 class Connection:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from achilles.runtime.arguments import ArgumentTable, Attached, Resolve
 
+    Unpickle: TypeAlias = Callable[..., Any]
+
 VALUE = 0  # the statuses of a result; achilles.core.protocol has the same for the wire
 ERROR = 1
 INIT_FAILED = 2
@@ -232,17 +234,18 @@ def dump_result(value: object, call: object) -> tuple[int, Encoded]:
 # --- Bytes to values ------------------------------------------------------------------------------
 
 
-def loads(payload: Any, resolve: Resolve | None = None) -> Any:
+def loads(payload: Any, resolve: Resolve | None = None, unpickle: Unpickle = _loads) -> Any:
     """The value of a payload: bytes, or any buffer, or a tuple or list of them to be read as one.
 
     Buffers in it are writable and not shared with anybody. ``resolve`` finds what it refers to.
+    ``unpickle`` takes a pickle and, as ``buffers``, those that are not in it.
 
     Raises:
         BaseException: whatever the objects' own methods raise.
     """
     if payload[0] == _PICKLE:
-        return _loads(payload)
-    return _loads_buffers(one_view(payload), resolve)
+        return unpickle(payload)
+    return _loads_buffers(one_view(payload), resolve, unpickle)
 
 
 def one_view(payload: Any) -> memoryview:
@@ -254,13 +257,13 @@ def one_view(payload: Any) -> memoryview:
     return memoryview(bytearray().join(payload))
 
 
-def _loads_buffers(view: memoryview, resolve: Resolve | None) -> Any:
+def _loads_buffers(view: memoryview, resolve: Resolve | None, unpickle: Unpickle) -> Any:
     if view[0] == SHARING and resolve is not None:
         from achilles.runtime.arguments import loads_attached
 
         return loads_attached(view, resolve)
     if view[0] != _BUFFERS:
-        return _loads(view)
+        return unpickle(view)
     (count,) = _LENGTH.unpack_from(view, 1)
     size, *sizes = Struct(f"<{count + 1}Q").unpack_from(view, 5)
     at = 5 + 8 * (count + 1)
@@ -272,7 +275,7 @@ def _loads_buffers(view: memoryview, resolve: Resolve | None) -> Any:
         part = view[at : at + size]
         buffers.append(bytearray(part) if part.readonly else part)
         at += size
-    return _loads(data, buffers=buffers)
+    return unpickle(data, buffers=buffers)
 
 
 def split_inline(payload: Any, resolve: Resolve | None = None) -> tuple[Any, Any]:
@@ -287,7 +290,8 @@ def split_inline(payload: Any, resolve: Resolve | None = None) -> tuple[Any, Any
 def load_outcome(status: int, payload: Any) -> tuple[Any, BaseException | None]:
     """What a task returned, or the exception it ended with (its cause has the remote traceback)."""
     try:
-        outcome = loads(payload)
+        load = getattr(payload, "load", None)  # of one that is guarded
+        outcome = loads(payload) if load is None else load()
         if status == VALUE:
             return outcome, None
         exception, text = outcome
