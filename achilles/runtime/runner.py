@@ -350,6 +350,7 @@ class Runner:
             self._forget_client(client)
             self.inits = {key: end for key, end in self.inits.items() if key[0] != client}
         if self.modules is not None:
+            self.modules.switch_to(client)
             self.modules.meet(name)
         self.roots[client] = name, now + ALIVE_SECONDS
         context.root = name
