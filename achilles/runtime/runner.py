@@ -129,7 +129,7 @@ class Runner:
             while chunk is None or chunk[0] != seq:
                 chunk = self._command()
             if seq:
-                token = self._run(*chunk)
+                token = self._run(chunk)
             else:
                 self._write(RECORD.pack(0, 0, 0, 0.0, 0))
                 token = self._next_token()
@@ -249,19 +249,9 @@ class Runner:
 
     # --- Tasks ---
 
-    def _run(
-        self,
-        seq: int,
-        client: int,
-        fn: int,
-        init: int,
-        payloads: list[Any],
-        attempt: int,
-        blobs: tuple[int, ...],
-        root: int,
-        ids: list[int],
-    ) -> bytes:
+    def _run(self, chunk: Chunk) -> bytes:
         """Run the chunk's tasks while tokens are its own; the first token that is not (empty at the end)."""
+        seq, client, fn, init, payloads, attempt, blobs, root, ids = chunk
         read, write, pack, clock = os.read, os.write, RECORD.pack, perf_counter
         tokens, stream = self.tokens, self.stream
         own = bytes((seq,))

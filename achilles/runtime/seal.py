@@ -187,7 +187,9 @@ class Opener:
         self._blobs = blobs
         self._tags: dict[Key, tuple[bytes, bytes]] = {}  # whose blob it is, and its tag
         self._chunk: tuple[Any, ...] = ()
-        self._names = b""
+        self._names: bytes | None = (
+            None  # of the chunk's session and root; None before its first call
+        )
         self._state: State | None = None
         self._results = seal.results
         self._begun: tuple[Any, ...] = ()  # the chunk and the names that the states are for
@@ -198,7 +200,7 @@ class Opener:
     def begin(self, client: int, root: int, needs: Needs) -> None:
         """A chunk comes, of calls that all need the same and are of one session."""
         self._chunk = (client, root, needs)
-        self._names = b""
+        self._names = None
 
     def changed(self, keys: Any) -> None:
         """These blobs were loaded, or are gone."""
@@ -233,7 +235,7 @@ class Opener:
 
     def _meet(self, names: bytes) -> None:
         """The first call of a chunk: see to what it needs."""
-        is_first, self._names = not self._names, names
+        is_first, self._names = self._names is None, names
         begun = (self._chunk, names)
         if is_first and begun == self._begun:
             return

@@ -25,6 +25,8 @@ importers = {}
 def watch(event, arguments):
     if event == "pickle.find_class":
         importers["something was unpickled"] = str(arguments)
+    if event == "open" and "code.key" in str(arguments[0]):
+        importers["the code key was opened"] = str(arguments)
     if event == "import" and arguments[0] in ("pickle", "cloudpickle"):
         frame = sys._getframe(1)
         while frame.f_globals["__name__"].startswith("importlib"):
@@ -42,7 +44,7 @@ finally:
 """
 
 
-def test_it_never_unpickles(achilles_home: Path) -> None:
+def test_it_never_unpickles_and_never_opens_the_code_key(achilles_home: Path) -> None:
     command = (sys.executable, "-c", WATCHED_BROKER)
     with commands.Command(command, ready="look, and stop", environ={}) as broker:
         with commands.worker() as worker:
@@ -52,6 +54,8 @@ def test_it_never_unpickles(achilles_home: Path) -> None:
                     executor.submit(lambda: 1 / 0).result()
                 assert executor.status()["done"] == 11
             assert worker.stop() == 0
+        assert (achilles_home / "keys" / "code.key").exists()
+        commands.run("keys", "rotate", "client")  # the broker reads its keys anew
         assert broker.stop() == 0
     said = json.loads(broker.output)
     # pyzmq brings the module in, for `send_pyobj` and `recv_pyobj`, which test_tidy forbids.

@@ -12,8 +12,10 @@ import pytest
 from achilles import letters
 from achilles.core import protocol as p
 from achilles.letters import Desk, Printer
+from achilles.runtime.seal import ANSWER, OUTPUT, QUESTION, TAG_SIZE, Seal, Sealer
 
 BOUND = 20.0
+SEAL = Seal(bytes(32))
 
 
 def test_requests_for_modules_are_answered() -> None:
@@ -103,3 +105,61 @@ def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     printer.put(printed(1, b"nowhere"))
     printer.put(printed(2, b"nowhere"))
     printer.close()
+
+
+# --- Sealed ---------------------------------------------------------------------------------------
+
+
+def test_only_sealed_questions_are_answered_and_answers_are_sealed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sealer = Sealer(SEAL)
+    replies: queue.SimpleQueue[p.Letter] = queue.SimpleQueue()
+    desk = Desk(replies.put, sealer)
+    number, once, name = b"\1\0\0\0", bytes(range(16)), b"tests.tasks"
+    tag = SEAL.letter(QUESTION, sealer.root, once, name)
+    foreign = Sealer(SEAL).letter(QUESTION, once, name)
+    bad = [
+        number + name,
+        number + once + bytes(TAG_SIZE) + name,
+        number + once + foreign + name,
+        number + once + tag + b"tests.other",
+        number + b"x" * 16 + tag + name,
+        b"",
+    ]
+    for body in [*bad, number + once + tag + name]:
+        desk.put(p.Letter(3, 2, 1, p.IMPORT, body))
+    body = replies.get(timeout=BOUND).body
+    assert replies.empty()
+    desk.close()
+    assert body[:4] == number
+    assert b"def add" in body
+    assert body[-TAG_SIZE:] == sealer.letter(ANSWER, once, body[4:-TAG_SIZE])
+    assert caplog.text.count("is not sealed was not answered") == len(bad)
+
+
+def test_only_sealed_output_is_printed_and_once(capsys: pytest.CaptureFixture[str]) -> None:
+    sealer = Sealer(SEAL)
+
+    def letter(count: int, text: bytes, root: bytes = b"") -> p.Letter:
+        once = b"worker 1" + count.to_bytes(8, "big")
+        body = b"\1" + text
+        tag = SEAL.letter(OUTPUT, root or sealer.root, once, body)
+        return p.Letter(1, 1, 1, p.OUTPUT, once + tag + body)
+
+    printer = Printer(sealer)
+    good = letter(2, b"two\n")
+    for one in (
+        letter(1, b"one\n"),
+        good,
+        good,
+        letter(1, b"one again\n"),
+        letter(3, b"another client's\n", bytes(16)),
+        p.Letter(1, 1, 1, p.OUTPUT, b"\1plain\n"),
+        p.Letter(1, 1, 1, p.OUTPUT, b""),
+        p.Letter(1, 1, 1, p.OUTPUT, letter(4, b"").body + b"more\n"),
+        letter(300, b"three\n"),
+    ):
+        printer.put(one)
+    printer.close()
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"

@@ -8,9 +8,18 @@ import pytest
 
 from achilles.core import protocol as p
 from achilles.core.submission import Submission
-from achilles.errors import BrokerLostError, InitializerError, TaskCrashedError, WorkerLostError
+from achilles.errors import (
+    BrokerLostError,
+    InitializerError,
+    ResultUnpickleError,
+    SealError,
+    TaskCrashedError,
+    WorkerLostError,
+)
 from achilles.futures import MapRun
 from achilles.mailbox import FAILED, INIT_BLOB, Mailbox
+from achilles.runtime.allowed import Allowed
+from achilles.runtime.seal import CALL_SIZE, Seal, Sealer, seal_result
 from achilles.runtime.serialize import dumps, load_outcome
 from achilles.runtime.tracebacks import dump_error
 
@@ -263,3 +272,55 @@ def test_in_a_forked_child_everything_fails_without_a_lock(box: Box) -> None:
         box.cancelled([2, 3])
     assert done.result(0) == 10
     assert box.wakes == wakes
+
+
+# --- Sealed ---------------------------------------------------------------------------------------
+
+
+def sealed_values(sealer: Sealer, *ids: int, status: int = p.VALUE) -> p.Results:
+    state = Seal(bytes(32)).result(sealer.session)
+    payloads: list[Any] = [seal_result(state, id, status, dumps(id * 10)) for id in ids]
+    return p.Results(list(ids), bytes([status] * len(ids)), payloads)
+
+
+def test_calls_are_sealed_and_results_opened(box: Box) -> None:
+    box.sealer = sealer = Sealer(Seal(bytes(32)))
+    first, second = box.add(), box.add()
+    large = box.submit(box.plain, b"blob", memoryview(bytes(p.INLINE_MAX + 1)), "f")
+    run = MapRun(read)
+    box.submit_item(box.plain, b"blob", b"payload", run, 0)
+    (batch,), _ = box.drain()
+    sizes = [len(b"payload") + CALL_SIZE, p.INLINE_MAX + 1 + CALL_SIZE]
+    assert [p.size_of(one) for one in batch.payloads] == [sizes[0], sizes[0], sizes[1], sizes[0]]
+    assert isinstance(batch.payloads[2], p.Parts)
+    box.receive(sealed_values(sealer, 1, 3, 4))
+    assert (first.result(0), large.result(0), run.take(0)) == (10, 30, 40)
+    forged = sealed_values(sealer, 1)
+    forged.ids = [2]
+    box.receive(forged)
+    with pytest.raises(SealError, match="task 2"):
+        second.result(0)
+
+
+def test_a_forged_failure_of_the_initializer_breaks_nothing(box: Box) -> None:
+    box.sealer = Sealer(Seal(bytes(32)))
+    first, second = box.add(), box.add()
+    box.drain()
+    for id in (1, 99):
+        payload = dump_error(ValueError("forged"))
+        box.receive(p.Results([id], bytes([p.INIT_FAILED]), [payload]))
+    assert isinstance(first.exception(0), SealError)
+    assert box.broken is None
+    box.receive(sealed_values(box.sealer, 2))
+    assert second.result(0) == 20
+
+
+def test_results_may_hold_what_is_allowed(box: Box) -> None:
+    box.allowed = Allowed(["only.this"])
+    first, second = box.add(), box.add()
+    box.drain()
+    box.receive(values(1))
+    box.receive(p.Results([2], b"\0", [dumps(threading.Event)]))
+    assert first.result(0) == 10
+    with pytest.raises(ResultUnpickleError, match=r"names threading\.Event"):
+        second.result(0)

@@ -13,10 +13,11 @@ from achilles import nested
 from achilles.core import envelope
 from achilles.core import protocol as p
 from achilles.core.protocol import Group
-from achilles.errors import BrokerLostError, BrokerUnreachableError
+from achilles.errors import BrokerLostError, BrokerUnreachableError, SealError
 from achilles.mailbox import INIT_BLOB
 from achilles.nested import NestedConnection
 from achilles.runtime import context
+from achilles.runtime.seal import Opener, Seal
 from achilles.runtime.serialize import dumps
 from achilles.runtime.side import NESTED, HostSide, RunnerSide
 from tests.modes import wait_until
@@ -235,3 +236,33 @@ def test_when_the_runner_exits_nothing_is_waited_for(scene: Scene) -> None:
     assert connection.thread is not None
     assert not connection.thread.is_alive()
     assert isinstance(future.exception(0), BrokerLostError)
+
+
+def test_where_calls_are_sealed_a_tasks_are_too(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = Seal(bytes(32))
+    root = bytes(range(16))
+    monkeypatch.setattr(context, "seal", seal)
+    monkeypatch.setattr(context, "root", root)
+    connection = scene.connect()
+    futures = [submit(connection)]
+    blob, first = scene.read(2)
+    futures.append(submit(connection))
+    scene.read(1)
+    blobs = {(CLIENT, 1): blob.payload}
+    opener = Opener(seal, blobs)
+    opener.begin(CLIENT, CLIENT, (1, 0, ()))
+    assert opener.open_call(1, first.payloads[0]) == b"call"
+    assert opener.root == root
+    sealed: Any = opener.result(1, p.VALUE, dumps("value"))
+    scene.tell(p.Results([1], b"\0", [sealed]))
+    scene.tell(p.Results([2], b"\0", [sealed]))
+    assert futures[0].result(10) == "value"
+    with pytest.raises(SealError):
+        futures[1].result(10)
+    assert scene.connect() is connection
+    monkeypatch.setattr(context, "root", bytes(16))
+    other = scene.connect()
+    assert other is not connection
+    connection.close()

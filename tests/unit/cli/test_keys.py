@@ -5,10 +5,11 @@ from pathlib import Path
 
 import zmq
 from click.testing import CliRunner
+from zmq.utils import z85
 
 from achilles.cli import main
 from achilles.net.authorized import add, entries
-from achilles.net.keys import key_pair
+from achilles.net.keys import code_key, key_pair
 from tests.brokers import RunningBroker
 
 
@@ -93,3 +94,23 @@ def test_a_running_broker_that_cannot_read_the_keys_says_so(achilles_home: Path)
     assert code == 78
     assert "still uses the keys that it had" in said
     assert "chmod 600" in said
+
+
+def test_the_code_key_goes_with_join_files_unless_it_is_left_out(achilles_home: Path) -> None:
+    with RunningBroker(achilles_home):
+        for role in ("client", "worker"):
+            code, output, said = invoke("export", role)
+            assert code == 0
+            sent = json.loads(output)["code"]
+            assert z85.decode(sent.encode()) == code_key(achilles_home)
+            assert sent not in said
+        assert json.loads(invoke("export", "admin")[1])["code"] == ""
+        assert json.loads(invoke("export", "worker", "--without-code")[1])["code"] == ""
+
+
+def test_the_code_key_is_rotated(achilles_home: Path) -> None:
+    before = code_key(achilles_home)
+    code, output, _ = invoke("rotate", "code")
+    assert code == 0
+    assert "start your clients and workers again" in output
+    assert code_key(achilles_home) != before

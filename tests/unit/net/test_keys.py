@@ -14,9 +14,14 @@ from achilles.errors import BrokerUnreachableError, ConfigError, KeyFileError
 from achilles.net.endpoint import IPC_PATH_MAX, hostname
 from achilles.net.keys import (
     ROLES,
+    code_key,
+    code_of,
     find_join,
+    given_join,
     join_path,
     key_pair,
+    make_pair,
+    new_code_key,
     read_join,
     remove_joins,
     run_directory,
@@ -230,3 +235,71 @@ def test_a_stale_join_file_is_told(achilles_home: Path) -> None:
         find_join(achilles_home, "client", None)
     write(achilles_home, pid=gone.pid, host=f"not-{hostname()}")
     assert find_join(achilles_home, "client", None).pid == gone.pid, "not for us to tell"
+
+
+# --- The code key ---------------------------------------------------------------------------------
+
+
+def test_the_code_key_is_made_once_and_kept_private(achilles_home: Path) -> None:
+    code = code_key(achilles_home)
+    path = achilles_home / "keys" / "code.key"
+    assert len(code) == 32
+    assert code_key(achilles_home) == code
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert new_code_key(achilles_home) == code_key(achilles_home) != code
+
+
+def test_a_code_key_that_is_loose_or_damaged_is_refused(achilles_home: Path) -> None:
+    code_key(achilles_home)
+    path = achilles_home / "keys" / "code.key"
+    path.chmod(0o640)
+    with pytest.raises(KeyFileError, match=f"chmod 600 {path}"):
+        code_key(achilles_home)
+    path.chmod(0o600)
+    for content in (b"", b"{}", b'{"role":"code","secret":"short"}', b'{"role":"x","secret":"y"}'):
+        path.write_bytes(content)
+        with pytest.raises(KeyFileError, match="is damaged; copy it from another"):
+            code_key(achilles_home)
+    path.unlink()
+    path.symlink_to(achilles_home / "elsewhere")
+    with pytest.raises(KeyFileError, match="is a link"):
+        code_key(achilles_home)
+
+
+def test_the_broker_has_it_in_no_file(achilles_home: Path) -> None:
+    write(achilles_home)
+    assert not (achilles_home / "keys" / "code.key").exists()
+    for role in ROLES:
+        assert read_join(join_path(achilles_home, role)).code == ""
+
+
+def test_a_join_file_brings_it_to_another_host(achilles_home: Path, tmp_path: Path) -> None:
+    write(achilles_home)
+    near = read_join(join_path(achilles_home, "worker"))
+    code = code_key(achilles_home)
+    assert code_of(near, achilles_home) == code
+    far = near.for_others(make_pair(), code)
+    elsewhere = tmp_path / "home"
+    assert code_of(far, elsewhere) == code
+    assert not elsewhere.exists(), "a secret was left on the other host"
+    assert far.code not in repr(far)
+    without = near.for_others(make_pair())
+    with pytest.raises(KeyFileError, match="exported without the code key"):
+        code_of(without, elsewhere)
+    own = code_key(elsewhere)  # as copied from a client
+    assert code_of(without, elsewhere) == own
+
+
+def test_a_running_brokers_join_file_means_the_code_key_beside_it(
+    achilles_home: Path, tmp_path: Path
+) -> None:
+    write(achilles_home)
+    code = code_key(achilles_home)
+    path = join_path(achilles_home, "client")
+    assert code_of(given_join(str(path), "client", None), tmp_path / "another home") == code
+
+
+def test_a_damaged_code_key_in_a_join_file_is_refused(achilles_home: Path) -> None:
+    write(achilles_home, code="short")
+    with pytest.raises(KeyFileError, match="is damaged"):
+        read_join(join_path(achilles_home, "client"))

@@ -192,3 +192,13 @@ def fill(buffer: Buffer, value: int) -> Buffer:
     view = memoryview(buffer.data)
     view[:] = bytes([value]) * len(view)
     return buffer
+
+
+class Makes:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)

@@ -9,15 +9,18 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from achilles.core import protocol as p
+from achilles.errors import SealError
 from achilles.runtime import context, imports, side
 from achilles.runtime.imports import ClientModules, install
+from achilles.runtime.seal import ANSWER, QUESTION, Seal, Sealer
 from achilles.runtime.side import IMPORT, Reader, RunnerSide, pack
+from tests.modes import wait_until
 
 MODULES: dict[int, dict[str, tuple[str, str, bool]]] = {
     1: {
@@ -38,6 +41,8 @@ class Host:
     def __init__(self, sock: socket.socket) -> None:
         self.asked: list[tuple[int, str]] = []
         self.is_mute = False
+        self.sealer: Sealer | None = None
+        self.forge: Callable[[bytes], bytes] = lambda body: body
         self._sock = sock
         self.thread = threading.Thread(target=self._serve)
         self.thread.start()
@@ -46,12 +51,18 @@ class Host:
         reader = Reader()
         while data := self._sock.recv(4096):
             for kind, client, body in reader.feed(data):
-                number, name = body[:4], body[4:].decode()
+                number, body, once = body[:4], body[4:], b""
+                if self.sealer is not None:
+                    once, tag, body = body[:16], body[16:32], body[32:]
+                    assert self.sealer.is_sealed(QUESTION, once, body, tag)
+                name = body.decode()
                 self.asked.append((client, name))
                 found = MODULES[client].get(name)
                 if not self.is_mute:
                     answer = b"" if found is None else marshal.dumps(found)
-                    self._sock.sendall(pack(kind, client, number + answer))
+                    if self.sealer is not None:
+                        answer += self.sealer.letter(ANSWER, once, answer)
+                    self._sock.sendall(pack(kind, client, number + self.forge(answer)))
 
 
 @pytest.fixture
@@ -174,3 +185,80 @@ def test_answers_of_another_client_are_not_taken(host: Host, modules: ClientModu
     assert IMPORT == p.IMPORT
     modules._take(2, b"\1\0\0\0whatever")  # nobody waits
     assert load("far").WHO == 1
+
+
+# --- Sealed ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sealer(host: Host, monkeypatch: pytest.MonkeyPatch) -> Sealer:
+    """The client's, whose call was opened."""
+    seal = Seal(bytes(32))
+    host.sealer = Sealer(seal)
+    monkeypatch.setattr(context, "seal", seal)
+    monkeypatch.setattr(context, "root", host.sealer.root)
+    return host.sealer
+
+
+def test_sealed_answers_are_taken(host: Host, modules: ClientModules, sealer: Sealer) -> None:
+    assert load("far").WHO == 1
+    with pytest.raises(ModuleNotFoundError):
+        load("farther")
+    assert host.asked == [(1, "far"), (1, "farther")]
+
+
+def test_an_answer_that_is_not_the_clients_is_not_read(
+    host: Host, modules: ClientModules, sealer: Sealer
+) -> None:
+    for forge in (
+        lambda body: b"x" + body[1:],
+        lambda body: body[:-16],
+        lambda body: b"",
+        lambda body: body[:-1] + bytes([body[-1] ^ 1]),
+        lambda body: body[:-16] + sealer.letter(ANSWER, bytes(16), body[:-16]),
+    ):
+        host.forge = forge
+        with pytest.raises(SealError, match="for the module 'far' does not carry the seal"):
+            load("far")
+    host.forge = lambda body: body
+    assert load("far").WHO == 1
+
+
+def test_before_a_call_was_opened_nobody_is_asked(
+    host: Host, modules: ClientModules, sealer: Sealer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "root", b"")
+    with pytest.raises(ModuleNotFoundError):
+        load("far")
+    assert not host.asked
+
+
+def test_a_client_shows_that_it_lives(
+    host: Host,
+    modules: ClientModules,
+    sealer: Sealer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = threading.active_count()
+    modules.meet(sealer.root)
+    assert host.asked == [(1, "")]
+    assert threading.active_count() == threads, "a task that forks must not be warned of a thread"
+    host.forge = lambda body: bytes(16)
+    with pytest.raises(SealError, match="whether it lives"):
+        modules.meet(sealer.root)
+    monkeypatch.setattr(context, "side", None)
+    with pytest.raises(OSError, match="a fork of a runner"):
+        modules.meet(sealer.root)
+
+
+def test_a_question_that_was_lost_is_asked_again(
+    host: Host, modules: ClientModules, sealer: Sealer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imports, "MEET_SECONDS", 0.02)
+    host.is_mute = True
+    thread = threading.Thread(target=modules.meet, args=(sealer.root,))
+    thread.start()
+    wait_until(lambda: len(host.asked) >= 2, "it asks again")
+    host.is_mute = False
+    thread.join(20)
+    assert not thread.is_alive()

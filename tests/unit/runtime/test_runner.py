@@ -13,10 +13,21 @@ from typing import Any
 import psutil
 import pytest
 
-from achilles.core.protocol import ERROR, INIT_FAILED, VALUE, Execute, Load, Recall, Unload
-from achilles.errors import RemoteError, ResultPickleError
+from achilles.core.protocol import (
+    ERROR,
+    INIT_FAILED,
+    VALUE,
+    Execute,
+    Load,
+    Recall,
+    ToRunner,
+    Unload,
+)
+from achilles.errors import RemoteError, ResultPickleError, SealError
 from achilles.runtime.functions import FunctionTable, bytes_of
+from achilles.runtime.seal import ANSWER, TAG_SIZE, Seal, Sealer
 from achilles.runtime.serialize import LARGE, dumps, dumps_call, join_inline, load_outcome
+from achilles.runtime.side import IMPORT
 from tests.unit.runtime import tasks
 from tests.unit.runtime.driver import CLIENT, Driver, Gate, driving
 
@@ -354,3 +365,125 @@ def test_results_survive_the_round_trip_as_their_own_type(driver: Driver) -> Non
     status, payload = 0, dumps({"a": (1, 2)})
     assert load_outcome(status, payload) == ({"a": (1, 2)}, None)
     assert driver.run(tasks.identity, {"a": (1, 2)}) == {"a": (1, 2)}
+
+
+# --- Sealed calls ---------------------------------------------------------------------------------
+
+CODE = bytes(range(32))
+
+
+class SealingClient:
+    """A client that seals its calls, and says that it lives when a runner asks."""
+
+    def __init__(self, driver: Driver, number: int = CLIENT) -> None:
+        self.driver = driver
+        self.number = number
+        self.sealer = Sealer(Seal(CODE))
+        self.is_alive = True
+        self.asked = 0
+
+    def run(
+        self, seq: int, fn: Any, *args: Any, init: Any = None, change: Any = None, id: int = 1
+    ) -> Any:
+        """The outcome of one call; ``change`` alters its payload."""
+        function, payload = dumps(fn), dumps_call(args, {})
+        assert isinstance(payload, bytes)
+        number, init_number = seq, 100 + seq if init is not None else 0
+        self.load(number, function)
+        if init is not None:
+            self.load(init_number, dumps((init, ())))
+        payload += self.sealer.call(id, (number, init_number, ()), function, payload)
+        if change is not None:
+            payload = change(payload)
+        key = (1, seq, 0)
+        self.driver.results.pop(key, None)
+        sent = Execute(1, seq, self.number, number, init_number, [payload], ids=[id])
+        self.driver.apply(sent)
+        self.driver.until(lambda: self.answer(key))
+        status, result = self.driver.results[key]
+        value, error = load_outcome(status, self.sealer.open_result(id, status, result))
+        return value if error is None else error
+
+    def load(self, number: int, payload: bytes) -> None:
+        sealed = payload + self.sealer.blob(number, payload)
+        self.driver.apply(Load(1, self.number, number, sealed))
+
+    def answer(self, key: tuple[int, int, int]) -> bool:
+        """Answer the questions of this client's runner, as `letters.Desk` does; whether the result is there."""
+        letters, self.driver.letters = self.driver.letters, []
+        for letter in letters:
+            assert (letter.client, letter.kind) == (self.number, IMPORT)
+            number, once, tag, name = (
+                *(letter.body[:4], letter.body[4:20], letter.body[20:36], letter.body[36:]),
+            )
+            assert self.sealer.is_sealed(b"?", once, name, tag)
+            self.asked += name == b""  # it has no module either
+            tag = self.sealer.letter(ANSWER, once, b"") if self.is_alive else bytes(TAG_SIZE)
+            self.driver.apply(ToRunner(1, letter.client, IMPORT, number + tag))
+        return key in self.driver.results
+
+
+@pytest.fixture
+def sealed() -> Iterator[Driver]:
+    with driving(code=CODE, is_remote=True) as driver:
+        driver.spawn()
+        yield driver
+
+
+def test_a_sealed_call_is_run_and_its_client_is_asked_once_whether_it_lives(
+    sealed: Driver,
+) -> None:
+    client = SealingClient(sealed)
+    assert [client.run(seq, tasks.add, seq, 1, id=seq) for seq in (1, 2, 3)] == [2, 3, 4]
+    assert client.asked == 1
+
+
+def test_a_call_that_is_not_sealed_is_not_unpickled(sealed: Driver, tmp_path: Path) -> None:
+    client = SealingClient(sealed)
+    canary = tmp_path / "canary"
+    evil = dumps_call((tasks.Makes(str(canary)),), {})
+    assert isinstance(evil, bytes)
+    for seq, change in enumerate(
+        (lambda call: evil, lambda call: evil + call[-48:], lambda call: b""), 1
+    ):
+        if seq == 2:
+            assert isinstance(client.run(seq, tasks.identity, seq, change=change), SealError)
+        else:  # nobody's call, so the refusal is nobody's result
+            with pytest.raises(SealError):
+                client.run(seq, tasks.identity, seq, change=change)
+    assert not canary.exists()
+    assert client.run(9, tasks.identity, 9) == 9
+    assert client.run(10, tasks.identity, tasks.Makes(str(canary))) is None
+    assert canary.exists()  # it would have been made
+
+
+def test_an_initializer_is_run_behind_its_seal(sealed: Driver) -> None:
+    client = SealingClient(sealed)
+    assert client.run(1, tasks.calls, init=tasks.count_calls) == 1
+    error = client.run(2, tasks.calls, init=tasks.count_calls, change=lambda call: b"x" + call)
+    assert isinstance(error, SealError)
+
+
+def test_a_client_that_does_not_live_is_not_run_for(sealed: Driver) -> None:
+    client = SealingClient(sealed)
+    client.is_alive = False
+    error = client.run(1, tasks.add, 1, 1)
+    assert isinstance(error, SealError)
+    assert "whether it lives" in str(error)
+    client.is_alive = True
+    assert client.run(2, tasks.add, 1, 1) == 2
+
+
+def test_a_number_that_is_another_clients_now_has_nothing_of_the_old_one(sealed: Driver) -> None:
+    """As after a broker's restart."""
+    assert SealingClient(sealed).run(1, tasks.calls, init=tasks.count_calls) == 1
+    other = SealingClient(sealed)
+    assert other.run(1, tasks.calls, init=tasks.count_calls) == 2, "its own initializer ran"
+    assert other.asked == 1
+
+
+def test_clients_take_turns_without_being_asked_again(sealed: Driver) -> None:
+    one, two = SealingClient(sealed, 1), SealingClient(sealed, 2)
+    for seq in (1, 2, 3):
+        assert one.run(seq, tasks.add, 1, 1) == two.run(seq + 10, tasks.add, 1, 1) == 2
+    assert (one.asked, two.asked) == (1, 1)

@@ -287,3 +287,12 @@ def test_kinds_have_nothing_in_common() -> None:
     seal = Seal(CODE)
     states = [seal.calls, seal.blobs, seal.results, seal._letters, Seal(bytes(32)).calls]
     assert len({state.digest() for state in states}) == len(states)
+
+
+def test_what_is_too_short_is_not_taken_for_one_of_the_chunk_before() -> None:
+    pair = Pair()
+    pair.open(pair.call())
+    for size in range(TAG_SIZE + 1):
+        with pytest.raises(SealError):
+            pair.open(bytes(size))
+        assert pair.open(pair.call()) == b"arguments"

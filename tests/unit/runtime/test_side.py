@@ -179,3 +179,42 @@ def test_what_a_task_wrote_is_read_before_its_result(driver: Driver) -> None:
 def test_a_task_may_close_it(driver: Driver) -> None:
     assert driver.run(_close_and_return) == "done"
     driver.apply(ToRunner(1, CLIENT, NESTED, b"nobody reads this"))
+
+
+def test_one_letter_is_read_without_a_thread(ends: tuple[socket.socket, socket.socket]) -> None:
+    """As long as nobody wants others: then its thread does so."""
+    near, far = ends
+    host, runner = HostSide(near.fileno()), RunnerSide(far.fileno())
+    threads = threading.active_count()
+    is_there = threading.Lock()
+    is_there.acquire()
+    for _ in range(2):
+        host.send(IMPORT, 1, b"answer")
+        runner.read_until(IMPORT, lambda client, body: is_there.release(), is_there, BOUND)
+        assert is_there.locked()  # it was released, and taken
+    assert threading.active_count() == threads
+    runner.read_until(IMPORT, lambda client, body: None, is_there, 0.001)  # nothing comes
+    other: list[bytes] = []
+    is_other_there = threading.Event()
+
+    def take(client: int, body: bytes) -> None:
+        other.append(body)
+        is_other_there.set()
+
+    host.send(NESTED, 1, b"for another")
+    runner.handle(NESTED, take)
+    assert is_other_there.wait(BOUND)
+    host.send(IMPORT, 1, b"answer")
+    runner.read_until(IMPORT, lambda client, body: is_there.release(), is_there, BOUND)
+    assert other == [b"for another"]
+    near.shutdown(socket.SHUT_RDWR)
+
+
+def test_the_end_of_the_host_ends_the_reading(ends: tuple[socket.socket, socket.socket]) -> None:
+    near, far = ends
+    runner = RunnerSide(far.fileno())
+    near.shutdown(socket.SHUT_RDWR)
+    never = threading.Lock()
+    never.acquire()
+    with pytest.raises(OSError, match="closed the side channel"):
+        runner.read_until(IMPORT, lambda client, body: None, never, BOUND)
