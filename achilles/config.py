@@ -89,6 +89,7 @@ SETTINGS = (
     _duration("broker.suspect_after", 5.0, 0.01, "Silence after which a worker gets no new work."),
     _duration("broker.lost_after", 15.0, 0.03, "Silence after which its work runs elsewhere."),
     _duration("broker.grace", 2.0, 0.0, "The same after its connection was seen to close."),
+    Setting("broker.restarts", "integer", 5, "Crashes within a minute after which it gives up.", 0),
     Setting("broker.credit", "integer", 100_000, "Tasks without a result, for each client.", 1),
     Setting(
         "worker.slots",

@@ -1,7 +1,7 @@
 """The command ``achilles``: a broker, workers, and what one asks them.
 
 Settings: flags, then ``ACHILLES_*`` in the environment, then ``achilles.toml``, then defaults.
-Exit codes: 0; 2 wrong usage or an insecure bind; 69 no broker; 78 bad configuration; 130 and 143 only if work was lost.
+Exit codes: 0; 2 wrong usage or an insecure bind; 69 no broker; 70 a broker that crashes again and again; 78 bad configuration; 130 and 143 only if work was lost.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -33,16 +32,23 @@ def broker(
     context.start_logging()
     settings = context.settings
 
-    from achilles.net.serve import serve
+    endpoint = str(context.endpoint("broker.bind", to_bind=True))
+
+    from achilles.net.serve import serve  # here, so that another serving process begins at once
+    from achilles.net.supervisor import Supervisor
+
+    serving = Supervisor(stop, say, restarts_max=settings["broker.restarts"]).start()
 
     def on_ready(addresses: Addresses, running: Broker) -> None:
         stop.wake = running.loop.wake
-        _announce(addresses)
+        if not serving.is_first:
+            return
+        _announce(addresses, serving.pid)
         if print_address:
             click.echo(str(addresses.clients))
 
     lost = serve(
-        str(context.endpoint("broker.bind", to_bind=True)),
+        endpoint,
         home=home(),
         timings=_timings(settings),
         credit=settings["broker.credit"],
@@ -50,18 +56,19 @@ def broker(
         advertise=settings["broker.advertise"],
         on_ready=on_ready,
         is_stopping=lambda: stop.count > 0,
+        serving=serving,
     )
     if lost and stop.count:
         say(f"achilles broker: {count(lost, 'task')} had no result yet")
         sys.exit(stop.exit_code)
 
 
-def _announce(addresses: Addresses) -> None:
+def _announce(addresses: Addresses, pid: int) -> None:
     """Say where the broker listens, how to join it and how to connect."""
     address, far = addresses.clients, addresses.far_clients
     over = f" (and {addresses.ipc} for this host)" if addresses.ipc else ""
     lines = [
-        f"achilles broker listens on {address}{over}, pid {os.getpid()}",
+        f"achilles broker listens on {address}{over}, pid {pid}",
         f"  join a worker:        achilles worker {address}",
         f'  connect from Python:  DistributedExecutor(address="{address}")',
         "  look, and stop:       achilles status; achilles shutdown",

@@ -273,8 +273,9 @@ def write_joins(
     worker_ipc: str,
     far_address: str = "",
     far_worker_address: str = "",
+    pid: int | None = None,
 ) -> None:
-    """Write the running broker's join files.
+    """Write the running broker's join files; ``pid`` is the process that users know, by default this one.
 
     Raises:
         KeyFileError: a directory is loose, or cannot be written to.
@@ -290,7 +291,7 @@ def write_joins(
             ipc,
             worker_ipc,
             hostname(),
-            os.getpid(),
+            pid or os.getpid(),
             pair.public.decode(),
             pair.secret.decode(),
             broker_public,

@@ -12,10 +12,12 @@ import secrets
 import shlex
 import stat
 from pathlib import Path
+from time import monotonic, sleep
 
 from achilles.errors import ConfigError, KeyFileError
 
 FILE_MAX = 64 * 1024
+DYING_SECONDS = 5.0  # for a broker whose parent has ended
 
 
 def private_directory(path: Path) -> Path:
@@ -112,13 +114,14 @@ def write_private(path: Path, data: bytes, *, replace: bool) -> None:
 class BrokerLock:
     """Holds a run directory for one broker; a second would take its sockets and join files without a word."""
 
-    def __init__(self, path: Path) -> None:
-        """Take the lock; a dead broker's is free.
+    def __init__(self, path: Path, pid: int | None = None) -> None:
+        """Take the lock; a dead broker's is free, or is soon. ``pid``: the process that users know, by default this one.
 
         Raises:
             ConfigError: another broker holds it, or it cannot be made.
         """
         self._path = path
+        self.has_waited = False
         while True:
             try:
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -130,7 +133,7 @@ class BrokerLock:
                 break
             os.close(self._fd)  # its last holder removed it while we waited to open it
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        os.pwrite(self._fd, str(pid or os.getpid()).encode(), 0)
 
     def release(self) -> None:
         """Give it up, and remove the file."""
@@ -139,21 +142,39 @@ class BrokerLock:
         os.close(self._fd)
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
-            os.close(self._fd)
-            raise ConfigError(
-                f"an achilles broker of yours runs already (pid {holder or 'unknown'}, with {self._path.parent}); "
-                "end it with: achilles shutdown, or give this one an ACHILLES_HOME of its own"
-            ) from None
+        deadline = monotonic() + DYING_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
+                if not _has_ended(holder) or monotonic() > deadline:
+                    break
+                self.has_waited = True  # its parent was killed, and it is about to follow
+                sleep(0.01)
+            else:
+                return
+        os.close(self._fd)
+        raise ConfigError(
+            f"an achilles broker of yours runs already (pid {holder or 'unknown'}, with {self._path.parent}); "
+            "end it with: achilles shutdown, or give this one an ACHILLES_HOME of its own"
+        ) from None
 
     def _is_in_place(self) -> bool:
         try:
             return os.path.samestat(os.fstat(self._fd), os.lstat(self._path))
         except FileNotFoundError:
             return False
+
+
+def _has_ended(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, OverflowError, PermissionError):
+        return False
+    return False
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:

@@ -7,6 +7,7 @@ import functools
 import ipaddress
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic, sleep
 from typing import NamedTuple
 
 import zmq
@@ -36,7 +37,9 @@ from achilles.net.keys import (
     write_joins,
 )
 from achilles.net.private import BrokerLock, private_directory
+from achilles.net.supervisor import Serving
 
+BIND_SECONDS = 5.0  # for the ports of a broker that is about to end
 CLIENTS, WORKERS = "achilles-clients", "achilles-workers"  # the ZAP domains
 _DOORS = {CLIENTS: ("clients.ipc", (CLIENT, ADMIN)), WORKERS: ("workers.ipc", (WORKER,))}
 
@@ -65,11 +68,12 @@ def serve(
     advertise: str | None,
     on_ready: Callable[[Addresses, Broker], None],
     is_stopping: Callable[[], bool],
+    serving: Serving | None = None,
 ) -> int:
     """Run a broker until ``is_stopping()`` or a shutdown; how many tasks had no result then.
 
     Workers meet it on a port of its own, which their join file names: users never type it. ``advertise`` is what
-    other hosts call this one.
+    other hosts call this one. ``serving``: what a supervisor tells, and is told.
 
     Raises:
         InsecureBindError: other machines could reach the endpoint, and its keys are not in order.
@@ -77,11 +81,17 @@ def serve(
         ConfigError: the endpoint cannot be, or is taken; a key file is not in order.
     """
     tcp = parse_endpoint(bind, to_bind=True)
+    if serving and serving.port:
+        tcp = tcp._replace(port=serving.port)  # where peers look for it
     _check_keys(home, tcp)
     raise_descriptor_limit()
+    pid = serving.pid if serving else None
+    awaited = serving.workers if serving else None
+    if awaited is None and not join_path(home, WORKER).exists():
+        awaited = frozenset()  # no broker was killed here
     # What is last in the list goes first: the sockets, what they leave, the join files, the lock.
     with contextlib.ExitStack() as leave:
-        lock = BrokerLock(private_directory(private_directory(home) / "run") / "broker.lock")
+        lock = BrokerLock(private_directory(private_directory(home) / "run") / "broker.lock", pid)
         leave.callback(lock.release)
         run = run_directory(home)
         if run.parent != home:
@@ -90,7 +100,10 @@ def serve(
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         leave.callback(context.destroy, 0)
         gatekeeper = Gatekeeper(context, _users(home))
-        clients, workers = _bind(context, tcp, home, run if with_ipc else None, leave)
+        patience = BIND_SECONDS if lock.has_waited else 0.0
+        clients, workers = _bind(
+            context, tcp, home, run if with_ipc else None, leave, monotonic() + patience
+        )
         addresses = _addresses(tcp, clients, workers, advertise)
         roles: dict[str, Roles] = {domain: _roles(home, domain) for domain in _DOORS}
 
@@ -99,7 +112,7 @@ def serve(
             gatekeeper.users = _users(home)
             for domain in _DOORS:
                 roles[domain] = _roles(home, domain)
-            _write_joins(home, addresses)
+            _write_joins(home, addresses, pid)
 
         broker = Broker(
             [(clients.socket, lambda: roles[CLIENTS]), (workers.socket, lambda: roles[WORKERS])],
@@ -107,11 +120,15 @@ def serve(
             timings=timings,
             credit=credit,
             reload=reload,
+            awaited=awaited,
+            on_workers=serving.has_workers if serving else None,
         )
         leave.callback(broker.close)
         self_attack.attack(context, _doors(home, addresses), broker.loop, broker.step)
         gatekeeper.refused = 0
-        _write_joins(home, addresses)
+        _write_joins(home, addresses, pid)
+        if serving:
+            serving.is_ready(addresses.clients.port)
         on_ready(addresses, broker)
         return broker.run(is_stopping)
 
@@ -168,8 +185,12 @@ def _bind(
     home: Path,
     run: Path | None,
     leave: contextlib.ExitStack,
+    deadline: float,
 ) -> list[Bound]:
-    """The socket for clients, and that for workers; ``leave`` is told how to take them away."""
+    """The socket for clients, and that for workers; ``leave`` is told how to take them away.
+
+    ``deadline``: until then what is taken may become free.
+    """
     secret = key_pair(home, "broker").secret
     bounds: list[Bound] = []
     for domain, (name, _) in _DOORS.items():
@@ -183,8 +204,20 @@ def _bind(
                 bounds.append(bind(tcp=tcp._replace(port=port)))
                 break
         else:
-            bounds.append(bind(tcp=tcp._replace(port=ports[-1])))
+            bounds.append(
+                _bind_soon(functools.partial(bind, tcp=tcp._replace(port=ports[-1])), deadline)
+            )
     return bounds
+
+
+def _bind_soon(bind: Callable[[], Bound], deadline: float) -> Bound:
+    while True:
+        try:
+            return bind()
+        except ConfigError:
+            if monotonic() >= deadline:
+                raise
+        sleep(0.02)
 
 
 def _worker_ports(home: Path, tcp: Endpoint, clients: Endpoint | None) -> list[int]:
@@ -223,7 +256,7 @@ def _is_wildcard(host: str) -> bool:
         return False
 
 
-def _write_joins(home: Path, addresses: Addresses) -> None:
+def _write_joins(home: Path, addresses: Addresses, pid: int | None) -> None:
     write_joins(
         home,
         address=str(addresses.clients),
@@ -232,6 +265,7 @@ def _write_joins(home: Path, addresses: Addresses) -> None:
         worker_ipc=str(addresses.worker_ipc or ""),
         far_address=str(addresses.far_clients),
         far_worker_address=str(addresses.far_workers),
+        pid=pid,
     )
 
 

@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from tests.sim.nodes import Client, Worker
+from tests.sim.clients import Client
+from tests.sim.nodes import Worker
 from tests.sim.oracle import OPEN, Truth
 from tests.sim.world import World
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from achilles.core import charges, sessions, submission
+from tests.sim.clients import Client
 from tests.sim.faults import Faults
-from tests.sim.nodes import Client, Node
+from tests.sim.nodes import Node
 from tests.sim.oracle import Truth, Violation
 from tests.sim.plan import WHOLE, Plan, Trim, make_plan
 from tests.sim.world import World

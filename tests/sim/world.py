@@ -20,8 +20,9 @@ from achilles.core import protocol as p
 from achilles.core.agent import START_SECONDS, STUCK_SECONDS
 from achilles.core.link import Packet
 from achilles.errors import ProtocolError
+from tests.sim.clients import Client
 from tests.sim.hostile import Hostile
-from tests.sim.nodes import Broker, Client, Connection, Frames, Node, Peer, Worker
+from tests.sim.nodes import Broker, Connection, Frames, Node, Peer, Worker
 from tests.sim.oracle import Oracle, Violation
 from tests.sim.plan import PROMPT, Plan
 from tests.sim.runners import IdleWatch
