@@ -56,7 +56,7 @@ class Recovery:
         now: float,
         seconds: float,
         patience: float,
-        awaited: Iterable[int] | None,
+        awaited: frozenset[int] | None,
         end: Callable[[Client], list[Send]],
     ) -> None:
         self._clients = clients

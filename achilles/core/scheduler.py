@@ -58,7 +58,7 @@ class Scheduler:
         epoch: int = 0,
         recovery: float = 0.0,
         patience: float = 0.0,
-        awaited: Iterable[int] | None = None,
+        awaited: frozenset[int] | None = None,
     ) -> None:
         """``credit``: tasks that a client may have unresolved; 0: no limit. The others: see `Recovery`.
 
@@ -90,7 +90,7 @@ class Scheduler:
             end=self._root_left,
         )
         # The workers' numbers, and of those that may come back; None while that is not known.
-        self.workers = None if awaited is None and recovery else frozenset(awaited or ())
+        self.workers = None if awaited is None and recovery else awaited or frozenset()
         self._done = self._late = 0
 
     def _make_desk(self, first_lease: int) -> Dispatcher:

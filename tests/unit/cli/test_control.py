@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from time import monotonic
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -99,11 +100,12 @@ def test_no_broker_is_a_named_error(command: list[str]) -> None:
 def test_a_broker_that_hangs_is_a_named_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACHILLES_CLIENT_CONNECT_TIMEOUT", "300ms")
     with commands.broker() as broker:
-        broker.process.send_signal(signal.SIGSTOP)
+        (serving,) = psutil.Process(broker.process.pid).children()
+        serving.send_signal(signal.SIGSTOP)
         began = monotonic()
         code, output = invoke("status")
         assert monotonic() - began < 5
-        broker.process.send_signal(signal.SIGCONT)
+        serving.send_signal(signal.SIGCONT)
         assert broker.stop() == 0
     assert code == 69
     assert "never spoke our protocol" in output

@@ -82,3 +82,18 @@ def test_a_refusal_ends_the_calls() -> None:
     assert made.reason == "no"
     assert made.next_deadline() is None
     assert made.tick(9.0) == []
+
+
+def test_whoever_had_a_session_says_so_and_keeps_what_was_not_acknowledged(dialer: Dialer) -> None:
+    """The broker of the next one may be another."""
+    cancel = p.Cancel([1])
+    (first,) = dialer.send([cancel])
+    dialer.send([p.Cancel([2])])
+    assert first.message is cancel
+    dialer.receive(Packet(p.Header(TOKEN, 0, 1), p.Heartbeat()), 0.3)
+    packets, messages = dialer.receive(packet(p.Gone()), 0.4)
+    assert messages == [p.Gone()]
+    (hello,) = packets
+    assert hello.message == p.ClientHello(b"i" * 16, "client", "0", "3.11", "me", is_back=True)
+    assert not HELLO.is_back
+    assert dialer.unacknowledged == [p.Cancel([2])]
