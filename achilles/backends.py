@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from achilles.errors import ExecutorForkedError
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from achilles.core import protocol as p
 
 LIVE: weakref.WeakSet[Backend] = weakref.WeakSet()  # their threads keep them, executor or not
+INTERRUPT_SECONDS = 5.0  # for what runs to end by itself after Ctrl-C
 is_exiting = False
 
 
@@ -76,6 +79,11 @@ class Core:
         if self.is_started:
             _join(self.backend)
 
+    def give_up(self, *, is_urgent: bool) -> None:
+        """Ctrl-C, after a shutdown that cancels: what runs has a moment to end unless it ``is_urgent``, and is ended then."""
+        if self.is_started:
+            _give_up([self.backend], 0.0 if is_urgent else INTERRUPT_SECONDS)
+
 
 class TaskCore(Core):
     """That of an executor in a task: its backend is not its own, and outlives it."""
@@ -92,6 +100,10 @@ class TaskCore(Core):
         """Wait for what the tasks here have submitted so far."""
         self._nested.join()
 
+    def give_up(self, *, is_urgent: bool) -> None:
+        """The same: Ctrl-C is for the program, not for its tasks."""
+        self.join()
+
 
 def _join(backend: Backend) -> None:
     """Wait for the last result, and then for the last callback."""
@@ -102,15 +114,51 @@ def _join(backend: Backend) -> None:
         callbacks.join()
 
 
+def _give_up(backends: Sequence[Backend], seconds: float) -> None:
+    """Wait so long for what runs, then end it; a second Ctrl-C ends it at once."""
+    from achilles.errors import TerminatedError
+
+    deadline = monotonic() + seconds
+    threads = [backend.thread for backend in backends if backend.thread is not None]
+    try:
+        for thread in threads:
+            thread.join(max(0.0, deadline - monotonic()))
+    finally:
+        for backend in backends:
+            backend.mailbox.finish()  # what was to do so may have been interrupted
+            if backend.thread is not None and backend.thread.is_alive():
+                backend.kill(
+                    lambda: TerminatedError("the program was interrupted before the task was done")
+                )
+        for backend in backends:
+            _join(backend)
+
+
+def _was_interrupted() -> bool:
+    """Whether the program ends by Ctrl-C; in an interactive one that was perhaps long ago."""
+    return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
+
+
 def _at_exit() -> None:
-    """As the standard library does: what was submitted is finished before the interpreter ends."""
+    """As the standard library does: what was submitted is finished before the interpreter ends.
+
+    But for Ctrl-C, which there reaches the processes that work, and here the program alone: it ends what it has.
+    """
     global is_exiting
     is_exiting = True
     backends = list(LIVE)
     for backend in backends:
         backend.mailbox.finish()
+    if not _was_interrupted():
+        try:
+            for backend in backends:
+                _join(backend)
+            return
+        except KeyboardInterrupt:
+            pass
     for backend in backends:
-        _join(backend)
+        backend.cancel_pending()
+    _give_up(backends, INTERRUPT_SECONDS)
 
 
 threading._register_atexit(_at_exit)  # type: ignore[attr-defined]

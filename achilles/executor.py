@@ -31,6 +31,8 @@ from achilles.runtime.functions import FunctionTable, bytes_of
 from achilles.runtime.serialize import dumps, dumps_call, join_inline
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from achilles.core import protocol as p
 
 T = TypeVar("T")
@@ -302,6 +304,27 @@ class DistributedExecutor(concurrent.futures.Executor):
         self._finalizer()
         if wait:
             self._core.join()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        """`shutdown`. After Ctrl-C, which does not reach the runners, it cancels what is queued, and what runs
+        has five seconds to end; a second one ends it at once.
+        """
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.shutdown(wait=True)
+            return None
+        is_urgent = True
+        try:
+            self.shutdown(wait=False, cancel_futures=True)
+            is_urgent = False
+        finally:
+            if self._is_connected and os.getpid() == self._pid:
+                self._core.give_up(is_urgent=is_urgent)
+        return None
 
     # --- Beyond it --------------------------------------------------------------------------------
 

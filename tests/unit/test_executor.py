@@ -86,6 +86,18 @@ def test_after_shutdown(backends: list[Backend]) -> None:
         executor.shutdown(wait=False)
 
 
+@pytest.mark.bad_input(63)
+def test_an_interrupt_cancels_what_an_error_waits_for(backends: list[Backend]) -> None:
+    for error in (KeyboardInterrupt, LookupError):
+        executor = DistributedExecutor(2)
+        future = executor.submit(tasks.add, 1)
+        with pytest.raises(error), executor:
+            raise error
+        assert future.cancelled() == (error is KeyboardInterrupt)
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            executor.submit(tasks.add, 1)
+
+
 @pytest.mark.bad_input(31)
 def test_at_the_interpreters_end(backends: list[Backend], monkeypatch: pytest.MonkeyPatch) -> None:
     executor = DistributedExecutor(2)
