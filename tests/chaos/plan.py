@@ -86,8 +86,8 @@ _ALL = tuple(kind for kind in KINDS if kind not in ("full disk", "clock", "unrea
 NEMESES = {
     one.name: one
     for one in (
-        Nemesis("N1", "runners killed", ("kill runner",), 0.3, {"kill runner": 25, "requeued": 5}),
-        Nemesis("N2", "workers killed", ("kill worker",), 1.2, {"kill worker": 8, "requeued": 5}),
+        Nemesis("N1", "runners killed", ("kill runner",), 0.16, {"kill runner": 60, "requeued": 5}),
+        Nemesis("N2", "workers killed", ("kill worker",), 0.8, {"kill worker": 12, "requeued": 5}),
         Nemesis("N3", "broker killed", ("kill broker",), 4.0, {"kill broker": 3}),
         Nemesis("N4", "clients killed", ("kill client",), 1.2, {"kill client": 8}),
         Nemesis("N5", "anybody stopped", _STOPS, 1.5, {"stopped": 6}),
@@ -99,7 +99,7 @@ NEMESES = {
         Nemesis("N11", "bits turned", ("flip",), 1.0, {"flipped": 8}),
         Nemesis("N12", "no descriptors", ("no descriptors",), 4.0, {"no descriptors": 3}),
         Nemesis("N13", "full disks", ("full disk",), 3.0, {"full disk": 3}),
-        Nemesis("N14", "memory", ("memory killer",), 1.0, {"memory killer": 8}),
+        Nemesis("N14", "memory", ("memory killer",), 0.5, {"memory killer": 20}),
         Nemesis("N15", "starvation", ("starve",), 4.0, {"starve": 2}),
         Nemesis("N16", "clock jumps", ("clock",), 0.5, {"clock": 20}),
         Nemesis("N17", "hostile peers", _HOSTILE, 1.0, {"hostile": 10}),

@@ -83,6 +83,7 @@ class Rig:
         self.workers: list[Started] = []
         self.clients: list[Started] = []
         self.broker: subprocess.Popen[bytes] | None = None
+        self.no_status = "there is no join file"  # why there was none, last time
         self.restarts = 0  # of the broker, by us
         self.respawns = 0  # of workers, that ended by themselves
         self._counts = (workers, slots)
@@ -305,7 +306,8 @@ class Rig:
             return None
         try:
             answer = request(dialer_to(join), p.StatusRequest(), timeout=STATUS_SECONDS)
-        except AchillesError:
+        except AchillesError as error:
+            self.no_status = str(error)
             return None
         assert isinstance(answer, p.Status)
         return status_dict(answer)
@@ -320,7 +322,7 @@ class Rig:
 
         def is_so() -> bool:
             status = self.status()
-            last[0] = status
+            last[0] = status or self.no_status
             return status is not None and holds(status)
 
         self.wait_until(is_so, what, last)

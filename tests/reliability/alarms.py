@@ -1,0 +1,80 @@
+"""`python -m tests.reliability.alarms`: no live worker is declared lost, and long calls into C run once (R5, R6).
+
+Shipped timings: a worker is lost after 15 s of silence. Tasks hold the interpreter for four times as long (or, ``--quick``,
+all times are a fifth), beside values of up to a gibibyte and processes that take all cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import time
+
+from tests.chaos import work
+from tests.reliability import measure
+
+WORKERS, SLOTS = 4, 6
+HOLDERS = 20  # the slots beyond are for large values
+HOLD_SECONDS = 60.0
+GIBIBYTE = 1 << 30
+BUSY = "import os, time\nos.nice(5)\nt = time.monotonic() + {}\nwhile time.monotonic() < t: pass"
+
+
+def main() -> int:
+    """Measure; 1 if a worker was given up, or a task ran twice."""
+    parser = argparse.ArgumentParser(prog="python -m tests.reliability.alarms")
+    parser.add_argument("--seconds", type=float, default=70.0)
+    parser.add_argument("--largest", type=int, default=GIBIBYTE, help="value, in bytes")
+    parser.add_argument("--quick", action="store_true", help="a fifth of all times")
+    options = parser.parse_args()
+    hold_seconds = HOLD_SECONDS / 5 if options.quick else HOLD_SECONDS
+    timings = None if options.quick else measure.SHIPPED
+    numbers = itertools.count(1)
+    failures = []
+    with measure.rig(WORKERS, SLOTS, timings) as rig, measure.executor(rig) as executor:
+        log = str(rig.log)
+        began = time.monotonic()
+        program = BUSY.format(options.seconds)
+        busy = [
+            subprocess.Popen([sys.executable, "-c", program]) for _ in range(os.cpu_count() or 1)
+        ]
+        try:
+            held = 0
+            fat = 0
+            while held < 20 or time.monotonic() - began < options.seconds:
+                holders = list(itertools.islice(numbers, HOLDERS))
+                held += len(holders)
+                futures = [executor.submit(work.hold_gil, n, log, hold_seconds) for n in holders]
+                while not all(future.done() for future in futures):
+                    number = next(numbers)
+                    size = options.largest if fat % 8 == 0 else options.largest // 16
+                    value = executor.submit(work.fat, number, log, b"", size)
+                    if value.result(measure.WAIT_SECONDS) != work.blob(number + 1, size):
+                        failures.append("a large value is wrong")
+                    fat += 1
+                wrong = sum(f.result() != work.mix(n) for n, f in zip(holders, futures))
+                failures += ["a value is wrong"] * wrong
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+        minutes = (time.monotonic() - began) / 60 * WORKERS
+        again = sum(sum(r.is_begin for r in runs) - 1 for runs in measure.runs_of(rig).values())
+        alarms = sum(
+            (rig.folder / f"{worker.name}.err").read_text().count("given this session up")
+            for worker in rig.workers
+        )
+    if alarms or again:
+        failures.append(f"{alarms} workers were declared lost, {again} tasks ran again")
+    return measure.finish(
+        f"{alarms} false alarms in {minutes:.0f} worker-minutes; {held} tasks held the GIL for {hold_seconds:g} s, "
+        f"{again} ran again; {fat} values of up to {options.largest >> 20} MiB",
+        failures,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
