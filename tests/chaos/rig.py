@@ -224,7 +224,7 @@ class Rig:
         assert join is not None
         address = f"tcp://127.0.0.1:{proxy.port}"
         changed = msgspec.structs.replace(
-            join, address=address, worker_address=address, ipc="", worker_ipc="", pid=0
+            join, address=address, worker_address=address, ipc="", worker_ipc=""
         )
         path = self.folder / f"{name}.join"
         write_private(path, changed.encode(), replace=True)
