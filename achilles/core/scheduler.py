@@ -388,6 +388,7 @@ class Scheduler:
         lease = worker.leases.get(message.lease)
         if lease is None:
             self._late += len(message.indexes)
+            worker.note_stray()
             return []
         held = self._held(lease, message.indexes)
         if lease.client.found is not None:
@@ -442,6 +443,7 @@ class Scheduler:
     def _returned(self, worker: Worker, number: int, indexes: list[int], now: float) -> list[Send]:
         lease = worker.leases.get(number)
         if lease is None:
+            worker.note_stray()
             return []
         held = self._held(lease, indexes)
         for index in indexes:
@@ -456,6 +458,7 @@ class Scheduler:
     def _crashed(self, worker: Worker, message: p.Crashed, now: float) -> list[Send]:
         lease = worker.leases.get(message.lease)
         if lease is None:
+            worker.note_stray()
             return []
         (task,) = self._held(lease, [message.index])
         lease.tasks[message.index] = None

@@ -17,6 +17,9 @@ from typing import NamedTuple, TypeAlias
 
 from achilles.core import protocol as p
 from achilles.core.chunking import Estimate
+from achilles.errors import ProtocolError
+
+STRAYS_MAX = 2  # answers that a worker may give for leases that it does not hold
 
 PeerId: TypeAlias = Hashable
 Rank: TypeAlias = "tuple[int, int]"
@@ -292,6 +295,17 @@ class Worker:
         self.blobs: set[tuple[int, int]] = set()
         self.heard_at = now
         self.done = 0
+        self.strays = 0  # answers for leases that it does not hold
+
+    def note_stray(self) -> None:
+        """It has answered for a lease that it does not hold. None of ours does; a forger would try often.
+
+        Raises:
+            ProtocolError: it has done so too often.
+        """
+        self.strays += 1
+        if self.strays > STRAYS_MAX:
+            raise ProtocolError(f"{self.strays} answers for leases that it does not hold")
 
     @property
     def ahead(self) -> int:

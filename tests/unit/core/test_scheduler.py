@@ -185,6 +185,17 @@ def test_late_results_are_dropped_and_counted() -> None:
     assert bench.core.status(bench.now).late == 1
 
 
+def test_who_answers_for_leases_of_others_is_cut() -> None:
+    """Whatever the answer is; one or two might be a mistake of ours, and change nothing."""
+    bench = SchedulerBench()
+    (run,) = runs(bench.submit(1))
+    assert bench.say(WORKER, p.Returned(run.lease + 1, [0])) == []
+    assert bench.say(WORKER, p.Crashed(run.lease + 1, 0, "died")) == []
+    with pytest.raises(ProtocolError, match="3 answers for leases that it does not hold"):
+        bench.say(WORKER, p.Done(run.lease + 1, [0], b"\0", [b"forged"], 0.1))
+    assert bench.core.status(bench.now).running == 1
+
+
 @pytest.mark.parametrize("indexes", [[1], [0, 0], [7]])
 def test_results_of_others_tasks_are_refused(indexes: list[int]) -> None:
     """And change nothing."""
