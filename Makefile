@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test clients sim chaos soak reliability style format bench-quick clean
+.PHONY: help demo test clients sim chaos soak reliability style format bench bench-quick clean
 
 help:
 	@echo "make demo         a broker and two workers count words while one worker is killed (ROOT=DIR: of your files)"
@@ -20,6 +20,7 @@ help:
 	@echo "make reliability  the table of promises in RELIABILITY.md, measured here, in under 30 minutes"
 	@echo "make style        ruff, ruff format and mypy --strict only"
 	@echo "make format       lay the code out, and repair what ruff can repair"
+	@echo "make bench        speed against eight other systems, some 20 minutes (BENCH=--quick: some three)"
 	@echo "make bench-quick  speed against ProcessPoolExecutor, in one run"
 	@echo "make clean        remove .venv, builds and caches"
 
@@ -59,6 +60,10 @@ style: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The peers' environments are made in build/bench on first use, which takes some minutes more.
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.compare $(BENCH)
 
 bench-quick: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quick

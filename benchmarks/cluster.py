@@ -20,8 +20,8 @@ START_SECONDS = 20.0
 class Cluster:
     """``workers`` workers of ``slots`` slots each; a context manager that leaves nothing behind.
 
-    ``tcp``: meet over TCP with CURVE instead of ipc. ``environ``: variables beyond this process's own. What its
-    processes log is printed if the ``with`` statement ends with an error.
+    ``tcp``: meet over TCP with CURVE instead of ipc. ``environ``: variables beyond this process's own. ``awaits_workers``: it is
+    entered when they are there, not before. What its processes log is printed if the ``with`` statement ends with an error.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class Cluster:
         *,
         tcp: bool = False,
         environ: Mapping[str, str] | None = None,
+        awaits_workers: bool = True,
     ) -> None:
         self.home = tempfile.mkdtemp(prefix="achilles-")
         self._log_path = Path(self.home, "log")
@@ -42,6 +43,7 @@ class Cluster:
         self.worker_command: tuple[str, ...] = ("-m", "achilles")
         self._counts = (workers, slots)
         self._tcp = tcp
+        self._awaits_workers = awaits_workers
         self.address = ""
 
     def __enter__(self) -> Cluster:
@@ -54,7 +56,8 @@ class Cluster:
         self.address = self.broker.stdout.readline().strip()
         for _ in range(workers):
             self.add_worker(slots)
-        self.wait_until(lambda status: status["workers"] == workers)
+        if self._awaits_workers:
+            self.wait_until(lambda status: status["workers"] == workers)
         return self
 
     def add_worker(self, slots: int, *options: str) -> subprocess.Popen[str]:

@@ -1,0 +1,72 @@
+"""An environment for each group of contestants, so that peers whose dependencies contradict each other run in one comparison.
+
+They are made in ``build/bench`` on first use, from the groups ``bench*`` of pyproject.toml, and made anew when those change.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "bench"
+INSTALL_SECONDS = 600.0
+NEEDS_ACHILLES = {"bench"}
+
+
+class Environment(NamedTuple):
+    """``reason``: why there is none; "" if there is."""
+
+    python: Path
+    reason: str
+
+
+def prepare(group: str) -> Environment:
+    """The environment of a dependency group, made if it is not there or is older than pyproject.toml."""
+    folder = FOLDER / group
+    python, stamp = folder / "bin" / "python", folder / "installed"
+    project = ROOT / "pyproject.toml"
+    if stamp.exists() and stamp.stat().st_mtime >= project.stat().st_mtime:
+        return Environment(python, "")
+    venv.create(folder, clear=True, with_pip=True)
+    commands = [["--upgrade", "pip>=25.1"], ["--group", group]]
+    if group in NEEDS_ACHILLES:
+        commands.append(["--editable", "."])
+    for arguments in commands:
+        reason = _install(python, arguments)
+        if reason:
+            return Environment(python, reason)
+    stamp.touch()
+    return Environment(python, "")
+
+
+def _install(python: Path, arguments: list[str]) -> str:
+    """Run pip; why it failed, in a line, or ""."""
+    command = [str(python), "-m", "pip", "install", "--quiet", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"pip install {arguments[-1]} took longer than {INSTALL_SECONDS:.0f} s"
+    if done.returncode == 0:
+        return ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    return (errors or done.stderr.splitlines() or [f"pip exited with {done.returncode}"])[-1]
+
+
+def main() -> int:
+    """Prepare all that are named; ``python -m benchmarks.environments GROUP...``."""
+    failed = 0
+    for group in sys.argv[1:]:
+        environment = prepare(group)
+        print(f"{group}: {environment.reason or 'ready'}", flush=True)
+        failed += bool(environment.reason)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
