@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test clients sim chaos soak reliability style format bench bench-quick clean
+.PHONY: help demo test clients sim attack chaos soak reliability style format bench bench-quick clean
 
 help:
 	@echo "make demo         a broker and two workers count words while one worker is killed (ROOT=DIR: of your files)"
 	@echo "make test         style, types and all tests"
 	@echo "make clients      scikit-learn, scipy, dask, black and others on achilles, and joblib's own tests"
 	@echo "make sim          20,000 simulated clusters, some 6 minutes on two cores (SIM_SEEDS=N)"
+	@echo "make attack       the attack table: what was tried, and what came of it"
 	@echo "make chaos        real processes that are killed, stopped and cut off in every way, some 9 minutes"
 	@echo "make soak         the same for hours, every nemesis with every load (ROUNDS=N, SECONDS=S)"
 	@echo "make reliability  the table of promises in RELIABILITY.md, measured here, in under 30 minutes"
@@ -37,6 +38,9 @@ clients: $(VENV)/.installed-clients
 SIM_SEEDS ?= 20000
 sim: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.sim --count $(SIM_SEEDS) --jobs 2
+
+attack: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.security
 
 # Every nemesis once for 20 s; SEED=N for other schedules.
 SEED ?= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -313,3 +314,30 @@ def note_state(path: str) -> None:
 
 def fail_to_start() -> NoReturn:
     raise RuntimeError("the initializer has failed")
+
+
+def surroundings() -> tuple[list[str], list[str], list[str]]:
+    """What this process inherited: its environment, its arguments, and what its descriptors lead to."""
+    environ = Path("/proc/self/environ").read_bytes().decode("utf-8", "replace").split("\0")
+    arguments = Path("/proc/self/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+    descriptors = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one of the listing
+            descriptors.append(os.readlink(f"/proc/self/fd/{name}"))
+    return [*environ, *os.environ.values()], [*arguments, *sys.argv], descriptors
+
+
+def leave_a_stubborn_child() -> int:
+    """A child that ignores signals, and holds on to all that it inherited."""
+    pid = os.fork()
+    if not pid:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        for _ in range(600):
+            time.sleep(0.1)
+        os._exit(0)
+    return pid
+
+
+def close_all() -> None:
+    os.closerange(3, 256)

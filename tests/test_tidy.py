@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.security.attacks import attack
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "achilles"
 GENERATED = {".git", ".venv", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
@@ -305,6 +307,7 @@ def test_cores_are_pure() -> None:
     check(problems)
 
 
+@attack("T35")
 def test_delicate_modules_stay_in_their_rooms() -> None:
     problems = []
     for source in package():
@@ -353,6 +356,7 @@ def test_import_does_not_bring_in(module: str, unwanted: set[str], reason: str) 
     check(problems)
 
 
+@attack("T35")
 def test_nothing_unpickles_from_a_socket_or_listens_to_the_world() -> None:
     problems = []
     for source in package():

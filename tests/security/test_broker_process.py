@@ -15,6 +15,7 @@ from achilles.core import protocol as p
 from achilles.net.keys import find_join
 from tests import commands
 from tests.brokers import RawPeer, frames_of
+from tests.security.attacks import attack
 
 # Runs `achilles broker` and says at its end what it has imported, and by whom pickle was.
 WATCHED_BROKER = """
@@ -44,6 +45,7 @@ finally:
 """
 
 
+@attack("T10", "T35")
 def test_it_never_unpickles_and_never_opens_the_code_key(achilles_home: Path) -> None:
     command = (sys.executable, "-c", WATCHED_BROKER)
     with commands.Command(command, ready="look, and stop", environ={}) as broker:
@@ -85,6 +87,7 @@ def test_its_imports_are_few() -> None:
     assert not slow.intersection(imported)
 
 
+@attack("T26")
 @pytest.mark.parametrize("kind", ["text", "json"])
 def test_a_peer_cannot_forge_a_line_of_the_log(kind: str) -> None:
     command = (*commands.ACHILLES, "--log-format", kind, "broker", "--bind", "tcp://127.0.0.1:0")

@@ -13,6 +13,7 @@ import zmq
 from achilles.core import protocol as p
 from achilles.net.endpoint import CurveKeys, parse_endpoint
 from tests.brokers import RawPeer, RunningBroker, answer_one, hello, raw_peer, wait_for
+from tests.security.attacks import attack
 
 FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -51,6 +52,7 @@ def is_let_in(address: str, keys: CurveKeys | None) -> bool:
         context.destroy(0)
 
 
+@attack("T1", "T2")
 def test_each_key_opens_its_own_door_alone(broker: RunningBroker) -> None:
     stranger = CurveKeys(*zmq.curve_keypair(), broker.join("client").keys.broker_public)
     keys: dict[str, CurveKeys | None] = {"nobody": None, "stranger": stranger}
@@ -65,6 +67,7 @@ def test_each_key_opens_its_own_door_alone(broker: RunningBroker) -> None:
     assert let_in == {("clients", "client"), ("clients", "admin"), ("workers", "worker")}
 
 
+@attack("T11", "T36")
 def test_a_clients_key_over_tcp_does_not_administer(broker: RunningBroker) -> None:
     join = broker.join("client")
     with RawPeer(parse_endpoint(join.address), join.keys) as peer:
@@ -82,6 +85,7 @@ def test_nothing_listens_beyond_loopback(broker: RunningBroker) -> None:
     assert set(listening) == {"127.0.0.1"}
 
 
+@attack("T22")
 def test_a_connection_that_says_nothing_holds_up_nobody(broker: RunningBroker) -> None:
     address = broker.addresses.clients
     with socket.create_connection((address.host, address.port)) as silent:

@@ -22,6 +22,7 @@ from tests.brokers import (
     raw_peer,
     wait_for,
 )
+from tests.security.attacks import attack
 
 HEADER_SIZE = 36
 TOKEN = bytes(range(16))
@@ -176,6 +177,7 @@ def malformed_frames(peer: RawPeer) -> dict[str, Sequence[bytes]]:
     }
 
 
+@attack("T24")
 @pytest.mark.bad_input(70)
 @pytest.mark.parametrize("role", ["client", "worker"])
 def test_malformed_frames_cut_their_senders_session(scene: Scene, role: str) -> None:
@@ -198,6 +200,7 @@ def test_malformed_frames_before_a_session_are_passed_over(scene: Scene) -> None
         peer.hello("client")  # whoever finds our language yet is welcome
 
 
+@attack("T24")
 @pytest.mark.bad_input(70)
 @pytest.mark.parametrize("role", list(VALID))
 def test_each_field_of_each_message_is_checked(scene: Scene, role: str) -> None:
@@ -258,6 +261,7 @@ def test_what_a_broker_tells_a_task_is_not_for_workers_to_say(scene: Scene) -> N
         assert "a task does not send Results" in scene.cut(peer)
 
 
+@attack("T11")
 @pytest.mark.parametrize("role", list(OF_OTHERS))
 def test_a_role_may_not_send_what_others_may(scene: Scene, role: str) -> None:
     for message in [*OF_OTHERS[role], *FROM_BROKERS]:
@@ -276,6 +280,7 @@ def test_a_peer_that_plays_broker_is_cut(scene: Scene, message: p.Wire) -> None:
         scene.cut(peer)
 
 
+@attack("T26")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -302,6 +307,7 @@ def test_a_worker_of_impossible_size_begins_no_session(scene: Scene, slots: int)
         assert not isinstance(peer.receive(0.05), p.Welcome)
 
 
+@attack("T11")
 def test_a_hello_at_the_wrong_door_is_refused(scene: Scene) -> None:
     for door, role in (("client", "worker"), ("worker", "client"), ("worker", "admin")):
         with scene.attacker(door) as peer:
@@ -310,6 +316,7 @@ def test_a_hello_at_the_wrong_door_is_refused(scene: Scene) -> None:
     scene.check_still_serves()
 
 
+@attack("T18")
 def test_a_guessed_or_stale_token_opens_nothing(scene: Scene) -> None:
     with scene.attacker("client") as peer:
         peer.hello("client")
@@ -321,6 +328,7 @@ def test_a_guessed_or_stale_token_opens_nothing(scene: Scene) -> None:
     scene.check_still_serves()
 
 
+@attack("T18")
 def test_a_token_is_worth_nothing_at_the_other_door(scene: Scene) -> None:
     with scene.attacker("client") as client, scene.attacker("worker") as worker:
         client.hello("client")
@@ -346,6 +354,7 @@ def test_numbers_far_ahead_are_asked_for_and_do_no_harm(scene: Scene) -> None:
     scene.check_still_serves()
 
 
+@attack("T20")
 def test_a_frame_that_is_too_large_ends_the_connection(scene: Scene) -> None:
     with scene.attacker("client") as peer:
         peer.hello("client")
@@ -356,6 +365,7 @@ def test_a_frame_that_is_too_large_ends_the_connection(scene: Scene) -> None:
     scene.check_still_serves()
 
 
+@attack("T24")
 def test_noise_does_no_harm(scene: Scene) -> None:
     """Valid messages with random bytes changed, in a session of each role."""
     chance = random.Random(7)

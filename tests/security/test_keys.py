@@ -20,6 +20,7 @@ from achilles import DistributedExecutor
 from achilles.errors import AchillesError, KeyFileError
 from tests import tasks
 from tests.modes import wait_until
+from tests.security.attacks import attack
 
 BOUND = 30.0
 
@@ -110,6 +111,7 @@ def far_client(
     return DistributedExecutor(**options)
 
 
+@attack("T9", "T31", "T32")
 @pytest.mark.bad_input(47)
 def test_another_host_joins_and_is_revoked(
     site: Site, far_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,6 +156,7 @@ def test_a_key_is_good_for_its_role(
         far_client(monkeypatch, far_home, exported.replace('"role":"worker"', '"role":"client"'))
 
 
+@attack("T9")
 def test_secrets_are_not_shown_on_a_terminal(site: Site) -> None:
     near, far = os.openpty()
     done = site.command(
@@ -165,6 +168,7 @@ def test_secrets_are_not_shown_on_a_terminal(site: Site) -> None:
     assert "prints a secret, and stdout is a terminal" in done.stderr
 
 
+@attack("T4")
 @pytest.mark.bad_input(48)
 def test_beyond_loopback_without_keys_nothing_is_bound(achilles_home: Path) -> None:
     """Keys that are loose protect nothing: exit 2, before any socket is there."""
@@ -180,6 +184,7 @@ def test_beyond_loopback_without_keys_nothing_is_bound(achilles_home: Path) -> N
         assert probe.connect_ex(("127.0.0.1", site.port)) != 0
 
 
+@attack("T32")
 def test_rotation_cuts_who_used_the_old_key(site: Site, achilles_home: Path) -> None:
     own = site.start("worker", "--name", "own", "--slots", "1")
     wait_until(lambda: "own" in site.workers(), "it joins")

@@ -9,6 +9,7 @@ import pytest
 
 from achilles.config import SETTINGS, Settings, cores, example, home, load
 from achilles.errors import ConfigError
+from tests.security.attacks import attack
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +80,7 @@ def test_texts_are_separated_by_commas_in_the_environment(tmp_path: Path) -> Non
     assert load_text(tmp_path, '[worker]\ntags = ["gpu"]')["worker.tags"] == ("gpu",)
 
 
+@attack("T34")
 @pytest.mark.bad_input(42, 75)
 @pytest.mark.parametrize(
     ("text", "wanted"),
@@ -158,6 +160,7 @@ def test_variables_of_others_are_let_be(tmp_path: Path) -> None:
     load(environ={"ACHILLES_HOME": str(tmp_path), "ACHILLES_SPEAR_LENGTH": "5"}, cwd=tmp_path)
 
 
+@attack("T34")
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "achilles.toml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"achilles\.toml is not text in UTF-8"):

@@ -6,6 +6,7 @@ import pytest
 
 from achilles.core import protocol as p
 from achilles.core.recovery import stable_number
+from tests.security.attacks import attack
 from tests.unit.core.messages import WIRE, example
 from tests.unit.core.peers import BEAT, ROLES, SessionsBench, cut, submit
 
@@ -21,6 +22,7 @@ MAY: dict[str, set[type]] = {
 KINDS = [type(m) for m in WIRE if not isinstance(m, p.ClientHello | p.WorkerHello)]
 
 
+@attack("T11")
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_role_may_send_what_is_listed_for_it_and_nothing_else(kind: type, role: str) -> None:

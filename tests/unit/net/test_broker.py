@@ -8,6 +8,7 @@ import pytest
 from achilles.core import protocol as p
 from achilles.core.link import Link
 from tests.brokers import RunningBroker, answer_one, hello, raw_peer, wait_for
+from tests.security.attacks import attack
 
 
 @pytest.fixture
@@ -104,6 +105,7 @@ def test_the_end_is_said_and_open_tasks_are_counted(broker: RunningBroker) -> No
         assert broker.open_tasks == 2
 
 
+@attack("T29")
 def test_who_does_not_read_does_not_hold_up_others(broker: RunningBroker) -> None:
     """Results for a client that reads nothing pile up in its own outbox."""
     large = bytes(p.INLINE_MAX)

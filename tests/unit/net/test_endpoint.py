@@ -33,6 +33,7 @@ from achilles.net.endpoint import (
     parse_endpoint,
     raise_descriptor_limit,
 )
+from tests.security.attacks import attack
 
 WAIT_SECONDS = 10.0
 FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -123,6 +124,7 @@ def test_loopback_is_what_nobody_else_can_reach(text: str, is_loopback: bool) ->
     assert parse_endpoint(text).is_loopback is is_loopback
 
 
+@attack("T9")
 def test_keys_do_not_show_their_secret() -> None:
     public, secret = zmq.curve_keypair()
     assert secret.decode() not in repr(CurveKeys(public, secret, public))
@@ -216,6 +218,7 @@ def test_a_peer_on_the_ipc_socket_is_the_local_user(door: Door) -> None:
     hang_up(dialed)
 
 
+@attack("T2")
 def test_an_unknown_key_is_refused(door: Door) -> None:
     assert door.bound.tcp is not None
     problem, is_dead = outcome(dial(door.bound.tcp, door.keys(secret_of=zmq.curve_keypair())))
@@ -225,6 +228,7 @@ def test_an_unknown_key_is_refused(door: Door) -> None:
     assert door.gatekeeper.refused == 1
 
 
+@attack("T15")
 def test_a_broker_with_another_key_is_an_authentication_error(door: Door) -> None:
     assert door.bound.tcp is not None
     other, _ = zmq.curve_keypair()

@@ -27,6 +27,7 @@ from achilles.net.keys import (
     run_directory,
     write_joins,
 )
+from tests.security.attacks import attack
 
 ADDRESS, WORKER_ADDRESS = "tcp://127.0.0.1:5555", "tcp://127.0.0.1:5556"
 
@@ -81,6 +82,7 @@ def test_a_key_of_another_role_is_refused(achilles_home: Path) -> None:
         key_pair(achilles_home, "admin")
 
 
+@attack("T8")
 @pytest.mark.bad_input(47)
 def test_a_loose_key_is_refused(achilles_home: Path) -> None:
     key_pair(achilles_home, "client")
@@ -111,6 +113,7 @@ def test_sockets_are_elsewhere_where_a_path_is_none_for_them(
         assert run.stat().st_mode & 0o777 == 0o700
 
 
+@attack("T7")
 def test_a_short_directory_that_somebody_else_made_is_refused(
     achilles_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +178,7 @@ def test_a_damaged_join_file_is_refused(achilles_home: Path, changes: dict[str, 
         read_join(join_path(achilles_home, "client"))
 
 
+@attack("T8")
 def test_a_loose_join_file_or_directory_is_refused(achilles_home: Path) -> None:
     write(achilles_home)
     path = join_path(achilles_home, "client")

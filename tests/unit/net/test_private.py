@@ -15,6 +15,7 @@ from achilles.net.private import (
     read_private,
     write_private,
 )
+from tests.security.attacks import attack
 
 
 def test_a_private_directory_is_made_with_its_parents(achilles_home: Path) -> None:
@@ -24,6 +25,7 @@ def test_a_private_directory_is_made_with_its_parents(achilles_home: Path) -> No
     assert check_directory(made) == made
 
 
+@attack("T7", "T8")
 def test_a_loose_directory_is_refused_with_the_command_that_closes_it(tmp_path: Path) -> None:
     loose = tmp_path / "it is loose"
     loose.mkdir()
@@ -34,6 +36,7 @@ def test_a_loose_directory_is_refused_with_the_command_that_closes_it(tmp_path: 
     assert private_directory(loose) == loose
 
 
+@attack("T7")
 def test_a_link_or_a_file_is_no_private_directory(achilles_home: Path) -> None:
     (achilles_home / "real").mkdir(mode=0o700)
     (achilles_home / "link").symlink_to("real")
@@ -81,6 +84,7 @@ def test_a_file_that_cannot_be_written_is_named(achilles_home: Path) -> None:
         write_private(achilles_home / "nothing" / "file", b"", replace=True)
 
 
+@attack("T8")
 def test_a_loose_file_is_refused_with_the_command_that_closes_it(achilles_home: Path) -> None:
     path = achilles_home / "file"
     path.touch(0o600)
@@ -89,6 +93,7 @@ def test_a_loose_file_is_refused_with_the_command_that_closes_it(achilles_home: 
         read_private(path)
 
 
+@attack("T8")
 def test_what_is_no_plain_file_is_refused(achilles_home: Path) -> None:
     (achilles_home / "real").touch(0o600)
     (achilles_home / "link").symlink_to("real")

@@ -11,6 +11,7 @@ from achilles.errors import ConfigError, InsecureBindError, KeyFileError
 from achilles.net.endpoint import IPC_PATH_MAX, Gatekeeper, hostname
 from achilles.net.keys import ROLES, find_join, key_pair, read_join
 from tests.brokers import RunningBroker, answer_one, raw_peer, wait_for
+from tests.security.attacks import attack
 
 ANY = ".".join("0000")  # all interfaces
 
@@ -54,6 +55,7 @@ def test_without_ipc_there_are_no_sockets_in_the_file_system(achilles_home: Path
             assert client.hello("client").credit == 1000
 
 
+@attack("T7")
 @pytest.mark.parametrize("ipc", [False, True])
 def test_a_second_broker_is_refused_and_the_first_unharmed(achilles_home: Path, ipc: bool) -> None:
     with RunningBroker(achilles_home) as first:

@@ -33,6 +33,7 @@ from achilles.runtime import shared
 from achilles.runtime.runner import RECORD
 from achilles.runtime.serialize import LARGE, dumps, dumps_call
 from tests.descriptors import open_descriptors, wait_until_closed
+from tests.security.attacks import attack
 from tests.unit.runtime import tasks
 from tests.unit.runtime.driver import BOUND, CLIENT, Driver, Gate, driving
 
@@ -217,6 +218,7 @@ def test_a_death_is_told_after_all_results(
     assert driver.host.next_deadline(0.0) is None
 
 
+@attack("T30")
 @pytest.mark.bad_input(22)
 @pytest.mark.parametrize(
     ("function", "hint"),
@@ -235,6 +237,7 @@ def test_a_task_that_closes_our_descriptors_ends_its_runner_only(
     assert driver.death() == RunnerDied(1, hint, [], 1)
 
 
+@attack("T30")
 @pytest.mark.bad_input(24)
 def test_kill_ends_a_busy_runner_and_what_it_started(driver: Driver, tmp_path: Path) -> None:
     pid = driver.run(tasks.leave_a_process, "")
@@ -518,6 +521,7 @@ def _write_half_a_record(_: str) -> None:
     os._exit(9)
 
 
+@attack("T30")
 @pytest.mark.parametrize(
     "record",
     [
