@@ -25,7 +25,7 @@ def test_the_reasons_hold() -> None:
 
 def test_a_row_that_there_is_not() -> None:
     with pytest.raises(AssertionError, match="no such row"):
-        attack(*["T39"])
+        attack("T39")
 
 
 @pytest.mark.parametrize(

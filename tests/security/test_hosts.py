@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from zmq.utils import z85
 
 from achilles import DistributedExecutor
 from achilles.errors import KeyFileError, TaskCrashedError
-from achilles.net.keys import ROLES, find_join, join_path, key_pair, read_join
+from achilles.net.keys import ROLES, code_key, find_join, join_path, key_pair, read_join
 from tests import commands, tasks
 from tests.modes import wait_until
 from tests.security.attacks import ROOT, attack
@@ -176,7 +178,11 @@ def test_keys_of_somebody_else_are_refused(achilles_home: Path, role: str) -> No
 
 
 def secrets_of(home: Path) -> set[str]:
-    return {key_pair(home, role).secret.decode() for role in ("broker", *ROLES)}
+    """Every secret of a home, in each form in which it could be shown."""
+    found = {key_pair(home, role).secret.decode() for role in ("broker", *ROLES)}
+    code = code_key(home)
+    found |= {code.hex(), z85.encode(code).decode(), base64.b64encode(code).decode()}
+    return found | {repr(code)[2:-1], repr(code)[12:-1]}
 
 
 @attack("T9", "T27")

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from zmq.utils import z85
 
 from achilles.core import protocol as p
 from achilles.core.link import Link
 from achilles.errors import ProtocolError
-from achilles.net.keys import join_path, key_pair
+from achilles.net.keys import code_key, join_path, key_pair
 from tests import commands
 from tests.brokers import RawPeer, RunningBroker, frames_of, hello, raw_peer
 from tests.security.attacks import attack
@@ -171,7 +172,8 @@ def test_a_status_with_strange_names_is_still_a_table_and_json(broker: RunningBr
 def secrets_of(home: Path) -> list[bytes]:
     """Every secret key and every token-like text of a home, raw and as text."""
     found = [key_pair(home, role).secret for role in ("broker", "client", "worker", "admin")]
-    return [bytes(one) for one in found]
+    code = code_key(home)
+    return [*map(bytes, found), code, code.hex().encode(), bytes(z85.encode(code))]
 
 
 @attack("T27")

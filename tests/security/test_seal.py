@@ -32,6 +32,7 @@ from achilles.runtime.serialize import ERROR, VALUE
 from tests import nested_tasks, tasks
 from tests.brokers import RunningBroker, hello, raw_peer
 from tests.modes import wait_until
+from tests.security.attacks import attack
 
 BOUND = 20.0
 LARGE = 1 << 21
@@ -170,12 +171,14 @@ def ways_to_replace(good_end: int, forger: Forger) -> list[Callable[[bytes], byt
     ]
 
 
+@attack("T14")
 def test_a_forged_call_is_not_unpickled(executor: DistributedExecutor, forger: Forger) -> None:
     for change in ways_to_replace(CALL_SIZE, forger):
         refused(forger, replacing(p.Run, change), lambda: executor.submit(pow, 2, 3).result(BOUND))
     assert executor.submit(pow, 2, 3).result(BOUND) == 8
 
 
+@attack("T14")
 def test_a_forged_call_of_a_map_fails_its_item(
     executor: DistributedExecutor, forger: Forger
 ) -> None:
@@ -184,6 +187,7 @@ def test_a_forged_call_of_a_map_fails_its_item(
     assert list(executor.map(abs, range(3))) == [0, 1, 2]
 
 
+@attack("T14")
 def test_a_forged_function_is_not_unpickled(executor: DistributedExecutor, forger: Forger) -> None:
     for at, change in enumerate(ways_to_replace(TAG_SIZE, forger)):
         function = (abs, hex, oct, bin, chr)[at]  # each is sent once
@@ -195,6 +199,7 @@ def test_a_forged_function_is_not_unpickled(executor: DistributedExecutor, forge
     assert executor.submit(len, "four").result(BOUND) == 4
 
 
+@attack("T14")
 def test_a_forged_argument_is_not_read(executor: DistributedExecutor, forger: Forger) -> None:
     assert executor.submit(len, b"").result(BOUND) == 0
 
@@ -207,6 +212,7 @@ def test_a_forged_argument_is_not_read(executor: DistributedExecutor, forger: Fo
     assert executor.submit(len, os.urandom(LARGE)).result(BOUND) == LARGE
 
 
+@attack("T14")
 def test_a_forged_initializer_is_not_run(broker: RunningBroker, forger: Forger) -> None:
     for change in ways_to_replace(TAG_SIZE, forger):
         with DistributedExecutor(address="auto", initializer=int, initargs=("3",)) as executor:
@@ -219,6 +225,7 @@ def test_a_forged_initializer_is_not_run(broker: RunningBroker, forger: Forger) 
             refused(forger, alter, lambda: executor.submit(pow, 2, 3).result(BOUND))
 
 
+@attack("T14")
 def test_a_call_is_not_run_as_another_or_by_another_function(
     executor: DistributedExecutor, forger: Forger
 ) -> None:
@@ -244,6 +251,7 @@ def test_a_call_is_not_run_as_another_or_by_another_function(
     assert executor.submit(divmod, 5, 3).result(BOUND) == (1, 2)
 
 
+@attack("T14")
 def test_a_call_that_is_run_once_more_gives_no_other_task_its_result(
     executor: DistributedExecutor, forger: Forger
 ) -> None:
@@ -258,6 +266,7 @@ def test_a_call_that_is_run_once_more_gives_no_other_task_its_result(
     refused(forger, alter, lambda: executor.submit(pow, 3, 3).result(BOUND))
 
 
+@attack("T13")
 def test_a_forged_result_is_not_unpickled(executor: DistributedExecutor, forger: Forger) -> None:
     executor.submit(pow, 2, 3).result(BOUND)
     older = forger.last(p.Results)
@@ -286,6 +295,7 @@ def test_a_forged_result_is_not_unpickled(executor: DistributedExecutor, forger:
     assert executor.submit(pow, 2, 3).result(BOUND) == 8, "the executor is not broken"
 
 
+@attack("T13")
 def test_a_large_result_is_sealed_too(executor: DistributedExecutor, forger: Forger) -> None:
     array = bytes(LARGE)
     assert executor.submit(bytes, LARGE).result(BOUND) == array
@@ -295,6 +305,7 @@ def test_a_large_result_is_sealed_too(executor: DistributedExecutor, forger: For
     )
 
 
+@attack("T13", "T14")
 def test_a_task_that_submits_tasks_reads_no_forged_result(
     executor: DistributedExecutor, forger: Forger
 ) -> None:
@@ -316,6 +327,7 @@ def test_a_task_that_submits_tasks_reads_no_forged_result(
 # --- Letters --------------------------------------------------------------------------------------
 
 
+@attack("T14")
 def test_a_forged_module_is_not_run(
     executor: DistributedExecutor,
     forger: Forger,
@@ -416,6 +428,7 @@ def test_the_client_gives_its_modules_to_runners_of_its_cluster_only(
 # --- What was sealed once -------------------------------------------------------------------------
 
 
+@attack("T14")
 def test_what_a_client_sealed_is_not_run_when_it_is_gone(
     broker: RunningBroker, forger: Forger, tmp_path: Path
 ) -> None:
@@ -450,6 +463,7 @@ def test_what_a_client_sealed_is_not_run_when_it_is_gone(
     assert tasks.notes(log) == ["1"]
 
 
+@attack("T14")
 def test_a_client_without_the_code_key_runs_nothing(broker: RunningBroker, forger: Forger) -> None:
     with raw_peer(broker, "client") as thief:
         thief.send(hello("client"))

@@ -20,6 +20,7 @@ from achilles.runtime.seal import (
     names_of,
     seal_result,
 )
+from tests.security.attacks import attack
 
 CODE = bytes(range(32))
 FN, OTHER_FN, INIT, BLOB = 1, 2, 3, 4
@@ -84,6 +85,7 @@ def test_a_call_that_brings_its_function_needs_nothing() -> None:
     assert pair.open(call, 1, (0, 0, ())) == payload
 
 
+@attack("T14")
 @pytest.mark.parametrize("size", [9, LARGE])
 def test_every_bit_of_a_call_counts(size: int) -> None:
     pair = Pair()
@@ -123,6 +125,7 @@ def test_a_call_is_one_task_of_one_session_with_its_function_and_blobs() -> None
     assert pair.open(call) == b"arguments"
 
 
+@attack("T14")
 @pytest.mark.parametrize("number", [FN, INIT, BLOB])
 def test_what_a_call_needs_cannot_be_exchanged(number: int) -> None:
     """Not even for what the same client has sealed under another number, or another one under this."""
@@ -215,6 +218,7 @@ def test_a_result_is_opened(size: int) -> None:
     assert b"".join(bytes(part) for part in parts) == whole
 
 
+@attack("T13")
 def test_a_result_is_that_of_one_task_and_status() -> None:
     pair, other = Pair(), Pair()
     pair.open(pair.call())
@@ -272,6 +276,7 @@ def test_a_letter_is_of_one_kind_session_and_number() -> None:
 # --- Secrets --------------------------------------------------------------------------------------
 
 
+@attack("T9")
 def test_no_key_is_in_a_text_or_a_pickle() -> None:
     pair = Pair()
     pair.open(pair.call())
