@@ -316,15 +316,9 @@ def _pickle_with_ids(
         raise
     except Exception:
         pass  # cloudpickle can more; if it cannot, its error is as good
-    from cloudpickle import Pickler as ByValuePickler
+    from achilles.runtime import by_value
 
-    class ByValue(ByValuePickler):  # type: ignore[misc]
-        def persistent_id(self, one: Any) -> Any:
-            return ids.get(id(one))
-
-    file = BytesIO()
-    ByValue(file, 5, buffer_callback=keeper(buffers)).dump(obj)
-    return file.getvalue()
+    return by_value.dumps(obj, keeper(buffers), ids=ids)
 
 
 def _lay_out(data: bytes, buffers: list[memoryview], numbers: list[int]) -> list[Buffer]:

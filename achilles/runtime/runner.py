@@ -65,6 +65,7 @@ READ_MAX = 1 << 16
 HOT_SECONDS = 0.001  # a shorter wait for a token than this is worth a core that nobody wants
 COLD_SECONDS = 0.05  # how long a core is taken to be wanted, or not worth it, once it was
 ALIVE_SECONDS = 60.0  # for so long a client is taken to live that has shown it
+BY_VALUE = "achilles.runtime.by_value"  # imported when the first function of a program comes
 CHANNEL_LOST = 74  # exit code (EX_IOERR): the host is gone, or a task closed our descriptors
 
 # seq, client, fn, init, payloads, attempt, blobs, root, ids
@@ -238,6 +239,13 @@ class Runner:
         if self.opener is not None:
             self.opener.changed(keys)
 
+    def _switch_to(self, client: int) -> None:
+        """The next task is perhaps another client's, with modules and a program of its own."""
+        if self.modules is not None:
+            self.modules.switch_to(client)
+        if (by_value := sys.modules.get(BY_VALUE)) is not None:
+            by_value.switch_to(client)
+
     def _forget_client(self, client: int) -> None:
         """Drop what is kept of a client beside its blobs."""
         nested = sys.modules.get("achilles.nested")
@@ -245,6 +253,8 @@ class Runner:
             nested.forget(client)
         if self.modules is not None:
             self.modules.forget(client)
+        if (by_value := sys.modules.get(BY_VALUE)) is not None:
+            by_value.forget(client)
         self.roots.pop(client, None)
 
     # --- Tasks ---
@@ -258,8 +268,7 @@ class Runner:
         last = len(payloads) - 1
         context.client, context.attempt, context.seq = root, attempt, seq
         side = context.side
-        if self.modules is not None:
-            self.modules.switch_to(root)
+        self._switch_to(root)
         opener, failed = self.opener, None
         if opener is not None:
             opener.begin(client, root, (fn, init, blobs))
@@ -339,8 +348,8 @@ class Runner:
         if known != name:  # the number was another client's, if anybody's
             self._forget_client(client)
             self.inits = {key: end for key, end in self.inits.items() if key[0] != client}
+            self._switch_to(client)
         if self.modules is not None:
-            self.modules.switch_to(client)
             self.modules.meet(name)
         self.roots[client] = name, now + ALIVE_SECONDS
         context.root = name

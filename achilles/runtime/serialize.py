@@ -69,16 +69,16 @@ def _keep_small(buffer: PickleBuffer) -> bool:
 # --- Values to bytes ------------------------------------------------------------------------------
 
 
-def dumps(obj: object) -> bytes:
-    """One pickle of ``obj``, by whichever pickler is right for it.
+def dumps(obj: object, *, is_result: bool = False) -> bytes:
+    """One pickle of ``obj``, by whichever pickler is right for it; ``is_result``: it is what a task ended with.
 
     Raises:
         Exception: whatever the pickler or the object's own methods raise; RecursionError if it is too deep.
     """
-    return pickle_with(obj, None)
+    return pickle_with(obj, None, is_result=is_result)
 
 
-def encode(obj: object) -> Encoded:
+def encode(obj: object, *, is_result: bool = False) -> Encoded:
     """A payload of ``obj``; its large buffers are not copied yet, so it is to be used before they change.
 
     Raises:
@@ -91,11 +91,11 @@ def encode(obj: object) -> Encoded:
     except Exception:
         pass  # the careful way says what is wrong, or does it
     buffers: list[memoryview] = []
-    data = pickle_with(obj, buffers)
+    data = pickle_with(obj, buffers, is_result=is_result)
     return lay_out(data, buffers) if buffers else data
 
 
-def pickle_with(obj: object, buffers: list[memoryview] | None) -> bytes:
+def pickle_with(obj: object, buffers: list[memoryview] | None, *, is_result: bool = False) -> bytes:
     """A pickle of ``obj``; its large buffers are put into the list, if there is one, instead.
 
     Raises:
@@ -109,9 +109,9 @@ def pickle_with(obj: object, buffers: list[memoryview] | None) -> bytes:
         raise
     except Exception:
         pass  # cloudpickle can more; if it cannot, its error is as good
-    from cloudpickle import dumps as by_value
+    from achilles.runtime import by_value
 
-    return by_value(obj, 5, buffer_callback=keeper(buffers))  # type: ignore[no-any-return]
+    return by_value.dumps(obj, keeper(buffers), is_result=is_result)
 
 
 def keeper(buffers: list[memoryview] | None) -> Callable[[PickleBuffer], bool] | None:
@@ -219,7 +219,7 @@ def dump_result(value: object, call: object) -> tuple[int, Encoded]:
     except BaseException:
         pass  # the careful way says what is wrong, or does it
     try:
-        return VALUE, encode(value)
+        return VALUE, encode(value, is_result=True)
     except BaseException as error:
         from achilles.runtime.tracebacks import dump_error
         from achilles.task_errors import ResultPickleError

@@ -43,7 +43,7 @@ def _format(error: BaseException) -> str:
 def _round_trip(error: BaseException, text: str) -> bytes | str:
     """The pickle; or, if what comes back is not what went in, why that is."""
     try:
-        data = dumps((error, text))
+        data = dumps((error, text), is_result=True)
     except BaseException as failure:  # of the user's own methods, which may raise anything
         return f"it cannot be pickled: {_summary(failure)}"
     try:

@@ -84,6 +84,121 @@ except ZeroDivisionError as error:
     assert err == ""
 
 
+@of_modes(PROCESSES, *OURS)
+def test_what_an_initializer_sets_is_there_in_tasks(make: Maker, tmp_path: Path) -> None:
+    text = """
+model, table, calls = None, {}, 0
+
+class Settings:
+    level = 0
+
+def start(value):
+    global model, fresh
+    model = fresh = value
+    table["key"] = value
+    Settings.level = value
+    work.hint = value
+
+def helper():
+    return model, fresh, table, Settings.level
+
+def work(n):
+    return helper(), work.hint
+
+def count(n):
+    global calls
+    calls += 1
+    return calls
+
+def counted(n):
+    return calls
+
+if __name__ == "__main__":
+    with DistributedExecutor(1, initializer=start, initargs=(7,)) as executor:
+        print(executor.submit(work, 0).result(), *executor.map(work, range(2)))
+        if not executor.__class__.__name__.startswith("Distributed") or executor._is_embedded:
+            print(executor.submit(count, 0).result(), *executor.map(count, range(2)))
+            print(executor.submit(counted, 0).result())
+"""
+    out, err = run(make, tmp_path, text)
+    each = "((7, 7, {'key': 7}, 7), 7)"
+    lines = [f"{each} {each} {each}", *([] if make.mode == CLUSTER else ["1 2 3", "3"])]
+    assert (out.splitlines(), err) == (lines, "")
+
+
+@of_modes(PROCESSES, *OURS)
+def test_results_change_nothing_of_the_program(make: Maker, tmp_path: Path) -> None:
+    text = """
+import enum
+import functools
+
+base = 1
+
+class Color(enum.Enum):
+    RED = 1
+
+class Point:
+    __slots__ = ("__x", "y")
+    made = 0
+    def __init__(self, x):
+        self.__x = x
+    def plus_base(self):
+        return self.__x + base
+
+class Outer:
+    class Inner:
+        pass
+
+class Lazy:
+    @functools.cached_property
+    def value(self):
+        return 5
+
+@functools.lru_cache
+def cached(n):
+    return n + 1
+
+def work(point):
+    Point.made += 1
+    return point, Outer.Inner(), Color.RED, work, cached(1), Lazy().value, repr(Outer.Inner)
+
+if __name__ == "__main__":
+    method = Point.plus_base
+    with DistributedExecutor(1) as executor:
+        point, inner, color, function, *rest = executor.submit(work, Point(2)).result()
+    base = 40
+    print(type(point) is Point, point.plus_base(), Point.made, Point.plus_base is method)
+    print(type(inner) is Outer.Inner, color is Color.RED, function is work, rest)
+"""
+    out, err = run(make, tmp_path, text)
+    assert out.splitlines() == [
+        "True 42 0 True",
+        "True True True [2, 5, \"<class '__main__.Outer.Inner'>\"]",
+    ]
+    assert err == ""
+
+
+@of_modes(PROCESSES, *OURS)
+def test_a_task_finds_its_own_functions_in_main(make: Maker, tmp_path: Path) -> None:
+    text = """
+import multiprocessing, pickle
+
+def square(n):
+    return n * n
+
+def work(n):
+    import __main__
+    assert pickle.loads(pickle.dumps(square)) is square is __main__.square
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(square, range(n))
+
+if __name__ == "__main__":
+    with DistributedExecutor(1) as executor:
+        print(executor.submit(work, 3).result())
+"""
+    assert run(make, tmp_path, text) == ("[0, 1, 4]\n", "")
+
+
 @of_modes(*OURS)
 def test_stdin_and_command_line_programs(make: Maker, tmp_path: Path) -> None:
     text = IMPORTS + "f = lambda n: n * 2\nprint(list(DistributedExecutor(1).map(f, range(3))))\n"
