@@ -251,7 +251,7 @@ class Scheduler:
         if queue is None:
             queue = client.queues[group] = TaskQueue(client, group)
         sends: list[Send] = []
-        if client.found is not None and message.is_again:
+        if client.found is not None:
             results = self._recovery.claim(client, client.found, queue, message, now)
             self._done += len(results.ids)
             client.done += len(results.ids)
