@@ -15,7 +15,17 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import TypeVar
 
 from achilles.core.protocol import StatusRequest, Waiting
-from achilles.core.tables import DRAINING, READY, Client, Lease, Tags, Task, TaskQueue, Worker
+from achilles.core.tables import (
+    DRAINING,
+    READY,
+    RETURNING,
+    Client,
+    Lease,
+    Tags,
+    Task,
+    TaskQueue,
+    Worker,
+)
 
 WARN_SECONDS = 10.0
 REPEAT_SECONDS = 300.0
@@ -90,7 +100,7 @@ def _why(task: Task, client: Client, workers: Collection[Worker], now: float) ->
     """In words, where the task is and what it waits for."""
     nested = " (it was submitted by a task)" if client is not client.root else ""
     if task.lease is None:
-        text = _why_queued(task, client, workers) if task.queue is not None else "is cancelled"
+        text = _why_queued(task, client, workers)
     else:
         text = _why_leased(task, task.lease, now)
     story = "" if task.blame is None or not task.blame.story else "; ".join(task.blame.story)
@@ -99,7 +109,9 @@ def _why(task: Task, client: Client, workers: Collection[Worker], now: float) ->
 
 def _why_queued(task: Task, client: Client, workers: Collection[Worker]) -> str:
     queue = task.queue
-    assert queue is not None
+    assert queue is not None, "a task that nobody waits for is no client's any more"
+    if client.root.is_held_back:
+        return "it is held back for a moment: a worker may come back that holds it, of an earlier broker's"
     if reason := obstacle(queue.options.tags, workers):
         return f"it waits: {reason}"
     root = client.root
@@ -152,6 +164,8 @@ def _why_leased(task: Task, lease: Lease, now: float) -> str:
 def _state(worker: Worker, silent_for: float | None = None) -> str:
     if worker.state == DRAINING:
         return "is draining"
+    if worker.state == RETURNING:
+        return "tells what it holds of an earlier broker's"
     return "is silent" if silent_for is None else f"has been silent for {silent_for:.1f} s"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from achilles.core import protocol as p
+from achilles.core.tables import READY, RETURNING
 from achilles.core.waiting import (
     FIRST_QUESTION_SECONDS,
     QUESTION_SECONDS,
@@ -99,6 +100,21 @@ def test_workers_that_take_nothing_new() -> None:
     )
     bench.core.resume(SECOND, bench.now)
     assert bench.stuck() == []
+
+
+def test_after_another_broker() -> None:
+    bench = WaitingBench()
+    bench.submit(1, 2)
+    client, worker = bench.core._clients[CLIENT], bench.core._workers[WORKER]
+    client.is_held_back = (
+        True  # as `recovery` does; the invariants know that nothing is recovered here
+    )
+    (status,) = of(list(bench.core.receive(ADMIN, p.StatusRequest(2), bench.now)), p.Status)
+    assert status.waiting[0].reason.startswith("it is held back for a moment: a worker may come ")
+    worker.state = RETURNING
+    assert obstacle((), [worker]).endswith("(worker tells what it holds of an earlier broker's)")
+    worker.state = READY
+    assert obstacle((), [worker]) == ""
 
 
 def test_each_client_is_told_of_its_own() -> None:
