@@ -354,7 +354,9 @@ class Mailbox:
         elif message.kind == p.TIMEOUT:
             error = TaskTimeoutError(f"{task} took longer than it may. {story}")
         else:
-            error = WorkerLostError(f"{task} was on too many workers that vanished. {story}")
+            error = WorkerLostError(
+                f"{task} was on too many workers that vanished; the executor goes on without it. {story}"
+            )
         self.deliver_error(message.id, error)
 
     def fail_all(self, make_error: Callable[[], BaseException]) -> list[int]:

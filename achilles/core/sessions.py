@@ -261,7 +261,7 @@ class Sessions:
     ) -> str:
         """Why this peer gets no session; empty if it does."""
         if role not in roles:
-            return f"this key or socket is not for the role {role}"
+            return f"this key or socket is not for the role {role}; export one with: achilles keys export {role}"
         if self.is_shutting_down:
             return "the broker is shutting down"
         if role == ADMIN:
@@ -270,7 +270,7 @@ class Sessions:
             if session.role != ADMIN and session.hello.python != hello.python:
                 return (
                     f"Python {hello.python} cannot exchange pickles with Python {session.hello.python}, "
-                    f"which {session.role} {session.hello.name} of this broker runs"
+                    f"which {session.role} {session.hello.name} of this broker runs; all of them need the same"
                 )
         return ""
 

@@ -338,7 +338,7 @@ class Connection:
         if silent_for > self._broker_timeout:
             raise BrokerLostError(
                 f"nothing was heard of the broker at {self._address} for {silent_for:.0f} s; "
-                "tasks without a result have failed"
+                "tasks without a result have failed; make a new executor when it is back"
             )
         unresolved = len(self._submission)
         if self._curiosity.is_due(now, is_waiting=unresolved > 0):

@@ -35,7 +35,8 @@ def test_a_route_that_does_not_speak_for_the_role_is_refused(role: str) -> None:
     bench = SessionsBench()
     peer = bench.peer("me", role)
     bench.hello(peer, *(set(ROLES) - {role}))
-    refusal = p.Refused(reason=f"this key or socket is not for the role {role}")
+    reason = f"this key or socket is not for the role {role}; export one with: achilles keys export {role}"
+    refusal = p.Refused(reason=reason)
     assert bench.sent() == [("me", refusal)]
     assert bench.headers == [p.Header(p.NO_TOKEN, 0, 0)]
     assert bench.core.refused == 1
@@ -111,7 +112,7 @@ def test_another_python_is_refused() -> None:
         "Python 3.13 cannot exchange pickles with Python 3.11, which client first of this broker"
     )
     ((to, refusal),) = bench.sent()
-    assert (to, refusal.reason) == ("other", f"{reason} runs")
+    assert (to, refusal.reason) == ("other", f"{reason} runs; all of them need the same")
     admin = bench.peer("admin", "admin", python="3.12")
     bench.hello(admin)
     assert bench.sent()[0] == ("admin", bench.welcome(admin))
