@@ -243,7 +243,7 @@ ROWS = (
     Row(
         16,
         "A program's end, however it comes, leaves no process, socket or file",
-        f"{PYTEST} tests/integration/test_scripts.py tests/conformance/test_lifecycle.py",
+        f"{PYTEST} tests/integration/test_ends.py tests/integration/test_scripts.py",
         tests("ways to end"),
     ),
     Row(17, "Nothing hangs", CHAOS, chaos(_hangs)),
