@@ -341,3 +341,25 @@ def leave_a_stubborn_child() -> int:
 
 def close_all() -> None:
     os.closerange(3, 256)
+
+
+class MakesFolder:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def return_maker(path: str) -> MakesFolder:
+    return MakesFolder(path)
+
+
+class OwnError(Exception):
+    pass
+
+
+def raise_own(value: object) -> NoReturn:
+    raise OwnError(value)

@@ -11,16 +11,17 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import pytest
 
-from achilles import DistributedExecutor
+from achilles import DistributedExecutor, Pool
 from achilles.core import protocol as p
 from achilles.core.sessions import Send
-from achilles.errors import SealError
+from achilles.errors import ResultUnpickleError, SealError
 from achilles.mailbox import INIT_BLOB
 from achilles.net.broker import Broker
 from achilles.net.keys import code_key
@@ -478,3 +479,27 @@ def test_a_client_without_the_code_key_runs_nothing(broker: RunningBroker, forge
 def test_the_canary_sings(tmp_path: Path) -> None:
     pickle.loads(Forger(tmp_path / "canary").evil)
     wait_until((tmp_path / "canary").exists)
+
+
+# --- What workers may return ----------------------------------------------------------------------
+
+
+def test_with_an_allow_list_a_worker_runs_no_code_here(
+    broker: RunningBroker, forger: Forger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACHILLES_CLIENT_RESULTS", "numpy")
+    path = str(forger.canary)
+    with DistributedExecutor(address="auto") as executor:
+        for result in (
+            executor.submit(tasks.return_maker, path).result,
+            partial(next, executor.map(tasks.return_maker, [path])),
+            executor.submit(tasks.raise_own, 1).result,
+        ):
+            with pytest.raises(ResultUnpickleError, match=r"names .*, which .* client.results"):
+                result()
+        assert executor.submit(pow, 2, 3).result(BOUND) == 8
+    with Pool(1, address="auto") as pool:
+        with pytest.raises(ResultUnpickleError, match=r"client\.results"):
+            pool.map(tasks.raise_own, [1, 2, 3], chunksize=3)
+        assert pool.map(abs, [-1]) == [1]
+    assert not forger.canary.exists()
