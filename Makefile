@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test clients sim attack chaos soak reliability style format bench bench-quick clean
+.PHONY: help demo test clients sim attack chaos soak reliability style format bench bench-quick profile clean
 
 help:
 	@echo "make demo         a broker and two workers count words while one worker is killed (ROOT=DIR: of your files)"
@@ -23,6 +23,7 @@ help:
 	@echo "make format       lay the code out, and repair what ruff can repair"
 	@echo "make bench        speed against eight other systems, some 20 minutes (BENCH=--quick: some three)"
 	@echo "make bench-quick  speed against ProcessPoolExecutor, in one run"
+	@echo "make profile      flame graphs of client, broker, worker and runner, and where a round trip's time goes"
 	@echo "make clean        remove .venv, builds and caches"
 
 demo: $(VENV)/.installed
@@ -72,6 +73,9 @@ bench: $(VENV)/.installed
 bench-quick: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quick
 
+profile: $(VENV)/.installed-profile
+	$(BIN)/python -m benchmarks.profile $(PROFILE)
+
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -90,4 +94,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-clients: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --group clients
+	@touch $@
+
+$(VENV)/.installed-profile: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --group profile
 	@touch $@

@@ -149,6 +149,20 @@ def write(folder: Path, run: Run, verdicts: Sequence[Verdict], about: dict[str, 
         (folder / name).write_text(drawing, "utf-8")
 
 
+def write_readme(run: Run, about: dict[str, Any]) -> None:
+    """The short table, and where it is from."""
+    titles = {name: contestant.title for name, contestant in CONTESTANTS.items()}
+    shown = {key: text for key, text in titles.items() if key in run.figures or key in run.absent}
+    body = (
+        tables.summary_table(shown, run.figures, run.absent)
+        + f"\n{about['cores']} ({about['processor']}), {about['python']}, {about['date']}, medians of {about['rounds']} rounds; "
+        "`make bench` measures it on your machine, `make profile` says where the time goes "
+        "([docs/performance.md](docs/performance.md))."
+    )
+    readme = ROOT / "README.md"
+    readme.write_text(tables.with_block(readme.read_text("utf-8"), "bench", body), "utf-8")
+
+
 def _about(mode: str, rounds: int) -> dict[str, Any]:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
@@ -182,6 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     workloads = [*EACH_ROUND, *ONCE]
     parser.add_argument("--workloads", nargs="+", choices=workloads, default=workloads)
+    parser.add_argument("--readme", action="store_true", help="put a short table into README.md")
     parser.add_argument("--output", type=Path, help="the folder for what is found")
     options = parser.parse_args(arguments)
     name = "quick" if options.quick else "tiny" if options.tiny else "full"
@@ -198,6 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
     verdicts = [judge(goal, run.figures) for goal in goals() if goal.contestant in options.only]
     folder = options.output or (RESULTS if name == "full" else ROOT / "build" / "bench" / name)
     write(folder, run, verdicts, about)
+    if options.readme:
+        write_readme(run, about)
     print("\n" + report(run, verdicts, about))
     print(f"{folder}: results.json, table.md and charts; {about['seconds']} s")
     return 1 if _has_failed(run, options.only) else 0

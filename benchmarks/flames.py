@@ -1,4 +1,4 @@
-"""Flame graphs as SVG, from stacks with how often each was seen, and what they say of each file.
+"""Flame graphs as SVG, from stacks with how often each was seen, and what they say of each function.
 
 The picture: a box is a function, as wide as the part of the samples in which it ran or called; it stands on its caller. The
 widths, not the order, mean something. A box names itself in full when pointed at.
@@ -19,6 +19,7 @@ Stacks = Mapping[tuple[str, ...], int]  # from the outermost frame to the one th
 
 WIDTH, ROW, TOP, LETTER = 1200, 17, 44, 6.6
 NARROWEST = 0.4  # of a box, in user units; what is narrower is not drawn
+_LINE = re.compile(r":\d+\)$")
 _FILE = re.compile(r"\((?P<file>[^()]*?)(:\d+)?\)$")
 
 
@@ -37,14 +38,13 @@ def parse(text: str) -> dict[tuple[str, ...], int]:
     return dict(found)
 
 
-def by_file(stacks: Stacks) -> dict[str, float]:
-    """Which part of the samples ran in which file, the largest first; frames without a file by their own name."""
+def by_function(stacks: Stacks) -> dict[str, float]:
+    """Which part of the samples ran in which function itself, the largest first; its lines are taken together."""
     total = sum(stacks.values())
     found: Counter[str] = Counter()
     for stack, count in stacks.items():
-        match = _FILE.search(stack[-1])
-        found[match["file"] if match else stack[-1]] += count
-    return {file: count / total for file, count in found.most_common()}
+        found[_LINE.sub(")", stack[-1])] += count
+    return {function: count / total for function, count in found.most_common()}
 
 
 @dataclass

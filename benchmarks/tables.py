@@ -90,6 +90,31 @@ def ratios_table(titles: Mapping[str, str], figures: Figures, base: str = POOL) 
     return markdown([f"of {titles.get(base, base)}", *titles.values()], rows)
 
 
+SHORT = (
+    ("submit_rate", "`submit`s/s"),
+    ("p50_us", "round trip p50, µs"),
+    ("map_rate", "`map`, items/s"),
+    ("efficiency_1ms", "1 ms tasks, %"),
+    ("argument_ms", "64 MiB argument, ms"),
+    ("shared_ms", "in 200 tasks, ms"),
+    ("startup_s", "start-up, s"),
+)
+
+
+def summary_table(
+    titles: Mapping[str, str], figures: Figures, absent: Mapping[str, str] | None = None
+) -> str:
+    """A row a contestant, with a few figures; those that are absent say why."""
+    rows = []
+    for name, title in titles.items():
+        if absent and name in absent:
+            rows.append([title, f"absent: {absent[name]}", *[EMPTY] * (len(SHORT) - 1)])
+        else:
+            found = [summarize(figures.get(name, {}).get(key, ())) for key, _ in SHORT]
+            rows.append([title, *map(cell, found)])
+    return markdown(["two slots each", *(title for _, title in SHORT)], rows)
+
+
 def verdicts_table(titles: Mapping[str, str], verdicts: Sequence[Verdict]) -> str:
     rows = []
     for verdict in verdicts:
@@ -112,3 +137,18 @@ def notes_list(titles: Mapping[str, str], notes: Mapping[str, Mapping[str, str]]
         for reason, found in together.items():
             lines.append(f"- {titles.get(name, name)}: {', '.join(found)}: {reason}\n")
     return "".join(lines)
+
+
+def with_block(text: str, name: str, body: str) -> str:
+    """``text`` with ``body`` between its comments ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+
+    Raises:
+        ValueError: they are not there, each once and in this order.
+    """
+    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = text.partition(opening)
+    _, ended, after = rest.partition(closing)
+    if not found or not ended or opening in after or closing in before + after:
+        raise ValueError(f"{opening} and {closing} are not there once each, in this order")
+    body = body.strip("\n")
+    return f"{before}{opening}\n\n{body}\n\n{closing}{after}"

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.stats import Summary
-from benchmarks.tables import cell, figures_table, notes_list, ratios_table, verdicts_table
+from benchmarks.tables import (
+    cell,
+    figures_table,
+    notes_list,
+    ratios_table,
+    summary_table,
+    verdicts_table,
+    with_block,
+)
 from benchmarks.targets import Figures, Goal, judge
 
 TITLES = {"processpool": "Pool", "embedded": "achilles"}
@@ -49,3 +59,31 @@ def test_equal_reasons_are_told_once() -> None:
         "- achilles: c: slow",
         "- ray: absent: no wheel",
     ]
+
+
+def test_a_block_is_replaced_and_the_rest_stays() -> None:
+    text = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
+    wanted = "before\n<!-- bench -->\n\nnew\n\n<!-- /bench -->\nafter\n"
+    assert with_block(text, "bench", "new\n") == wanted
+    assert with_block(wanted, "bench", "new") == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nothing",
+        "<!-- bench --> no end",
+        "<!-- /bench --> <!-- bench -->",
+        "<!-- bench --> <!-- /bench --> <!-- bench --> <!-- /bench -->",
+    ],
+)
+def test_a_text_without_one_such_block_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="once each"):
+        with_block(text, "bench", "new")
+
+
+def test_the_short_table_has_a_row_for_each_contestant() -> None:
+    lines = summary_table({**TITLES, "ray": "Ray"}, FIGURES, {"ray": "no wheel"}).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| Pool", "| achilles", "| Ray"]
+    assert "110 ±9%" in lines[3]
+    assert "no wheel" in lines[4]
