@@ -42,7 +42,7 @@ class Liars:
             epoch=chance.choice([0, 3]),
             recovery=chance.choice([0.0, 1.0]),
             patience=chance.choice([0.0, 5.0]),
-            awaited=chance.choice([None, ()]),
+            awaited=chance.choice([None, frozenset()]),
         )
         self.incarnations = [bytes([number]) * 16 for number in range(1, 9)]
         self.peers: dict[str, str] = {}  # their roles
