@@ -207,7 +207,8 @@ def test_of_a_clusters_client_nothing_is_left(
 ) -> None:
     end, cluster = ENDS[name], quick_cluster
     assert cluster.broker is not None
-    servers = [psutil.Process(one.pid) for one in (cluster.broker, *cluster.workers)]
+    broker, *workers = (psutil.Process(one.pid) for one in (cluster.broker, *cluster.workers))
+    servers = [broker, *broker.children(), *workers]
     wait_until(lambda: is_idle(cluster), "the client before it is forgotten")
     descriptors = [server.num_fds() for server in servers]
     before = (files(cluster.home), shared())
