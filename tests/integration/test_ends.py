@@ -14,6 +14,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from achilles import DistributedExecutor
 from achilles.core import protocol as p
 from achilles.net.control import request
 from achilles.net.keys import find_join
@@ -129,7 +130,7 @@ class Program:
 
 @pytest.fixture(scope="module")
 def quick_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster of one slot, which has had a client, and soon notices that one is gone."""
+    """A cluster of one slot, which has had such a client, and soon notices that one is gone."""
     with Cluster(1, 1, environ=QUICK) as cluster:
         program = Program(tmp_path_factory.mktemp("first"), text_of(ENDS["normal"]), of(cluster))
         assert program.end_by(()) == (0, "")
@@ -203,12 +204,15 @@ def test_of_an_embedded_program_nothing_is_left(
 @pytest.mark.bad_input(62, 63, 64)
 @pytest.mark.parametrize("name", ENDS)
 def test_of_a_clusters_client_nothing_is_left(
-    name: str, tmp_path: Path, quick_cluster: Cluster
+    name: str, tmp_path: Path, quick_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end, cluster = ENDS[name], quick_cluster
     assert cluster.broker is not None
     broker, *workers = (psutil.Process(one.pid) for one in (cluster.broker, *cluster.workers))
     servers = [broker, *broker.children(), *workers]
+    monkeypatch.setenv("ACHILLES_HOME", cluster.home)
+    with DistributedExecutor(address=cluster.address) as executor:  # so that there is a runner
+        assert executor.submit(len, bytes(1 << 21)).result(END_SECONDS) == 1 << 21
     wait_until(lambda: is_idle(cluster), "the client before it is forgotten")
     descriptors = [server.num_fds() for server in servers]
     before = (files(cluster.home), shared())
@@ -219,7 +223,7 @@ def test_of_a_clusters_client_nothing_is_left(
     assert not program.processes()
     wait_until(lambda: is_idle(cluster), "the client is forgotten, and its tasks")
     assert files(program.temporary) == set()
-    assert files(cluster.home) == before[0]
+    wait_until(lambda: files(cluster.home) == before[0], "no file is left")
     wait_until(lambda: shared() <= before[1], "no shared memory is left")
     for server, count in zip(servers, descriptors, strict=True):
         wait_until(
