@@ -35,13 +35,19 @@ SLOTS_MAX = 4096  # the protocol's limit
 NAME_MAX = 200  # characters, the protocol's limit
 TAGS_MAX, TAG_MAX = 64, 64  # the protocol's limits
 
+_MIB = 1 << 20
+SIZE_MAX = 1 << 50
+FRAME_MIN = 10 * _MIB  # peers send parts of 8 MiB
+
+_SIZES = {"": 1, "KiB": 1 << 10, "MiB": _MIB, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SIZE = re.compile(r"\s*([0-9]{1,18})\s*([A-Za-z]*)\s*")
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _OTHER_VARIABLES = ("ACHILLES_HOME", "ACHILLES_CONFIG")
 
 
 class Setting(NamedTuple):
-    """One setting. ``kind``: text, integer, duration (seconds), texts, choice of ``choices``."""
+    """One setting. ``kind``: text, integer, duration (seconds), size (bytes), texts, choice of ``choices``."""
 
     key: str
     kind: str
@@ -60,6 +66,10 @@ class Setting(NamedTuple):
 
 def _duration(key: str, default: float, minimum: float, doc: str) -> Setting:
     return Setting(key, "duration", default, doc, minimum, DURATION_MAX)
+
+
+def _size(key: str, default: int, minimum: int, doc: str) -> Setting:
+    return Setting(key, "size", default, doc, minimum, SIZE_MAX)
 
 
 SETTINGS = (
@@ -91,6 +101,24 @@ SETTINGS = (
     _duration("broker.grace", 2.0, 0.0, "The same after its connection was seen to close."),
     Setting("broker.restarts", "integer", 5, "Crashes within a minute after which it gives up.", 0),
     Setting("broker.credit", "integer", 100_000, "Tasks without a result, for each client.", 1),
+    _size("broker.client_bytes", 256 * _MIB, _MIB, "The same in bytes of their arguments."),
+    _size("broker.argument_max", 1 << 30, _MIB, "Bytes of one task's arguments."),
+    _size("broker.result_max", 1 << 30, _MIB, "Bytes of one task's result."),
+    _size("broker.frame_max", 16 * _MIB, FRAME_MIN, "Bytes of one frame, from anybody."),
+    _size(
+        "broker.memory", 2 << 30, 64 * _MIB, "Memory that it uses; beyond it somebody has to go."
+    ),
+    Setting("broker.sessions", "integer", 10_000, "Clients and workers at once.", 1),
+    Setting(
+        "broker.unauthenticated",
+        "integer",
+        256,
+        "Connections at once that have not shown a key yet.",
+        1,
+    ),
+    _duration(
+        "broker.hello_timeout", 5.0, 0.1, "How long a connection may last without a session."
+    ),
     Setting(
         "worker.slots",
         "integer",
@@ -399,6 +427,13 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
         case "integer":
             if isinstance(value, bool) or not isinstance(value, int):
                 refuse("an integer")
+        case "size":
+            size = _bytes(value)
+            if size is None:
+                refuse(
+                    f'a size like "256MiB" ({", ".join(filter(None, _SIZES))}) or a number of bytes'
+                )
+            value = size
         case _:
             seconds = _seconds(value)
             if seconds is None:
@@ -413,6 +448,14 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
 
 def _is_tag(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= TAG_MAX and value.isprintable()
+
+
+def _bytes(value: object) -> int | None:
+    """The bytes of a number, or of text with or without a unit; None if it is none."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        unit = _SIZES.get(match[2])
+        return None if unit is None else int(match[1]) * unit
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _seconds(value: object) -> float | None:
@@ -452,4 +495,7 @@ def _toml(setting: Setting) -> str:
         return "[]"
     if isinstance(value, str):
         return f'"{value}"'
+    if setting.kind == "size":
+        unit = next(unit for unit in ("GiB", "MiB", "KiB", "") if value % _SIZES[unit] == 0)
+        return f'"{value // _SIZES[unit]}{unit}"'
     return f"{value:_}" if isinstance(value, int) else f"{value:g}"

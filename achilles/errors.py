@@ -12,6 +12,8 @@
     ├── SealError                     a call or a result that was not sealed with the cluster's code key; a Future carries it
     └── in achilles.task_errors, the errors that a Future carries:
         ├── ArgumentPickleError       the function or an argument cannot be pickled        (PicklingError too)
+        ├── ArgumentTooLargeError     a call's arguments hold more than the broker takes           (ValueError too)
+        ├── ResultTooLargeError       a result holds more than the broker takes                    (ValueError too)
         ├── ResultPickleError         a returned value cannot be pickled                   (PicklingError too)
         ├── ResultUnpickleError       a returned value cannot be read by the client        (UnpicklingError too)
         ├── RemoteError               stands in for an exception that could not travel
@@ -34,10 +36,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from achilles.task_errors import (
         ArgumentPickleError,
+        ArgumentTooLargeError,
         BrokerLostError,
         InitializerError,
         RemoteError,
         ResultPickleError,
+        ResultTooLargeError,
         ResultUnpickleError,
         TaskCrashedError,
         TaskTimeoutError,
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AchillesError",
     "ArgumentPickleError",
+    "ArgumentTooLargeError",
     "AuthenticationError",
     "BrokerLostError",
     "BrokerUnreachableError",
@@ -59,6 +64,7 @@ __all__ = [
     "ProtocolError",
     "RemoteError",
     "ResultPickleError",
+    "ResultTooLargeError",
     "ResultUnpickleError",
     "SealError",
     "SelfAttackError",

@@ -271,7 +271,7 @@ class Mailbox:
                 self.workers, self.slots = workers, slots
             case p.Letter():
                 self.on_letter(message)
-            case p.Status() | p.ShuttingDown() | p.Goodbye():
+            case p.Status() | p.Credit() | p.ShuttingDown() | p.Goodbye():
                 pass  # of no concern to tasks
         return []
 
@@ -297,6 +297,9 @@ class Mailbox:
         for id, status, payload in zip(
             results.ids, results.statuses, results.payloads, strict=True
         ):
+            if status == p.TOO_LARGE:
+                self._result_too_large(id, payload)
+                continue
             if self.sealer is not None:
                 if id not in self._sinks:
                     continue  # nobody waits for it
@@ -334,15 +337,16 @@ class Mailbox:
 
     def _fail(self, message: p.Failed) -> None:
         """The broker gives a task up."""
-        from achilles.errors import TaskCrashedError, TaskTimeoutError, WorkerLostError
+        from achilles.errors import (
+            ArgumentTooLargeError,
+            TaskCrashedError,
+            TaskTimeoutError,
+            WorkerLostError,
+        )
 
-        sink = self._sinks.get(message.id)
-        if sink is None:
+        task = self._describe(message.id)
+        if task is None:
             return
-        if isinstance(sink, Future):
-            task = f"{sink._task_name}() (task {message.id})"
-        else:
-            task = f"{sink[0].name}(), item {sink[1]} of a map (task {message.id})"
         story = "; ".join(f"attempt {n}: {line}" for n, line in enumerate(message.story, 1))
         error: BaseException
         if message.kind == p.CRASHED:
@@ -351,6 +355,10 @@ class Mailbox:
             )
         elif message.kind == p.REFUSED:
             error = RuntimeError(f"cannot schedule {task}: {'; '.join(message.story)}")
+        elif message.kind == p.OVERSIZED:
+            error = ArgumentTooLargeError(
+                _too_large(f"the arguments of {task} hold", message.story[0], "argument_max")
+            )
         elif message.kind == p.TIMEOUT:
             error = TaskTimeoutError(f"{task} took longer than it may. {story}")
         else:
@@ -358,6 +366,25 @@ class Mailbox:
                 f"{task} was on too many workers that vanished; the executor goes on without it. {story}"
             )
         self.deliver_error(message.id, error)
+
+    def _result_too_large(self, id: int, sizes: p.Payload) -> None:
+        """A worker did not send a result."""
+        from achilles.errors import ResultTooLargeError
+
+        task = self._describe(id)
+        if task is not None:
+            text = sizes[:100].decode("ascii", "replace") if type(sizes) is bytes else ""
+            about = _too_large(f"the result of {task} holds", text, "result_max")
+            self.deliver_error(id, ResultTooLargeError(about))
+
+    def _describe(self, id: int) -> str | None:
+        """The task as errors call it; None if nobody waits for it."""
+        sink = self._sinks.get(id)
+        if sink is None:
+            return None
+        if isinstance(sink, Future):
+            return f"{sink._task_name}() (task {id})"
+        return f"{sink[0].name}(), item {sink[1]} of a map (task {id})"
 
     def fail_all(self, make_error: Callable[[], BaseException]) -> list[int]:
         """Everything that is unresolved fails, each with an error of its own; the ids."""
@@ -449,6 +476,17 @@ def _behind(payload: Any, seal: bytes) -> p.Payload:
     if type(payload) is bytes and len(payload) <= p.INLINE_MAX:
         return payload + seal
     return p.Parts((payload, seal))
+
+
+def _too_large(what: str, sizes: str, setting: str) -> str:
+    """Says which limit was passed; ``sizes`` are the bytes and the limit, as a worker or the submission wrote them."""
+    size, _, limit = sizes.partition(" ")
+    if not (size.isdigit() and limit.isdigit()):
+        size, limit = "more bytes", "fewer"
+    return (
+        f"{what} {size} bytes, and the broker takes {limit} at most: broker.{setting} in its achilles.toml. "
+        "Raise that, or pass the name of a file that both sides can read"
+    )
 
 
 def _wake_nobody() -> None:

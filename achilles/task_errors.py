@@ -17,6 +17,14 @@ class ArgumentPickleError(AchillesError, PicklingError):
     """The function or an argument of a task cannot be pickled; nothing was sent."""
 
 
+class ArgumentTooLargeError(AchillesError, ValueError):
+    """A call's arguments hold more bytes than the broker takes of one task; nothing was sent."""
+
+
+class ResultTooLargeError(AchillesError, ValueError):
+    """A task's result holds more bytes than the broker takes of one; it stayed on the worker."""
+
+
 class ResultPickleError(AchillesError, PicklingError):
     """The value that a task returned cannot be pickled on the runner."""
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import zmq
 
 from achilles.core import protocol as p
+from achilles.core.budget import Limits
 from achilles.core.link import Link, Packet
 from achilles.core.liveness import Timings
 from achilles.net.broker import Broker
@@ -21,6 +22,7 @@ from achilles.net.serve import Addresses, serve
 from achilles.net.worker import python_version
 
 WAIT_SECONDS = 10.0
+DEFAULT_LIMITS = Limits()
 
 T = TypeVar("T")
 
@@ -35,6 +37,7 @@ class RunningBroker:
         bind: str = "tcp://127.0.0.1:0",
         ipc: bool = True,
         credit: int = 1000,
+        limits: Limits = DEFAULT_LIMITS,
         advertise: str | None = None,
     ) -> None:
         self.home = home
@@ -45,6 +48,7 @@ class RunningBroker:
             "home": home,
             "timings": Timings(),
             "credit": credit,
+            "limits": limits,
             "with_ipc": ipc,
             "advertise": advertise,
         }

@@ -11,6 +11,7 @@ from achilles.cli.settings import Context, StopRequests, count, say
 from achilles.config import Settings, home
 
 if TYPE_CHECKING:
+    from achilles.core.budget import Limits
     from achilles.core.liveness import Timings
     from achilles.net.broker import Broker
     from achilles.net.serve import Addresses
@@ -52,6 +53,7 @@ def broker(
         home=home(),
         timings=_timings(settings),
         credit=settings["broker.credit"],
+        limits=_limits(settings),
         with_ipc=ipc,
         advertise=settings["broker.advertise"],
         on_ready=on_ready,
@@ -91,4 +93,19 @@ def _timings(settings: Settings) -> Timings:
         grace=settings["broker.grace"],
         client_lost_after=2 * settings["broker.lost_after"],
         client_grace=5 * settings["broker.grace"],
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    from achilles.core.budget import Limits
+
+    return Limits(
+        frame=settings["broker.frame_max"],
+        argument=settings["broker.argument_max"],
+        result=settings["broker.result_max"],
+        client_bytes=settings["broker.client_bytes"],
+        memory=settings["broker.memory"],
+        sessions=settings["broker.sessions"],
+        unauthenticated=settings["broker.unauthenticated"],
+        hello_timeout=settings["broker.hello_timeout"],
     )

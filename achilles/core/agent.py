@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from achilles.core import envelope
 from achilles.core import protocol as p
+from achilles.core.budget import bounded
 from achilles.core.holding import Holding
 from achilles.core.runners import START_SECONDS as START_SECONDS
 from achilles.core.runners import STUCK_SECONDS as STUCK_SECONDS
@@ -63,6 +64,7 @@ class Agent:
         self._is_draining = False
         self._said_goodbye = False
         self._lent: set[int] = set()  # leases
+        self.result_max = 0  # bytes that the broker takes of one result; 0: no limit
         self._has_lent = False
         self._holding = Holding(slots)
         self._epoch = b""  # of the last broker
@@ -484,6 +486,7 @@ class Agent:
                 statuses = bytes([row[2] for row in rows])
                 seconds = sum([row[3] for row in rows])
                 payloads = [row[4] for row in rows]
+                statuses, payloads = bounded(statuses, payloads, self.result_max)
                 done = p.Done(chunk.run.lease, indexes, statuses, payloads, seconds)
                 sends.append(Send("broker", done))
                 self._close(chunk, indexes)

@@ -68,6 +68,8 @@ class Charges:
     def give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> list[Send]:
         """The task fails; ``text`` is the last line of its story."""
         story = [*_blame(task).story, text[: p.TEXT_MAX]]
+        if task.payload is not None:
+            queue.client.bytes -= p.size_of(task.payload)
         del queue.client.tasks[task.id]
         self.failed += 1
         return [queue.client.tell(p.Failed(task.id, kind, story)), *self._desk.lend(queue.client)]

@@ -64,6 +64,10 @@ class Dialer:
             return []
         return [self._link.wrap(message) for message in messages]
 
+    def acknowledge(self) -> list[Packet]:
+        """Much has come: the broker may want to know that it is here, before it sends more."""
+        return [self._link.wrap(p.Heartbeat())] if self.state == JOINED else []
+
     def receive(self, packet: Packet, now: float) -> Step:
         """Take in what the broker sent.
 

@@ -10,8 +10,8 @@ On the wire a message is ``[header + body, part, part, ...]``: a fixed header (s
 msgpack, and behind it the parts of payloads that are too large to be copied into the body. A payload of
 the body that travels in parts is the number of its parts there.
 
-    client  ──ClientHello Submit Blob Forget Cancel──▶  broker  ──Run Blob Forget Revoke Lend──▶  worker
-            ◀──Welcome Running Results Failed Cluster──         ◀──WorkerHello Done Returned Crashed──
+    client  ──ClientHello Submit Blob Forget Cancel─────────▶  broker  ──Run Blob Forget Revoke Lend──▶  worker
+            ◀──Welcome Credit Running Results Failed Cluster──         ◀──WorkerHello Done Returned Crashed──
 
     to a broker that follows another   client  ──Submit(is_again) … Resumed──▶  ◀──Held Done … Resumed──  worker
 
@@ -86,10 +86,13 @@ VALUE = 0  # payload: the pickled value
 ERROR = 1  # payload: the pickled (exception, traceback text)
 INIT_FAILED = 2  # the initializer raised; payload as for ERROR
 
-STATUSES = frozenset({VALUE, ERROR, INIT_FAILED})
+TOO_LARGE = 3  # a worker did not send it; payload: `sizes`
+
+STATUSES = frozenset({VALUE, ERROR, INIT_FAILED, TOO_LARGE})
 
 # Why a task was given up (`Failed.kind`), or what ended its runner (`Crashed.kind`).
 CRASHED = "crashed"  # the task ended its runner, too often
+OVERSIZED = "oversized"  # its arguments are more than the broker takes; the client says so itself
 LOST = "lost"  # the task started on too many workers that vanished
 TIMEOUT = "timeout"  # the task ran longer than it was allowed to
 REFUSED = "refused"  # a task submitted it that was not (any more) in a position to
@@ -175,6 +178,9 @@ class Welcome(Message, tag="welcome"):
     credit: int  # tasks that a client may have unresolved at the broker
     heartbeat_interval: float
     lost_after: float
+    credit_bytes: int = 0  # of a client's unresolved tasks and of its blobs; 0: no limit
+    argument_max: int = 0  # bytes of one task; 0: no limit
+    result_max: int = 0  # bytes of one result; 0: no limit
 
 
 class Refused(Message, tag="refused"):
@@ -290,6 +296,12 @@ class Cluster(Message, tag="cluster"):
 
     workers: int
     slots: int
+
+
+class Credit(Message, tag="credit"):
+    """From now on the client may have so many bytes at the broker; never fewer than before."""
+
+    bytes_max: int
 
 
 class StatusRequest(Message, tag="status?"):
@@ -578,7 +590,7 @@ FromWorker: TypeAlias = (
     Done | Returned | Crashed | Letter | Relay | Held | Resumed | Drain | Goodbye
 )
 ToClient: TypeAlias = (
-    Running | Results | Failed | Cluster | Letter | Status | ShuttingDown | Goodbye
+    Running | Results | Failed | Cluster | Credit | Letter | Status | ShuttingDown | Goodbye
 )
 ToAdmin: TypeAlias = Status | ShuttingDown | KeysReloaded | Goodbye
 ToWorker: TypeAlias = Run | Revoke | Blob | Forget | Lend | Relay | Letter | Drain | Goodbye
@@ -769,6 +781,7 @@ def _check_fields(message: Wire) -> None:
             Blob()
             | Failed()
             | Cluster()
+            | Credit()
             | Status()
             | Shutdown()
             | ReloadKeys()

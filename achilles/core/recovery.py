@@ -110,6 +110,7 @@ class Recovery:
                 results.ids.append(id)
                 results.statuses += bytes([status])
                 results.payloads.append(result)
+                client.bytes -= p.size_of(payload)
             elif id in found.tasks and self._assign(found.tasks[id], queue):
                 self._take_in(found.tasks.pop(id), queue, payload, now)
             else:

@@ -25,6 +25,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 
 from achilles.core import protocol as p
+from achilles.core.budget import UNLIMITED, Budget, Limits, bytes_of
 from achilles.core.charges import Charges
 from achilles.core.dispatch import LEASE_BITS, PREFETCH_PAUSE, Dispatcher, Send
 from achilles.core.nesting import Nesting
@@ -54,17 +55,19 @@ class Scheduler:
         self,
         *,
         credit: int = 0,
+        limits: Limits = UNLIMITED,
         now: float = 0.0,
         epoch: int = 0,
         recovery: float = 0.0,
         patience: float = 0.0,
         awaited: frozenset[int] | None = None,
     ) -> None:
-        """``credit``: tasks that a client may have unresolved; 0: no limit. The others: see `Recovery`.
+        """``credit``: tasks that a client may have unresolved; 0: no limit. The others: see `Budget` and `Recovery`.
 
         ``epoch`` is another one for each broker that peers may meet.
         """
         self._credit = credit
+        self._budget = Budget(limits)
         self._started_at = now
         self._clients: dict[PeerId, Client] = {}
         self._workers: dict[PeerId, Worker] = {}
@@ -114,6 +117,7 @@ class Scheduler:
                 number = self._number(hello, self._clients)
                 client, sends = self._recovery.client(peer, number, hello)
                 self._clients[peer] = client
+                self._budget.open(client)
                 return [Send(peer, self._cluster()), *sends]
 
     def _number(
@@ -130,7 +134,10 @@ class Scheduler:
             self._count_workers(set(), {worker.number})
             return self._worker_left(worker, now, reason, charge)
         client = self._clients.pop(peer, None)
-        return self._root_left(client) if client else []
+        if client is None:
+            return []
+        self._budget.close(client)
+        return self._root_left(client)
 
     def amnesty(self, now: float) -> None:
         """The broker has slept: who is late may have been kept waiting."""
@@ -157,6 +164,17 @@ class Scheduler:
         worker.state = READY
         self._desk.place(worker)
         return self._desk.dispatch(now)
+
+    def grant_of(self, peer: PeerId) -> int:
+        """How many bytes of tasks a client may have here; 0: no limit."""
+        client = self._clients.get(peer)
+        return 0 if client is None else client.grant
+
+    def owe(self, peer: PeerId, size: int, now: float) -> list[Send]:
+        """A client was sent so many bytes of results, or (below 0) has taken them: see `budget`."""
+        client = self._clients.get(peer)
+        has_room_again = client is not None and self._budget.owes(client, size)
+        return self._desk.dispatch(now) if has_room_again else []
 
     # --- The core's contract ----------------------------------------------------------------------
 
@@ -216,11 +234,13 @@ class Scheduler:
         match message:
             case p.Submit():
                 sends = self._submit(client, message, now)
+                if self._budget.grow(client):
+                    sends.append(Send(client.peer, p.Credit(client.grant)))
                 return [*sends, *self._desk.lend(client), *self._desk.dispatch(now)]
             case p.Blob(blob=blob, payload=payload):
                 if blob < 1:
                     raise ProtocolError("a blob's number is at least 1")
-                client.blobs.setdefault(blob, payload)
+                self._budget.take_blob(client, blob, payload)
                 return []
             case p.Forget(blobs=blobs):
                 return self._forget(client, blobs)
@@ -241,6 +261,7 @@ class Scheduler:
                 raise ProtocolError(f"a client does not send {type(message).__name__}")
 
     def _submit(self, client: Client, message: p.Submit, now: float) -> list[Send]:
+        size = bytes_of(message.payloads)
         if self._credit and len(client.tasks) + len(message.ids) > self._credit:
             raise ProtocolError(f"more than {self._credit} unresolved tasks")
         group = message.group
@@ -248,6 +269,7 @@ class Scheduler:
         for blob in queue.needs if queue is not None else group.needs:
             if blob not in client.owner(blob, group).blobs:
                 raise ProtocolError(f"a task names blob {blob}, which was not sent")
+        self._budget.take(client, size, is_alone=not client.tasks and len(message.ids) == 1)
         if queue is None:
             queue = client.queues[group] = TaskQueue(client, group)
         sends: list[Send] = []
@@ -264,6 +286,8 @@ class Scheduler:
             if id not in tasks:  # a client that is not sure may submit again
                 tasks[id] = task = Task(id, queue, payload)
                 append(task)
+            else:
+                client.bytes -= p.size_of(payload)
         added = len(tasks) - before
         queue.live += added
         client.live += added
@@ -289,9 +313,11 @@ class Scheduler:
         for queue in using:
             if not queue.tasks and not queue.leases:
                 del client.queues[queue.group]
+        client.unwant(blobs)
         blobs = self._nesting.without_shared(client, blobs)
         for blob in blobs:
             client.blobs.pop(blob, None)
+            client.unwanted.discard(blob)
         sends = []
         for worker in self._workers.values():
             held = [blob for blob in blobs if (client.number, blob) in worker.blobs]
@@ -324,6 +350,8 @@ class Scheduler:
             else:
                 index = lease.tasks.index(task)
                 sends.append(Send(lease.worker.peer, p.Revoke(lease.number, [index], kill)))
+            if task.payload is not None:
+                client.bytes -= p.size_of(task.payload)
             task.queue = None
             task.payload = None
         if client.live == 0:
@@ -341,6 +369,7 @@ class Scheduler:
             task.queue = None
             task.payload = None
         client.tasks.clear()
+        client.bytes = 0
         client.live = 0
         for queue in client.queues.values():  # its leases still refer to them
             queue.tasks.clear()
@@ -406,10 +435,14 @@ class Scheduler:
             if lease.queue.options.retries
             else set()
         )
+        size = 0
         for task in held:
             if task.queue is not None and task not in again:
                 ids.append(task.id)
                 del tasks[task.id]
+                call = task.payload
+                size += len(call) if type(call) is bytes else call.nbytes  # type: ignore[union-attr]
+        lease.client.bytes -= size
         if len(ids) != len(held):  # some were cancelled meanwhile, or run again
             wanted = [task.queue is not None and task not in again for task in held]
             statuses = bytes(itertools.compress(statuses, wanted))
@@ -576,6 +609,7 @@ class Scheduler:
             assert may_wait == is_waiting, "a client waits in vain"
         assert self._desk.waiting.keys() <= self._clients.keys(), "a client that left waits"
         self._desk.check_invariants(workers)
+        self._budget.check_invariants(self._clients.values())
         self._nesting.check_invariants(workers, leases)
         self._recovery.check_invariants()
 

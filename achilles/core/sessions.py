@@ -10,10 +10,12 @@ Rules
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple, TypeAlias
 
 from achilles.core import protocol as p
+from achilles.core.budget import UNLIMITED, Limits, bytes_of
 from achilles.core.link import Link, Packet
 from achilles.core.liveness import STALL_SECONDS, Silence, Timings
 from achilles.core.scheduler import Scheduler
@@ -50,6 +52,8 @@ _FOR_SCHEDULER = (
     p.Resumed,
 )
 
+OWED_MIN = 4096  # bytes; what is less in one message is not counted
+
 
 class Send(NamedTuple):
     """A packet on its way to a route."""
@@ -61,7 +65,7 @@ class Send(NamedTuple):
 class Session:
     """A peer that said hello; ``number`` is its name in the scheduler."""
 
-    __slots__ = ("hello", "link", "number", "role", "route")
+    __slots__ = ("hello", "link", "number", "owed", "role", "route")
 
     def __init__(
         self, number: int, role: str, route: Route, link: Link, hello: p.ClientHello | p.WorkerHello
@@ -71,18 +75,27 @@ class Session:
         self.route = route
         self.link = link
         self.hello = hello
+        self.owed: deque[tuple[int, int]] = deque()  # (seq, bytes) of results not taken yet
 
 
 class Sessions:
     """All sessions of one broker process."""
 
     def __init__(
-        self, scheduler: Scheduler, *, epoch: bytes, timings: Timings, credit: int, now: float
+        self,
+        scheduler: Scheduler,
+        *,
+        epoch: bytes,
+        timings: Timings,
+        credit: int,
+        limits: Limits = UNLIMITED,
+        now: float,
     ) -> None:
         self.scheduler = scheduler
         self._epoch = epoch
         self._timings = timings
         self._credit = credit
+        self._limits = limits
         self._by_token: dict[bytes, Session] = {}
         self._by_number: dict[Hashable, Session] = {}
         self._by_route: dict[Route, Session] = {}
@@ -243,6 +256,7 @@ class Sessions:
             self._by_incarnation[hello.incarnation] = session
         self._rebind(session, route)
         resumed = self._heard(session, now)
+        joined = self.scheduler.join(session.number, hello, now) if is_new else []
         welcome = p.Welcome(
             session.link.token,
             self._epoch,
@@ -250,11 +264,12 @@ class Sessions:
             self._credit,
             self._timings.heartbeat_interval,
             self._timings.lost_after,
+            self.scheduler.grant_of(session.number),
+            self._limits.argument_max,
+            self._limits.result,
         )
         sends += [Send(route, Packet(p.Header(p.NO_TOKEN, 0, 0), welcome)), *resumed]
-        if is_new:
-            sends += self._from_scheduler(self.scheduler.join(session.number, hello, now))
-        return sends
+        return [*sends, *self._from_scheduler(joined)]
 
     def _refusal(
         self, role: str, roles: frozenset[str], hello: p.ClientHello | p.WorkerHello
@@ -266,6 +281,8 @@ class Sessions:
             return "the broker is shutting down"
         if role == ADMIN:
             return ""
+        if len(self._by_token) >= self._limits.sessions and not self._is_known(hello):
+            return f"the broker has {len(self._by_token)} sessions, as many as it may (broker.sessions)"
         for session in self._by_token.values():
             if session.role != ADMIN and session.hello.python != hello.python:
                 return (
@@ -273,6 +290,9 @@ class Sessions:
                     f"which {session.role} {session.hello.name} of this broker runs; all of them need the same"
                 )
         return ""
+
+    def _is_known(self, hello: p.ClientHello | p.WorkerHello) -> bool:
+        return hello.incarnation in self._by_incarnation
 
     # --- Sessions ---------------------------------------------------------------------------------
 
@@ -282,6 +302,8 @@ class Sessions:
             raise ProtocolError(f"the role {session.role} may not send {type(message).__name__}")
         is_new, answers = session.link.receive(packet, now)
         sends = [Send(session.route, answer) for answer in answers] if answers else []
+        if session.owed:
+            sends += self._settle(session, packet.header.ack, now)
         if not is_new:
             return sends
         if isinstance(message, _FOR_SCHEDULER):
@@ -303,8 +325,26 @@ class Sessions:
         for to, message in sends:
             session = self._by_number.get(to)
             if session is not None:
-                packets.append(Send(session.route, session.link.wrap(message)))
+                packet = session.link.wrap(message)
+                packets.append(Send(session.route, packet))
+                if type(message) is p.Results:
+                    self._owe(session, packet.header.seq, bytes_of(message.payloads))
         return packets
+
+    def _owe(self, session: Session, seq: int, size: int) -> None:
+        """Results are on their way."""
+        if size >= OWED_MIN:
+            session.owed.append((seq, size))
+            self.scheduler.owe(session.number, size, self._seen_at)
+
+    def _settle(self, session: Session, ack: int, now: float) -> list[Send]:
+        """The peer has everything up to ``ack``."""
+        size = 0
+        while session.owed and session.owed[0][0] <= ack:
+            size += session.owed.popleft()[1]
+        if not size:
+            return []
+        return self._from_scheduler(self.scheduler.owe(session.number, -size, now))
 
     def _rebind(self, session: Session, route: Route) -> None:
         """The session is reached on this route from now on."""

@@ -2,7 +2,8 @@
 
 Rules
     1. A task is kept, payload and all, until its outcome came: a new broker gets everything again.
-    2. The broker holds at most its credit of this client's tasks; the rest wait here, in order.
+    2. The broker holds at most its credit of this client's tasks, and of their bytes; the rest wait here, in order. One
+       task may always go, alone, whatever it holds, up to what any may; one that holds more fails here.
     3. Each task gets one outcome; what comes after it (a late result, a second one), or for a task that the broker
        does not have, is dropped here.
     4. What an earlier broker had is marked as such: workers may hold it.
@@ -14,9 +15,11 @@ Ids are the caller's, ascending from 1, and never used twice.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from math import inf
 from typing import Literal, NamedTuple, TypeAlias
 
 from achilles.core import protocol as p
+from achilles.core.budget import bytes_of
 from achilles.core.protocol import Group
 
 BLOBS_KEPT = 256  # unused blobs that stay at the broker, for functions that come back
@@ -61,13 +64,19 @@ class Submission:
         self._again: set[int] = set()  # in the backlog, and an earlier broker had them
         self._was_connected = False
         self._is_resuming = False
+        self._bytes_max = 0  # at the broker; 0: no limit
+        self._bytes = 0  # of the tasks and blobs that it has
+        self._argument_max = 0  # of one task; 0: no limit
 
     # --- Sessions ---------------------------------------------------------------------------------
 
-    def connect(self, credit: int) -> list[Send]:
-        """A new session: the broker knows nothing. ``credit`` 0 means no limit."""
+    def connect(self, credit: int, *, credit_bytes: int = 0, argument_max: int = 0) -> list[Send]:
+        """A new session: the broker knows nothing. Of each limit, 0 means that there is none."""
         self._credit = credit
+        self._bytes_max = credit_bytes
+        self._argument_max = argument_max
         self._sent_blobs.clear()
+        self._bytes = 0
         if self._was_connected:
             self._is_resuming = True
             self._again |= self._tasks.keys() - self._unsent
@@ -109,11 +118,18 @@ class Submission:
         if self._credit is None:
             self._wait(ids)
             return []
+        size = bytes_of(payloads)
+        new = self._size_of_new_blobs(group)
+        is_tight = 0 < self._bytes_max < self._bytes + new + size
         room = self._room(len(ids))
-        if self._backlog or room < len(ids) or len(ids) > p.TASKS_MAX:
+        if self._backlog or room < len(ids) or len(ids) > p.TASKS_MAX or is_tight:
+            self._wait(ids)
+            return self._advance()
+        if 0 < self._argument_max < size + self._size_of_blobs(group):  # perhaps one of them
             self._wait(ids)
             return self._advance()
         self._at_broker += len(ids)
+        self._bytes += size
         return [*self._new_blobs(group), _submit(group, ids, payloads)]
 
     def cancel(self, ids: list[int], *, kill: bool = False) -> list[Send]:
@@ -157,6 +173,9 @@ class Submission:
                     return []
                 self._at_broker -= 1
                 return [Send("user", message), *self._advance()]
+            case p.Credit(bytes_max=bytes_max):
+                self._bytes_max = bytes_max
+                return self._advance()
             case (
                 p.Running() | p.Cluster() | p.Letter() | p.Status() | p.ShuttingDown() | p.Goodbye()
             ):
@@ -217,7 +236,9 @@ class Submission:
         if entry is None:
             return False
         self._again.discard(id)
-        fn, init, _, _, blobs = entry[0]
+        (fn, init, _, _, blobs), payload = entry
+        if id not in self._unsent:
+            self._bytes -= len(payload) if type(payload) is bytes else payload.nbytes  # type: ignore[union-attr]
         if fn:
             self._release(fn)
         if init:
@@ -247,28 +268,79 @@ class Submission:
         sends: list[Send] = []
         backlog = self._backlog
         room = self._room(len(backlog))
-        while backlog and room:
+        is_full = False
+        while backlog and room and not is_full:
             group = self._tasks[backlog[0]][0]
+            blob_bytes = self._size_of_blobs(group)
+            made, spare = self._make_room(group, blob_bytes)
+            sends += made
             ids: list[int] = []
             payloads: list[p.Payload] = []
             is_again = backlog[0] in self._again
             while backlog and room and len(ids) < p.TASKS_MAX:
-                task_group, payload = self._tasks[backlog[0]]
-                if task_group != group or (backlog[0] in self._again) != is_again:
+                id = backlog[0]
+                task_group, payload = self._tasks[id]
+                if task_group != group or (id in self._again) != is_again:
                     break
+                size = p.size_of(payload)
+                if 0 < self._argument_max < size + blob_bytes:
+                    sends.append(self._refuse(id, size + blob_bytes))
+                    continue
+                if size > spare and (ids or self._at_broker):
+                    is_full = not ids  # else look once more, perhaps something can be forgotten
+                    break
+                spare -= size
+                self._bytes += size
                 ids.append(backlog.popleft())
                 payloads.append(payload)
                 room -= 1
-            self._at_broker += len(ids)
-            self._unsent.difference_update(ids)
-            sends += self._new_blobs(group)
-            sends.append(_submit(group, ids, payloads, is_again))
-            self._again.difference_update(ids)
+            if ids:
+                self._at_broker += len(ids)
+                self._unsent.difference_update(ids)
+                sends += self._new_blobs(group)
+                sends.append(_submit(group, ids, payloads, is_again))
+                self._again.difference_update(ids)
         if self._is_resuming:
             sends += self._resumed()
         if not backlog and self._credit is not None:
             sends += self._drop_blobs()
         return sends
+
+    def _refuse(self, id: int, size: int) -> Send:
+        """The oldest task that waits holds more than the broker takes."""
+        self._backlog.popleft()
+        self._forget(id)
+        self._unsent.discard(id)
+        return Send("user", p.Failed(id, p.OVERSIZED, [f"{size} {self._argument_max}"]))
+
+    def _make_room(self, group: Group, blob_bytes: int) -> tuple[list[Send], float]:
+        """Have the broker forget what nobody needs, if a group's blobs find no room else; how many bytes are left for tasks."""
+        if not self._bytes_max:
+            return [], inf
+        new = self._size_of_new_blobs(group)
+        first = p.size_of(self._tasks[self._backlog[0]][1])
+        if self._bytes + new + first <= self._bytes_max:
+            return [], self._bytes_max - self._bytes - new
+        needed = set(group.needs)
+        dropped = [
+            blob
+            for blob in self._sent_blobs
+            if blob not in needed and (not self._at_broker or not self._blobs[blob].tasks)
+        ]
+        for blob in dropped:
+            self._sent_blobs.discard(blob)
+            self._bytes -= self._blobs[blob].size
+        forgets = [Send("broker", p.Forget(0, blobs)) for blobs in _runs(sorted(dropped))]
+        return list(forgets), self._bytes_max - self._bytes - self._size_of_new_blobs(group)
+
+    def _size_of_blobs(self, group: Group) -> int:
+        """The bytes of what a group's tasks share."""
+        return sum(self._blobs[blob].size for blob in group.needs)
+
+    def _size_of_new_blobs(self, group: Group) -> int:
+        """The bytes of those of them that the broker does not have."""
+        sent = self._sent_blobs
+        return sum(self._blobs[blob].size for blob in group.needs if blob not in sent)
 
     def _new_blobs(self, group: Group) -> list[Send]:
         sends = []
@@ -276,6 +348,7 @@ class Submission:
             self._blobs.move_to_end(blob)
             if blob not in self._sent_blobs:
                 self._sent_blobs.add(blob)
+                self._bytes += self._blobs[blob].size
                 sends.append(Send("broker", p.Blob(0, blob, self._blobs[blob].payload)))
         return sends
 
@@ -287,7 +360,7 @@ class Submission:
             small = [blob for blob, entry in self._blobs.items() if not entry.tasks][:surplus]
             unused += small
             for blob in small:
-                del self._blobs[blob]
+                self._forget_blob(blob)
                 self._idle_bytes -= self._idle.pop(blob, 0)
         if not unused:
             return []
@@ -303,9 +376,15 @@ class Submission:
             if self._idle_bytes <= BYTES_KEPT and self._blobs[blob].is_kept:
                 break
             self._idle_bytes -= self._idle.pop(blob)
-            del self._blobs[blob]
+            self._forget_blob(blob)
             dropped.append(blob)
         return dropped
+
+    def _forget_blob(self, blob: int) -> None:
+        """Drop a blob that no task names; whether the broker has it is for the caller to tell it."""
+        entry = self._blobs.pop(blob)
+        if blob in self._sent_blobs:
+            self._bytes -= entry.size
 
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""
@@ -316,6 +395,13 @@ class Submission:
         if self._credit is not None:
             assert self._at_broker == len(self._tasks) - len(self._backlog), "tasks miscounted"
             assert not self._credit or self._at_broker <= self._credit, "credit overdrawn"
+            sent = [payload for id, (_, payload) in self._tasks.items() if id not in self._unsent]
+            blobs = sum(self._blobs[blob].size for blob in self._sent_blobs)
+            assert self._bytes == bytes_of(sent) + blobs, "bytes miscounted"
+            is_alone = self._at_broker <= 1
+            assert is_alone or not self._bytes_max or self._bytes <= self._bytes_max, (
+                "credit in bytes overdrawn"
+            )
         counts: dict[int, int] = {}
         for group, _ in self._tasks.values():
             for blob in group.needs:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple, TypeAlias
 
 from achilles.core import protocol as p
@@ -168,6 +168,11 @@ class Client:
         self.parent: Lease | None = None
         self.tasks: dict[int, Task] = {}
         self.blobs: dict[int, p.Payload] = {}
+        self.unwanted: set[int] = set()  # blobs that it has forgotten, but nested clients need
+        self.bytes = 0  # of its tasks and of the blobs that it wants
+        self.grant = 0  # how many they may be (see `budget`); 0: no limit
+        self.owed = 0  # bytes of results that it has not taken
+        self.is_held = False  # too many: no more of its tasks are run until it takes them
         self.queues: dict[p.Group, TaskQueue] = {}
         # A heap of queues by rank for each set of wanted tags; stale entries are skipped.
         self.orders: dict[Tags, list[tuple[Rank, int, TaskQueue]]] = {}
@@ -205,11 +210,11 @@ class Client:
 
     @property
     def has_all_its_slots(self) -> bool:
-        """Whether one more lease could make more of its tasks run at once than it wants.
+        """Whether one more lease could make more of its tasks run at once than it wants, or than it takes results of.
 
         One in advance counts: it runs as soon as the worker has a free runner, which may be now.
         """
-        return 0 < self.slots_max <= self.places
+        return self.is_held or 0 < self.slots_max <= self.places
 
     def next_queue(self, tags: frozenset[str]) -> TaskQueue | None:
         """The queue of the highest rank whose tasks may run on a worker with these tags."""
@@ -232,6 +237,12 @@ class Client:
             self._entries += 1
             order = self.orders.setdefault(queue.options.tags, [])
             heapq.heappush(order, (rank, self._entries, queue))
+
+    def unwant(self, blobs: Iterable[int]) -> None:
+        """The client has forgotten these blobs; until they are dropped here, they are not its burden."""
+        for blob in self.blobs.keys() & set(blobs) - self.unwanted:
+            self.bytes -= p.size_of(self.blobs[blob])
+            self.unwanted.add(blob)
 
     def status(self) -> p.ClientStatus:
         """This client in numbers."""

@@ -11,6 +11,7 @@ from typing import Any
 import zmq
 
 from achilles.core import protocol as p
+from achilles.core.budget import Limits
 from achilles.core.link import Packet
 from achilles.core.liveness import Timings
 from achilles.core.scheduler import EPOCHS, Scheduler
@@ -36,6 +37,7 @@ class Broker:
         sockets: each with the roles that its users have at present: who is not in the mapping has none.
         gatekeeper: the ZAP handler.
         credit: tasks that a client may have unresolved.
+        limits: what else peers may have.
         reload: reads the keys anew; then those sessions are cut whose key is gone.
         awaited: the numbers of the workers that the last broker had; None: not known.
         on_workers: is told the numbers of the present workers before any of them gets work.
@@ -48,6 +50,7 @@ class Broker:
         *,
         timings: Timings,
         credit: int,
+        limits: Limits,
         reload: Callable[[], None],
         awaited: frozenset[int] | None = None,
         on_workers: Callable[[frozenset[int]], None] | None = None,
@@ -60,6 +63,7 @@ class Broker:
         epoch = secrets.token_bytes(16)
         scheduler = Scheduler(
             credit=credit,
+            limits=limits,
             now=now,
             epoch=int.from_bytes(epoch, "big") % EPOCHS,
             recovery=timings.recovery,
@@ -73,6 +77,7 @@ class Broker:
             epoch=epoch,
             timings=timings,
             credit=credit,
+            limits=limits,
             now=now,
         )
         self._reload = reload

@@ -285,9 +285,13 @@ class Connection:
 
     def _from_broker(self, message: p.Wire, now: float) -> None:
         match message:
-            case p.Welcome(credit=credit):
-                self.mailbox.credit = credit
-                self._sends += self._submission.connect(credit)
+            case p.Welcome():
+                self.mailbox.credit = message.credit
+                self._sends += self._submission.connect(
+                    message.credit,
+                    credit_bytes=message.credit_bytes,
+                    argument_max=message.argument_max,
+                )
             case p.Gone():
                 _LOG.warning("the broker at %s lost this session; resubmitting", self._address)
                 self._submission.disconnect()
@@ -302,7 +306,7 @@ class Connection:
             case p.Status():
                 while self._statuses:
                     self._statuses.popleft()(message)
-            case p.Running() | p.Results() | p.Failed() | p.Cluster() | p.Letter():
+            case p.Running() | p.Results() | p.Failed() | p.Cluster() | p.Credit() | p.Letter():
                 self._sends += self._submission.receive(message, now)
             case _:
                 _LOG.warning(

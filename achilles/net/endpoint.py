@@ -195,6 +195,7 @@ def bind_router(
     ipc: Endpoint | None,
     domain: str,
     broker_secret: bytes,
+    frame_max: int = MAXMSGSIZE,
 ) -> Bound:
     """A ROUTER on a TCP endpoint (with CURVE), on an ipc path (behind file permissions), or both.
 
@@ -212,6 +213,7 @@ def bind_router(
     socket = context.socket(zmq.ROUTER)
     try:
         _prepare(socket)
+        socket.setsockopt(zmq.MAXMSGSIZE, frame_max)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
         socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)

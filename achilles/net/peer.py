@@ -19,6 +19,7 @@ from achilles.net.keys import Join
 from achilles.net.transport import DealerPort, SocketLoop
 
 BACKOFF_FIRST, BACKOFF_MAX = 0.1, 5.0
+ACKNOWLEDGED_BYTES = 2 << 20  # after so many in large messages the broker is told at once
 WELCOME_SECONDS = 5.0  # a socket that has not led to a session by then is replaced
 
 Dial = Callable[[], Dialed]
@@ -53,6 +54,7 @@ class Peer:
         self._loop = loop
         self._dialer = Dialer(hello)
         self._on_message = on_message
+        self._received = 0  # bytes, of large messages since the last acknowledgement
         self._backoff = BACKOFF_FIRST
         self._since = monotonic()
         self._redial_at: float | None = None
@@ -126,6 +128,11 @@ class Peer:
             return
         if step.packets:
             self._transmit(step.packets)
+        if len(frames) > 1:
+            self._received += sum(len(frame) for frame in frames)
+            if self._received > ACKNOWLEDGED_BYTES:
+                self._received = 0
+                self._transmit(self._dialer.acknowledge())
         for message in step.messages:
             self._on_message(message, now)
 

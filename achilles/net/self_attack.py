@@ -32,7 +32,7 @@ _LET_IN = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 # ZMTP 3.0: signature, version, mechanism, as-server, filler; then a command that says how long it will be.
 _MECHANISM = b"CURVE".ljust(20, b"\0")
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + _MECHANISM + bytes(32)
-_TOO_LARGE = struct.pack(">BQ", 0x06, MAXMSGSIZE + 1)
+_COMMAND = struct.Struct(">BQ")
 
 
 class Door(NamedTuple):
@@ -86,6 +86,7 @@ def attack(
     loop: SocketLoop,
     step: Callable[[float], None],
     *,
+    frame_max: int = MAXMSGSIZE,
     timeout: float = TIMEOUT,
 ) -> None:
     """Try every door in every way; ``step`` lets the broker do its part, for at most so many seconds.
@@ -102,7 +103,7 @@ def attack(
                 leave.callback(attempt.close)
                 attempts.append(attempt)
         for door in doors:  # libzmq's own thread answers these
-            _send_too_large(door.endpoint, deadline)
+            _send_too_large(door.endpoint, frame_max, deadline)
         while left := [one.what for one in attempts if not one.is_refused]:
             if monotonic() > deadline:
                 raise SelfAttackError(_text(f"did not refuse within {timeout:g} s: {left[0]}"))
@@ -116,7 +117,7 @@ def _strangers(door: Door) -> Iterator[tuple[str, tuple[bytes, bytes] | None]]:
         yield f"a peer with the {role}'s key", pair
 
 
-def _send_too_large(endpoint: Endpoint, deadline: float) -> None:
+def _send_too_large(endpoint: Endpoint, frame_max: int, deadline: float) -> None:
     """Speak the protocol up to a frame that says that it will be too large.
 
     Raises:
@@ -126,7 +127,7 @@ def _send_too_large(endpoint: Endpoint, deadline: float) -> None:
     def seconds() -> float:
         return max(0.01, deadline - monotonic())
 
-    what = f"a frame of more than {MAXMSGSIZE} bytes at {endpoint}"
+    what = f"a frame of more than {frame_max} bytes at {endpoint}"
     try:
         with sockets.create_connection((endpoint.host, endpoint.port), seconds()) as raw:
             raw.sendall(_GREETING)
@@ -135,7 +136,7 @@ def _send_too_large(endpoint: Endpoint, deadline: float) -> None:
                 greeting += received
             if greeting[12:32] != _MECHANISM:
                 raise SelfAttackError(_text(f"does without CURVE at {endpoint}"))
-            raw.sendall(_TOO_LARGE)
+            raw.sendall(_COMMAND.pack(0x06, frame_max + 1))
             while _receive(raw, seconds()):
                 pass
     except TimeoutError:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import zmq
 
+from achilles.core.budget import Limits
 from achilles.core.liveness import Timings
 from achilles.core.sessions import ADMIN, CLIENT, WORKER
 from achilles.errors import ConfigError, InsecureBindError, KeyFileError
@@ -64,6 +65,7 @@ def serve(
     home: Path,
     timings: Timings,
     credit: int,
+    limits: Limits,
     with_ipc: bool,
     advertise: str | None,
     on_ready: Callable[[Addresses, Broker], None],
@@ -100,9 +102,9 @@ def serve(
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         leave.callback(context.destroy, 0)
         gatekeeper = Gatekeeper(context, _users(home))
-        patience = BIND_SECONDS if lock.has_waited else 0.0
+        until = monotonic() + (BIND_SECONDS if lock.has_waited else 0.0)
         clients, workers = _bind(
-            context, tcp, home, run if with_ipc else None, leave, monotonic() + patience
+            context, tcp, home, run if with_ipc else None, leave, limits.frame, until
         )
         addresses = _addresses(tcp, clients, workers, advertise)
         roles: dict[str, Roles] = {domain: _roles(home, domain) for domain in _DOORS}
@@ -119,12 +121,15 @@ def serve(
             gatekeeper,
             timings=timings,
             credit=credit,
+            limits=limits,
             reload=reload,
             awaited=awaited,
             on_workers=serving.has_workers if serving else None,
         )
         leave.callback(broker.close)
-        self_attack.attack(context, _doors(home, addresses), broker.loop, broker.step)
+        self_attack.attack(
+            context, _doors(home, addresses), broker.loop, broker.step, frame_max=limits.frame
+        )
         gatekeeper.refused = 0
         _write_joins(home, addresses, pid)
         if serving:
@@ -185,6 +190,7 @@ def _bind(
     home: Path,
     run: Path | None,
     leave: contextlib.ExitStack,
+    frame_max: int,
     deadline: float,
 ) -> list[Bound]:
     """The socket for clients, and that for workers; ``leave`` is told how to take them away.
@@ -197,7 +203,14 @@ def _bind(
         ipc = None if run is None else parse_endpoint(f"ipc://{run / name}")
         if run is not None:
             leave.callback((run / name).unlink, missing_ok=True)
-        bind = functools.partial(bind_router, context, ipc=ipc, domain=domain, broker_secret=secret)
+        bind = functools.partial(
+            bind_router,
+            context,
+            ipc=ipc,
+            domain=domain,
+            broker_secret=secret,
+            frame_max=frame_max,
+        )
         ports = _worker_ports(home, tcp, bounds[0].tcp) if bounds else [tcp.port]
         for port in ports[:-1]:
             with contextlib.suppress(ConfigError):

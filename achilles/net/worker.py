@@ -135,6 +135,7 @@ class Worker:
             case p.Welcome(epoch=epoch):
                 _LOG.info("joined the broker")
                 self._hold_unsent(now)
+                self._agent.result_max = message.result_max
                 self._sends += self._agent.join(epoch, now)
                 self._was_joined = True
                 self._on_joined()

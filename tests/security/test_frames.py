@@ -69,6 +69,7 @@ FROM_BROKERS: list[p.Wire] = [
     p.Results([1], b"\0", [b"value"]),
     p.Failed(1, p.LOST, ["story"]),
     p.Cluster(1, 1),
+    p.Credit(1),
     p.ShuttingDown(),
     p.KeysReloaded(1),
     p.Lend(1, True),

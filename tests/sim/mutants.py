@@ -580,7 +580,7 @@ MUTANTS = [
     Mutant(
         "what an earlier broker had is not marked",
         "submission",
-        "self._again |= self._tasks.keys() - set(self._backlog)",
+        "self._again |= self._tasks.keys() - self._unsent",
         "pass",
         ("what is held runs once", "at most once"),
         seed=3,

@@ -35,6 +35,9 @@ WIRE: list[p.Wire] = [
         credit=1000,
         heartbeat_interval=1.0,
         lost_after=15.0,
+        credit_bytes=1 << 28,
+        argument_max=1 << 30,
+        result_max=1 << 31,
     ),
     p.Refused(reason="the broker is shutting down"),
     p.Gone(),
@@ -58,6 +61,7 @@ WIRE: list[p.Wire] = [
     p.Results(ids=[7, 8, 9], statuses=b"\0\1\2", payloads=[b"a", b"b", b""]),
     p.Failed(id=7, kind=p.CRASHED, story=["it crashed", "again"]),
     p.Cluster(workers=2, slots=8),
+    p.Credit(bytes_max=1 << 40),
     p.StatusRequest(task=7, client="laptop-7", is_brief=True),
     p.Status(
         workers=[p.WorkerStatus("node-1", "ready", 4, 1, 2, 0.5, 42)],

@@ -22,15 +22,16 @@ LOOPBACK = Endpoint("tcp", "127.0.0.1", 0, "")
 class Place:
     """A port that is made as a test wants it, with the ZAP handler of one domain beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_handler: bool = True) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.loop = SocketLoop()
         self.router: zmq.Socket[bytes] | None = None
         self.worker = zmq.curve_keypair()
         self.public, self.secret = zmq.curve_keypair()
-        self.gatekeeper = Gatekeeper(self.context, {"door": {}})
-        self.loop.register(self.gatekeeper.socket.FD, self.gatekeeper.answer)
-        self.gatekeeper.answer()
+        if has_handler:
+            self.gatekeeper = Gatekeeper(self.context, {"door": {}})
+            self.loop.register(self.gatekeeper.socket.FD, self.gatekeeper.answer)
+            self.gatekeeper.answer()
 
     def open(
         self, *, curve: bool = True, zap: bool = True, frame_max: int = 16 * 1024 * 1024
@@ -55,7 +56,6 @@ class Place:
         attack(self.context, [door], self.loop, self.loop.wait, timeout=timeout)
 
     def close(self) -> None:
-        self.gatekeeper.socket.close(0)
         self.context.destroy(0)
         self.loop.close()
 
@@ -77,12 +77,12 @@ def test_a_door_without_encryption_must_not_do(place: Place) -> None:
         place.attack(place.open(curve=False, zap=False))
 
 
-def test_a_door_that_asks_nobody_must_not_do(place: Place) -> None:
+def test_a_door_that_asks_nobody_must_not_do() -> None:
     """CURVE alone lets every key in."""
-    place.loop.unregister(place.gatekeeper.socket.FD)
-    place.gatekeeper.socket.close(0)
+    place = Place(has_handler=False)
     with pytest.raises(SelfAttackError, match="lets in a peer with an unknown key"):
         place.attack(place.open(zap=False))
+    place.close()
 
 
 def test_the_key_of_another_role_must_not_do(place: Place) -> None:
