@@ -22,7 +22,7 @@ from tests.chaos.nemeses import KILLS
 from tests.chaos.plan import FULL_SECONDS, LOADS, NEMESES, Plan, plan, round_of
 from tests.chaos.run import Report, run
 
-ROUND_NEEDS = {"kills": 180, "requeued": 50, "late": 1}  # of a round at `FULL_SECONDS`
+ROUND_NEEDS = {"kills": 100, "requeued": 50, "late": 1}  # of a round at `FULL_SECONDS`
 
 
 def main() -> int:

@@ -51,7 +51,7 @@ class Recorder:
         if future.cancelled():
             self.write(op="done", first=number, what="cancelled", given=[None])
         elif error := future.exception():
-            name, text = type(error).__name__, str(error)[:300]
+            name, text = type(error).__name__, str(error)[:2000]
             self.write(op="done", first=number, what="error", given=[name], text=text)
         else:
             value = future.result()
@@ -129,12 +129,10 @@ def tiny(client: Client) -> None:
         except Exception as error:
             at, name = first + len(values), type(error).__name__
             client.recorder.write(
-                op="done", first=at, what="error", given=[name], text=str(error)[:300]
+                op="done", first=at, what="error", given=[name], text=str(error)[:2000]
             )
             left = TINY_COUNT - len(values) - 1  # a map that failed cancels what is behind
-            client.recorder.write(
-                op="done", first=at + 1, what="cancelled", given=[None] * left, text="map failed"
-            )
+            client.recorder.write(op="done", first=at + 1, what="behind", given=[None] * left)
         client.recorder.write(op="done", first=first, what="value", given=values)
         client.stopping.wait(max(0.0, TINY_COUNT / TINY_RATE - (time.monotonic() - began)))
 

@@ -86,7 +86,7 @@ _ALL = tuple(kind for kind in KINDS if kind not in ("full disk", "clock", "unrea
 NEMESES = {
     one.name: one
     for one in (
-        Nemesis("N1", "runners killed", ("kill runner",), 0.16, {"kill runner": 60, "requeued": 5}),
+        Nemesis("N1", "runners killed", ("kill runner",), 0.25, {"kill runner": 30, "requeued": 5}),
         Nemesis("N2", "workers killed", ("kill worker",), 0.8, {"kill worker": 12, "requeued": 5}),
         Nemesis("N3", "broker killed", ("kill broker",), 4.0, {"kill broker": 3}),
         Nemesis("N4", "clients killed", ("kill client",), 1.2, {"kill client": 8}),

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos import history
-from tests.chaos.history import Buckets
-from tests.chaos.nemeses import Heal, Nemeses, unavailable
+from tests.chaos.history import CRASHES_MAX, Buckets
+from tests.chaos.nemeses import KILLS, Heal, Nemeses, unavailable
 from tests.chaos.plan import Plan
 from tests.chaos.rig import Rig, Started
 
@@ -236,6 +236,12 @@ class _Run:
 
 def _forbidden(report: Report) -> list[str]:
     """What must not happen under that nemesis alone."""
+    kills = sum(report.effects[kind] for kind in KILLS) + report.effects["stop worker"]
+    kills += report.effects["partition"]
+    if report.buckets.excused * CRASHES_MAX > kills * SLOTS:
+        return [
+            f"{report.buckets.excused} tasks were given up, and only {kills} faults can have been to blame"
+        ]
     charged = report.buckets.charged
     if charged and report.plan.nemesis.name in ("N6", "N16"):
         return [f"{charged} attempts were charged, where nobody had died"]

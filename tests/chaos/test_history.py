@@ -63,6 +63,15 @@ def test_what_a_killed_client_had_open_is_open() -> None:
     assert buckets.is_well
 
 
+def test_what_is_behind_a_failed_item_of_a_map_has_no_outcome() -> None:
+    story = "was killed by SIGKILL; " * 3
+    failed = {**done(2, "TaskCrashedError", what="error"), "text": story}
+    behind = done(3, None, None, what="behind")
+    buckets = judge([submit(1, "tiny", count=4), failed, behind, done(1, mix(1))], {}, **WELL)
+    assert (buckets.acknowledged, buckets.excused, buckets.behind) == (1, 1, 2)
+    assert buckets.is_well
+
+
 def test_a_task_that_was_begun_again_is_recovered() -> None:
     records = [submit(1), done(1, mix(1)), submit(2), done(2, mix(2))]
     buckets = judge(records, {1: ran(1, "++-"), 2: ran(2, "+-")}, **WELL)
@@ -70,21 +79,21 @@ def test_a_task_that_was_begun_again_is_recovered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "signs", "is_excused"),
+    ("error", "line", "lines", "is_excused"),
     [
-        ("TaskCrashedError", "+++", True),
-        ("TaskCrashedError", "++", False),
-        ("TaskCrashedError", "+++-", False),
-        ("WorkerLostError", "+++++", True),
-        ("WorkerLostError", "++++", False),
-        ("BrokerLostError", "+++++", False),
+        ("TaskCrashedError", "killed by SIGKILL; ", 3, True),
+        ("TaskCrashedError", "killed by SIGKILL; ", 2, False),
+        ("TaskCrashedError", "killed by SIGSEGV; ", 3, False),
+        ("WorkerLostError", "was lost; ", 5, True),
+        ("WorkerLostError", "was lost; ", 4, False),
+        ("BrokerLostError", "was lost; ", 5, False),
     ],
 )
-def test_a_failure_by_the_rules_shows_in_the_executions(
-    error: str, signs: str, is_excused: bool
+def test_a_failure_by_the_rules_tells_of_each_attempt(
+    error: str, line: str, lines: int, is_excused: bool
 ) -> None:
-    records = [submit(1), done(1, error, what="error")]
-    buckets = judge(records, {1: ran(1, signs)}, **WELL)
+    records = [submit(1), {**done(1, error, what="error"), "text": line * lines}]
+    buckets = judge(records, {}, **WELL)
     assert (buckets.excused, buckets.unexpected) == (is_excused, not is_excused)
 
 

@@ -133,7 +133,7 @@ def machine() -> str:
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return (
         f"{today}, commit {commit or 'unknown'}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}"
+        f"Python {platform.python_version()}, load average {os.getloadavg()[2]:.1f}"
     )
 
 
