@@ -47,6 +47,7 @@ class LocalCluster:
             unregister=self._loop.unregister,
             path=list(sys.path),
             cwd=None,
+            argv=list(sys.argv),
             authkey=own_authkey(),
         )
         self._sends: deque[submission.Send | dispatch.Send | agent.Send] = deque()

@@ -75,8 +75,8 @@ class RunnerHost:
 
     ``register(fd, callback, write=False)`` watches ``fd`` for reading, or for both with ``write``; it is
     called again to change that. The callbacks gather events, which `collect` hands out.
-    ``authkey`` is multiprocessing's, where runners belong to one program. Those that are ``is_remote`` ask
-    their client for modules that they lack. What they print is told as events if the host ``captures`` it; without
+    ``argv`` is the program's and ``authkey`` multiprocessing's, where runners belong to one program. Those that are
+    ``is_remote`` ask their client for modules that they lack. What they print is told as events if the host ``captures`` it; without
     a task it goes to our own stderr. Runners that get the ``code`` key run sealed calls, and no others.
     """
 
@@ -87,6 +87,7 @@ class RunnerHost:
         unregister: Callable[[int], None],
         path: list[str] | None,
         cwd: str | None,
+        argv: list[str] | None = None,
         environ: dict[str, str] | None = None,
         authkey: bytes | None = None,
         is_remote: bool = False,
@@ -99,6 +100,7 @@ class RunnerHost:
         self.setup = {
             "path": path,
             "cwd": cwd,
+            "argv": argv,
             "authkey": authkey,
             "is_remote": is_remote,
             "captures": captures,

@@ -188,7 +188,7 @@ class Runner:
                 for _ in range(count):
                     self._receive()
             case ("setup", setup):
-                _setup(setup["path"], setup["cwd"], setup["authkey"])
+                _setup(setup["path"], setup["argv"], setup["cwd"], setup["authkey"])
                 if setup["captures"]:
                     _print_by_line()
                 if setup["is_remote"]:
@@ -429,10 +429,14 @@ class Runner:
         self.woken = perf_counter()
 
 
-def _setup(path: list[str] | None, cwd: str | None, authkey: bytes | None) -> None:
+def _setup(
+    path: list[str] | None, argv: list[str] | None, cwd: str | None, authkey: bytes | None
+) -> None:
     if path is not None:
         context.is_embedded = True
         sys.path[:] = path
+    if argv is not None:
+        sys.argv[:] = argv
     if cwd is not None:
         try:
             os.chdir(cwd)

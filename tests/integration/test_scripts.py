@@ -183,6 +183,9 @@ def test_a_task_finds_its_own_functions_in_main(make: Maker, tmp_path: Path) -> 
     text = """
 import multiprocessing, pickle
 
+def arguments():
+    return sys.argv
+
 def square(n):
     return n * n
 
@@ -195,8 +198,10 @@ def work(n):
 if __name__ == "__main__":
     with DistributedExecutor(1) as executor:
         print(executor.submit(work, 3).result())
+        print(executor.submit(arguments).result() == sys.argv)
 """
-    assert run(make, tmp_path, text) == ("[0, 1, 4]\n", "")
+    is_same = make.mode != CLUSTER  # a worker is a program of its own
+    assert run(make, tmp_path, text) == (f"[0, 1, 4]\n{is_same}\n", "")
 
 
 @of_modes(*OURS)
