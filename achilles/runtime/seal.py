@@ -14,7 +14,8 @@ task ids and the numbers of its blobs mean the same for ever. *root* is the sess
 
 Rules
     1. Tags are behind what they are of, so that payloads stay aligned, and their parts where they are.
-    2. One pass: BLAKE2b up to `LARGE`; from there on it takes the SHA-256 of the payload, which costs 0.4 of it (64 MiB: 38 ms).
+    2. One pass: BLAKE2b below `LARGE`; from there on it takes the SHA-256 of each `LEAF`, which costs 0.4 of it, and which several
+       threads compute where there are cores for them (64 MiB: 38 ms with one, 20 with two).
     3. No key, and no key-dependent state, is in any text or pickle.
 
 A runner imports this module: what it does not need at once is imported late.
@@ -29,7 +30,8 @@ from _struct import Struct
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all the rest
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from _thread import LockType
+    from collections.abc import Mapping, Sequence
     from typing import Any, NoReturn, TypeAlias
 
     from achilles.runtime.arguments import Attached
@@ -44,6 +46,8 @@ TAG_SIZE = 16
 NAME_SIZE = 16  # of a session
 CALL_SIZE = 2 * NAME_SIZE + TAG_SIZE  # of what is behind a call
 LARGE = 64 * 1024
+LEAF = 4 << 20
+THREADS_MAX = 4
 QUESTION, ANSWER, OUTPUT = b"?", b"!", b">"  # the kinds of letters
 ONCE_SIZE = 16
 STATES_MAX = 256
@@ -97,13 +101,60 @@ def _tag(state: State, head: bytes, *parts: Buffer) -> bytes:
     elif sum(map(len, parts)) < LARGE:
         state.update(b"\0".join((head, b"".join(parts))))
     else:
-        from hashlib import sha256
-
-        digest = sha256()
-        for part in parts:
-            digest.update(part)
-        state.update(b"\1".join((head, digest.digest())))
+        state.update(b"\1".join((head, _digests(parts))))
     return state.digest()
+
+
+def _digests(parts: Sequence[Buffer]) -> bytes:
+    """The length of the parts together, and the digest of each leaf of what they are together."""
+    from _thread import allocate_lock, start_new_thread
+    from hashlib import sha256
+    from itertools import count
+
+    leaves: list[list[memoryview]] = [[]]
+    room = LEAF
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            if not room:
+                leaves.append([])
+                room = LEAF
+            leaves[-1].append(view[:room])
+            room, view = room - len(leaves[-1][-1]), view[room:]
+    digests = [b""] * len(leaves)
+    numbers = count()
+
+    def work() -> None:
+        while (number := next(numbers)) < len(leaves):
+            digest = sha256()
+            for view in leaves[number]:
+                digest.update(view)
+            digests[number] = digest.digest()
+
+    def work_beside(done: LockType) -> None:
+        try:
+            work()
+        finally:
+            done.release()
+
+    helpers = []
+    for _ in range(min(len(leaves), _cores(), THREADS_MAX) - 1):
+        done = allocate_lock()
+        done.acquire()
+        try:
+            start_new_thread(work_beside, (done,))
+        except RuntimeError:
+            break  # there are as many threads as there may be
+        helpers.append(done)
+    work()
+    for done in helpers:
+        done.acquire()
+    return _NUMBER.pack(sum(map(len, parts))) + b"".join(digests)
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return os.cpu_count() or 1 if affinity is None else len(affinity(0))
 
 
 class Sealer:

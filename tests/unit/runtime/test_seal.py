@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import _thread
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import pytest
 
 from achilles.errors import SealError
+from achilles.runtime import seal as seal_module
 from achilles.runtime.arguments import Attached, Shared
 from achilles.runtime.seal import (
     ANSWER,
     CALL_SIZE,
     LARGE,
+    LEAF,
     QUESTION,
     TAG_SIZE,
     Opener,
@@ -216,6 +219,42 @@ def test_a_result_is_opened(size: int) -> None:
     assert pair.sealer.open_result(5, 0, (whole[:3], memoryview(whole)[3:])) == data
     parts = pair.opener.result(5, 0, [data[:7], memoryview(data)[7:]])
     assert b"".join(bytes(part) for part in parts) == whole
+
+
+@pytest.mark.parametrize("size", [LEAF - 1, LEAF, LEAF + 1, 3 * LEAF + 5])
+@pytest.mark.parametrize("cores", [1, 4])
+def test_what_is_very_large_has_the_same_tag_in_whatever_parts_and_on_how_many_cores(
+    size: int, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = Seal(CODE)
+    data = bytes(range(251)) * (size // 251 + 1)
+    data = data[:size]
+    monkeypatch.setattr(seal_module, "_cores", lambda: 1)
+    whole = seal.blob(bytes(16), 1, data)
+    monkeypatch.setattr(seal_module, "_cores", lambda: cores)
+    state = seal.result(bytes(16))
+    parts: list[Any] = [data[:100], b"", memoryview(data)[100 : LEAF - 7], data[LEAF - 7 :]]
+    one = seal_result(state, 1, 0, data)
+    several = seal_result(state, 1, 0, parts)
+    assert one[-TAG_SIZE:] == several[-1]
+    assert seal.blob(bytes(16), 1, memoryview(data)) == whole
+    for at in (0, size // 2, size - 1):
+        changed = bytearray(data)
+        changed[at] ^= 1
+        assert seal.blob(bytes(16), 1, changed) != whole
+    if size > LEAF:  # leaves in another order
+        assert seal.blob(bytes(16), 1, data[LEAF:] + data[:LEAF]) != whole
+    assert seal.blob(bytes(16), 1, data[:-1]) != whole
+
+
+def test_without_more_threads_one_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    data = bytes(2 * LEAF)
+    whole = Seal(CODE).blob(bytes(16), 1, data)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    assert Seal(CODE).blob(bytes(16), 1, data) == whole
 
 
 @attack("T13")
