@@ -42,7 +42,7 @@ class Charges:
             return []
         if not may_retry(task, queue):
             return self.give_up(task, queue, p.TIMEOUT, text)
-        _blame(task).story.append(text[: p.TEXT_MAX])
+        blame_of(task).story.append(text[: p.TEXT_MAX])
         self.requeue(queue, [task])
         return []
 
@@ -51,7 +51,7 @@ class Charges:
         queue = task.queue
         if queue is None:
             return []
-        blame = _blame(task)
+        blame = blame_of(task)
         if is_crash:
             blame.crashes += 1
         else:
@@ -65,9 +65,19 @@ class Charges:
         self.requeue(queue, [task], is_reassigned=True)
         return []
 
+    def pardon(self, task: Task, text: str) -> list[Send]:
+        """It was its worker that ended the task's runner: the task runs again, and is charged with nothing."""
+        queue = task.queue
+        assert queue is not None
+        if queue.options.at_most_once:
+            return self.charge(task, text, is_crash=True)
+        blame_of(task).earlier += 1
+        self.requeue(queue, [task], is_reassigned=True)
+        return []
+
     def give_up(self, task: Task, queue: TaskQueue, kind: str, text: str) -> list[Send]:
         """The task fails; ``text`` is the last line of its story."""
-        story = [*_blame(task).story, text[: p.TEXT_MAX]]
+        story = [*blame_of(task).story, text[: p.TEXT_MAX]]
         if task.payload is not None:
             queue.client.bytes -= p.size_of(task.payload)
         del queue.client.tasks[task.id]
@@ -96,7 +106,8 @@ class Charges:
             queue.client.live -= 1
 
 
-def _blame(task: Task) -> Blame:
+def blame_of(task: Task) -> Blame:
+    """The task's account."""
     if task.blame is None:
         task.blame = Blame()
     return task.blame
@@ -104,7 +115,7 @@ def _blame(task: Task) -> Blame:
 
 def may_retry(task: Task, queue: TaskQueue) -> bool:
     """Whether a task that failed has a retry left, which is then taken."""
-    blame = _blame(task)
+    blame = blame_of(task)
     if blame.retries >= queue.options.retries:
         return False
     blame.retries += 1

@@ -313,7 +313,7 @@ class StatusRequest(Message, tag="status?"):
 
 
 class WorkerStatus(Message, tag="worker-status"):
-    """One worker as the broker sees it; ``state`` is ready, suspect or draining."""
+    """One worker as the broker sees it; ``state`` is ready, suspect, draining, returning or quarantined."""
 
     name: str
     state: str

@@ -289,8 +289,9 @@ class Recovery:
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        wanted = [at for at in (self._over_at, self._expires_at) if at is not None]
-        return min(wanted, default=None)
+        if self._over_at is None or self._expires_at is None:
+            return self._over_at or self._expires_at
+        return min(self._over_at, self._expires_at)
 
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""

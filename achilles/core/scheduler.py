@@ -30,11 +30,11 @@ from achilles.core.charges import Charges
 from achilles.core.dispatch import LEASE_BITS, PREFETCH_PAUSE, Dispatcher, Send
 from achilles.core.nesting import Nesting
 from achilles.core.recovery import Recovery, stable_number
+from achilles.core.standing import Standing
 from achilles.core.tables import (
     DRAINING,
     READY,
     RETURNING,
-    SUSPECT,
     Client,
     Lease,
     PeerId,
@@ -45,6 +45,7 @@ from achilles.core.tables import (
 from achilles.core.waiting import answer
 from achilles.errors import ProtocolError
 
+_INIT_FAILED = bytes([p.INIT_FAILED])
 EPOCHS = 1 << 29  # above which their numbers would meet the stable ones of peers
 
 
@@ -82,6 +83,7 @@ class Scheduler:
             receive=self._from_client,
             end=self._client_left,
         )
+        self._standing = Standing(self._workers, self._desk)
         self._recovery = Recovery(
             self._clients,
             self._desk,
@@ -151,18 +153,13 @@ class Scheduler:
 
     def suspect(self, peer: PeerId) -> None:
         """A worker has been silent for long: it gets no new work until `receive` or `resume`."""
-        worker = self._workers.get(peer)
-        if worker and worker.state == READY:
-            worker.state = SUSPECT
-            self._desk.place(worker)
+        if worker := self._workers.get(peer):
+            self._standing.suspect(worker)
 
     def resume(self, peer: PeerId, now: float) -> list[Send]:
         """A suspect worker was heard again."""
-        worker = self._workers.get(peer)
-        if worker is None or worker.state != SUSPECT:
-            return []
-        worker.state = READY
-        self._desk.place(worker)
+        if worker := self._workers.get(peer):
+            self._standing.resume(worker)
         return self._desk.dispatch(now)
 
     def grant_of(self, peer: PeerId) -> int:
@@ -195,15 +192,19 @@ class Scheduler:
     def tick(self, now: float) -> list[Send]:
         """Tell clients what is worth telling by now; give out what was held back for long enough."""
         sends = self._desk.announce(now)
+        if self._standing.next_deadline() is not None:
+            self._standing.tick(now)
+            sends += self._desk.dispatch(now)
         due = self._recovery.next_deadline()
         return sends if due is None or now < due else [*sends, *self._recover(now)]
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        announce, recover = self._desk.next_deadline(), self._recovery.next_deadline()
-        if announce is None or recover is None:
-            return recover if announce is None else announce
-        return min(announce, recover)
+        due = self._desk.next_deadline()
+        for at in (self._standing.next_deadline(), self._recovery.next_deadline()):
+            if at is not None and (due is None or at < due):
+                due = at
+        return due
 
     def status(self, now: float, *, is_brief: bool = False) -> p.Status:
         """The state in numbers."""
@@ -420,6 +421,11 @@ class Scheduler:
             worker.note_stray()
             return []
         held = self._held(lease, message.indexes)
+        init = lease.queue.group.init
+        if message.statuses[:1] != _INIT_FAILED:
+            self._standing.succeeded(worker, lease.client, init, now)
+        elif self._standing.init_failed(worker, lease.client, init, now):
+            return self._returned(worker, message.lease, message.indexes, now)
         if lease.client.found is not None:
             self._recovery.keep(lease.client, held, message.statuses, message.payloads)
         ids: list[int] = []
@@ -501,7 +507,10 @@ class Scheduler:
             sends = self._charges.too_slow(task, f"{message.reason} on worker {worker.name}")
         else:
             text = f"its runner {message.reason} on worker {worker.name}"
-            sends = self._charges.charge(task, text, is_crash=True)
+            if self._standing.crashed(worker, task, now) and task.queue is not None:
+                sends = self._charges.pardon(task, text)
+            else:
+                sends = self._charges.charge(task, text, is_crash=True)
         self._close_if_done(lease)
         return [*sends, *self._desk.dispatch(now)]
 
@@ -612,6 +621,7 @@ class Scheduler:
         self._budget.check_invariants(self._clients.values())
         self._nesting.check_invariants(workers, leases)
         self._recovery.check_invariants()
+        self._standing.check_invariants()
 
 
 def _served(worker: Worker, number: int) -> Client | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Hashable, Iterable
+from math import inf
 from typing import NamedTuple, TypeAlias
 
 from achilles.core import protocol as p
@@ -26,6 +27,7 @@ Rank: TypeAlias = "tuple[int, int]"
 Tags: TypeAlias = "tuple[str, ...]"
 
 READY, SUSPECT, DRAINING = "ready", "suspect", "draining"
+QUARANTINED = "quarantined"  # everything fails there
 RETURNING = "returning"  # it tells what it holds of an earlier broker's leases
 
 
@@ -179,6 +181,7 @@ class Client:
         self._entries = 0
         self.found: Found | None = None  # until it has asked for all that it wants of it
         self.is_held_back = False  # a worker might come back that holds what is queued
+        self.initialized: dict[int, set[int]] = {}  # by initializer, the workers that have run it
         self.doubtful: set[int] = set()  # queued, and may run at most once, which they perhaps did
         self.live = 0
         self.running = 0  # leases in slots
@@ -299,6 +302,13 @@ class Worker:
         self.state = RETURNING if hello.is_back else READY
         self.is_returning = hello.is_back
         self.is_gone = False
+        self.is_silent = False
+        self.faults: list[Task] = []  # that ended their runners, one after the other
+        self.faulty_since = now
+        self.succeeded_at = -inf
+        self.quarantines = 0
+        self.rests_until = now
+        self.avoids: Task | None = None  # which is to go elsewhere first
         self.leases: dict[int, Lease] = {}
         self.taken = 0  # slots with a lease
         self.lent = 0  # leases that wait for tasks of their own

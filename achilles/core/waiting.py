@@ -17,6 +17,7 @@ from typing import TypeVar
 from achilles.core.protocol import StatusRequest, Waiting
 from achilles.core.tables import (
     DRAINING,
+    QUARANTINED,
     READY,
     RETURNING,
     Client,
@@ -166,6 +167,8 @@ def _state(worker: Worker, silent_for: float | None = None) -> str:
         return "is draining"
     if worker.state == RETURNING:
         return "tells what it holds of an earlier broker's"
+    if worker.state == QUARANTINED:
+        return "is in quarantine, because runners kept crashing or initializers failing there"
     return "is silent" if silent_for is None else f"has been silent for {silent_for:.1f} s"
 
 

@@ -38,6 +38,7 @@ class Faults:
             "hostile": self._misbehave,
             "broker-crash": self._crash_broker,
             "broker-pause": self._pause_broker,
+            "black-hole": self._damage_worker,
         }
         plan = world.plan
         for kind, action in self._actions.items():
@@ -138,6 +139,11 @@ class Faults:
         state = "in a task" if runner.current else "with work" if runner.is_busy else "idle"
         self._world.fault(f"a runner dies {state}", worker.name)
         worker.host.crash(runner)
+
+    def _damage_worker(self, chance: random.Random) -> None:
+        if worker := self._worker(chance):
+            self._world.fault("a worker becomes a black hole", worker.name)
+            worker.host.is_black_hole = True
 
     def _worker(self, chance: random.Random) -> Worker | None:
         workers = [worker for worker in self._world.workers if worker.is_up]

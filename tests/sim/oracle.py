@@ -26,7 +26,7 @@ and beyond these: "cancelled in time" and "killed in time" (here), "timeout enfo
 "neighbours of the killed" (here, by the runners), "priority", "oldest first", "fair share", "alone after a charge",
 "chunk_max" and "attempt" (watch, here), "what is held runs once" (here) and "back in time" (world).
 
-Not simulated, because the cores have no such thing: a quarantine of workers, and budgets in bytes.
+Not simulated: budgets in bytes.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Truth:
     excuses: int = 0  # what may have it start again
     crashes: int = 0  # runners that died in the middle of it
     charges: int = 0  # crashes that workers have charged it with
+    pardons: int = 0  # crashes that were their worker's fault
     losses: int = 0  # workers' sessions that ended while they held it
     raises: int = 0
     timeouts: int = 0
@@ -194,11 +195,15 @@ class Oracle:
         truth.stillborn += is_stillborn
         truth.excuses += 1
         truth.story.append("its runner died")
-        if truth.crashes > CRASHES_MAX * (1 + truth.ends) + truth.losses:
+        if truth.crashes > CRASHES_MAX * (1 + truth.ends) + truth.losses + truth.pardons:
             raise Violation(
                 "crash limit",
                 f"{truth} was tried again after {CRASHES_MAX} crashes: {truth.story}",
             )
+
+    def pardoned(self, client: int, id: int) -> None:
+        """A crash of the task's was its worker's fault."""
+        self.tasks[self.numbers[client], id].pardons += 1
 
     def killed(self, truth: Truth, seconds: float) -> None:
         """Its runner was killed on purpose when it had run for so long."""

@@ -29,6 +29,7 @@ KINDS = (
     "hostile",  # a client says what it must not
     "broker-crash",
     "broker-pause",
+    "black-hole",  # every task ends its runner at a worker
 )
 
 CHANCE = 0.6

@@ -136,6 +136,7 @@ class Host:
     ) -> None:
         self.name = name
         self.runners: dict[int, Runner] = {}
+        self.is_black_hole = False
         self._slots = slots
         self._oracle = oracle
         self._clock = clock
@@ -259,8 +260,12 @@ class Host:
         entry.started_at = self._clock()
         truth = entry.truth
         self._oracle.started(truth, entry.attempt, self.name, entry.started_at)
-        if truth.is_poison:
-            self._timer(truth.seconds / 2, self._poisoned, (runner, entry))
+        if truth.is_poison or self.is_black_hole:
+            self._timer(
+                min(truth.seconds / 2, BURY_SECONDS) if self.is_black_hole else truth.seconds / 2,
+                self._poisoned,
+                (runner, entry),
+            )
         else:
             self._timer(truth.seconds, self._finished, (runner, entry))
 

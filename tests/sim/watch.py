@@ -22,7 +22,7 @@ from achilles.core.runners import Runner
 from achilles.core.scheduler import Scheduler
 from achilles.core.sessions import Route, Session, Sessions
 from achilles.core.sessions import Send as SessionSend
-from achilles.core.tables import READY, Client, Lease, Task, TaskQueue, Worker
+from achilles.core.tables import QUARANTINED, READY, Client, Lease, Task, TaskQueue, Worker
 from tests.sim.oracle import EPSILON, Oracle, Violation
 
 Marks = Counter[str]
@@ -168,12 +168,16 @@ class WatchedScheduler(Scheduler):
         self._charges.cause = cause
 
     def tick(self, now: float) -> list[Send]:
+        resting = [one for one in self._workers.values() if one.state == QUARANTINED]
         recovery = self._recovery
         if recovery._expires_at is not None and now >= recovery._expires_at:
             for client in recovery._absent.values():
                 self._marks["recovery: a client is not back in time"] += 1
                 self._oracle.client_lost(self._oracle.numbers[client.number])
-        return super().tick(now)
+        sends = super().tick(now)
+        back = sum(one.state == READY for one in resting)
+        self._marks["session: quarantined > ready"] += back
+        return sends
 
     def leave(self, peer: Hashable, now: float, reason: str, *, charge: bool = True) -> list[Send]:
         if charge and reason in FAREWELLS:
@@ -269,7 +273,15 @@ class WatchedScheduler(Scheduler):
 
     def _crashed(self, worker: Worker, message: p.Crashed, now: float) -> list[Send]:
         self._set_cause("it timed out" if message.kind == p.TIMEOUT else "its runner died")
-        return super()._crashed(worker, message, now)
+        before, faults = worker.quarantines, list(worker.faults)
+        lease = worker.leases.get(message.lease)
+        task = lease.tasks[message.index] if lease else None
+        sends = super()._crashed(worker, message, now)
+        if worker.quarantines > before and lease and task:
+            self._marks["session: ready > quarantined"] += 1
+            for one in (*faults, task):
+                self._oracle.pardoned(lease.client.number, one.id)
+        return sends
 
 
 class WatchedSessions(Sessions):

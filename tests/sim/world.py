@@ -292,6 +292,7 @@ class World:
         if self.hostile:
             self.hostile.die()
         for worker in list(self.workers):
+            worker.host.is_black_hole = False
             if not worker.is_up:
                 self.restart_worker(worker)
         for connection in self._routes.values():

@@ -65,6 +65,18 @@ def test_what_took_too_long_has_its_retries() -> None:
     assert failed == p.Failed(7, p.TIMEOUT, ["slow", "slow again"])
 
 
+def test_a_pardoned_task_runs_again_unless_it_may_run_once() -> None:
+    charges, queue, task = made()
+    assert charges.pardon(task, "crash") == []
+    assert queue.take(1) == [task]
+    assert task.blame is not None
+    assert (task.blame.crashes, task.blame.attempts) == (0, 1)
+    charges, _, task = made(at_most_once=True)
+    ((_, failed),) = charges.pardon(task, "crash")
+    assert isinstance(failed, p.Failed)
+    assert failed.kind == p.CRASHED
+
+
 def test_nobody_is_told_of_what_nobody_waits_for() -> None:
     charges, queue, task = made()
     task.queue = None
