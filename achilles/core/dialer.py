@@ -17,6 +17,7 @@ import msgspec
 
 from achilles.core import protocol as p
 from achilles.core.link import Link, Packet
+from achilles.core.liveness import RATE_MIN
 
 HELLO_INTERVAL = 0.5
 
@@ -42,7 +43,9 @@ class Dialer:
         self._next_at: float | None = None
         self.state = CALLING
         self.unacknowledged: list[p.Wire] = []  # what the last session's broker has perhaps not got
-        self.heard_at: float | None = None  # the broker's last sign of life
+        self.heard_at: float | None = (
+            None  # the broker's last sign of life, or when the next may come
+        )
         self.reason = ""  # why it refused us
 
     def start(self, now: float) -> list[Packet]:
@@ -82,7 +85,10 @@ class Dialer:
             return Step([], [])
         self.heard_at = now
         is_new, answers = self._link.receive(packet, now)
-        if not is_new or isinstance(message, p.Heartbeat):
+        if isinstance(message, p.Heartbeat):
+            self.heard_at = now + message.coming / RATE_MIN
+            return Step(answers, [])
+        if not is_new:
             return Step(answers, [])
         return Step(answers, [message])
 

@@ -16,6 +16,7 @@ from collections import deque
 from typing import NamedTuple
 
 from achilles.core import protocol as p
+from achilles.core.liveness import ANNOUNCED_BYTES
 from achilles.errors import ProtocolError
 
 UNACKED_MAX = 32  # received messages without an answer, after which an acknowledgement is sent
@@ -31,6 +32,22 @@ class Packet(NamedTuple):
 
     header: p.Header
     message: p.Wire
+
+
+def encoded(packet: Packet) -> list[list[p.Buffer]]:
+    """The packet's frames; before those of a large one, those of a heartbeat that announces it.
+
+    That one tells of no message sent that its receiver could not have yet, so that it shows no gap.
+    """
+    frames = p.encode(*packet)
+    if len(frames) == 1:
+        return [frames]
+    size = sum(memoryview(frame).nbytes for frame in frames)
+    if size < ANNOUNCED_BYTES:
+        return [frames]
+    header = packet.header
+    before = p.Header(header.token, header.seq - 1, header.ack)
+    return [p.encode(before, p.Heartbeat(min(size, p.COMING_MAX))), frames]
 
 
 class Link:

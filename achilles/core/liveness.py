@@ -4,6 +4,8 @@ Rules
     1. Any message is a sign of life; a heartbeat is what is sent when there is no other.
     2. Only silence is measured, on this side's monotonic clock; no times are compared between hosts.
     3. Whoever has slept itself may not call others dead for it: after a stall all silences begin anew (amnesty).
+    4. A large message is announced, because nothing else is heard until it is there: for as long as a slow connection takes for
+       it, silence is excused.
 """
 
 from __future__ import annotations
@@ -13,6 +15,10 @@ from collections.abc import Hashable
 from typing import Generic, NamedTuple, TypeVar
 
 STALL_SECONDS = 3.0
+ANNOUNCED_BYTES = 1 << 20  # a message from this size on is announced
+RATE_MIN = (
+    1 << 20
+)  # bytes a second; on a slower connection a large message may cost its sender the session
 
 K = TypeVar("K", bound=Hashable)
 
@@ -40,25 +46,39 @@ class Silence(Generic[K]):
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self._heard: OrderedDict[K, float] = OrderedDict()
+        self._excused: dict[K, float] = {}  # until when
 
     def heard(self, peer: K, now: float) -> None:
         """The peer has shown life, or begins to be watched."""
         self._heard[peer] = now
         self._heard.move_to_end(peer)
+        if self._excused:
+            self._excused.pop(peer, None)
+
+    def excuse(self, peer: K, until: float) -> None:
+        """The peer may be silent for longer this once: what it sends takes its time."""
+        if peer in self._heard:
+            self._excused[peer] = until
 
     def forget(self, peer: K) -> None:
         """The peer is watched no more."""
         self._heard.pop(peer, None)
+        self._excused.pop(peer, None)
 
     def expired(self, now: float) -> list[K]:
-        """Those whose silence has reached the limit; they are watched no more."""
-        gone = []
+        """Those whose silence has reached the limit, and is not excused; they are watched no more."""
+        due = []
         for peer, at in self._heard.items():
             if now < at + self.limit:  # exactly what `next_deadline` says, rounding included
                 break
-            gone.append(peer)
+            due.append(peer)
+        gone = [peer for peer in due if self._excused.get(peer, now) <= now]
         for peer in gone:
-            del self._heard[peer]
+            self.forget(peer)
+        for peer in due:
+            if peer in self._heard:  # excused, so it is looked at again a limit later
+                self._heard[peer] = now
+                self._heard.move_to_end(peer)
         return gone
 
     def amnesty(self, now: float) -> None:

@@ -46,6 +46,7 @@ FRAMES_MAX = 1 + TASKS_MAX + PARTS_MAX  # of one message, whatever it is
 BLOBS_MAX = 64  # of one group
 TAGS_MAX = 64
 LETTER_MAX = 5 << 20
+COMING_MAX = PART_MAX * PARTS_MAX
 TEXT_MAX = 4096
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -198,7 +199,12 @@ class Resumed(Message, tag="resumed"):
 
 
 class Heartbeat(Message, tag="beat"):
-    """Says nothing but that its sender lives, and by its header what was sent and received."""
+    """Says that its sender lives, and by its header what was sent and received.
+
+    ``coming``: the bytes of the message behind it, where those are many: until it is there, nothing else can be heard.
+    """
+
+    coming: Annotated[int, msgspec.Meta(ge=0, le=COMING_MAX)] = 0
 
 
 class Resync(Message, tag="resync"):

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 from achilles.core import protocol as p
 from achilles.core.budget import UNLIMITED, Limits, bytes_of
 from achilles.core.link import Link, Packet
-from achilles.core.liveness import STALL_SECONDS, Silence, Timings
+from achilles.core.liveness import RATE_MIN, STALL_SECONDS, Silence, Timings
 from achilles.core.scheduler import Scheduler
 from achilles.errors import ProtocolError
 
@@ -310,6 +310,8 @@ class Sessions:
             received = self.scheduler.receive(session.number, message, now)
             sends += self._from_scheduler(received)
         elif isinstance(message, p.Heartbeat):
+            if message.coming:
+                self._excuse(session, now + message.coming / RATE_MIN)
             sends.append(Send(session.route, session.link.wrap(p.Heartbeat())))
         elif isinstance(message, p.Shutdown):
             self.is_shutting_down = True
@@ -365,6 +367,13 @@ class Sessions:
         if was_suspect:
             return self._from_scheduler(self.scheduler.resume(session.number, now))
         return []
+
+    def _excuse(self, session: Session, until: float) -> None:
+        """Nothing is heard of it until a large message is there."""
+        token = session.link.token
+        self._lost[session.role].excuse(token, until)
+        if session.role == WORKER:
+            self._suspects.excuse(token, until)
 
     def _cut(self, session: Session, reason: str, now: float) -> list[Send]:
         """End the session of a peer that broke the protocol, and tell it."""

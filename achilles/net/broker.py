@@ -12,7 +12,7 @@ import zmq
 
 from achilles.core import protocol as p
 from achilles.core.budget import Limits
-from achilles.core.link import Packet
+from achilles.core.link import Packet, encoded
 from achilles.core.liveness import Timings
 from achilles.core.scheduler import EPOCHS, Scheduler
 from achilles.core.sessions import Send, Sessions
@@ -159,7 +159,8 @@ class Broker:
         for route, packet in sends:
             if isinstance(packet.message, p.Refused):
                 _LOG.warning("refused a peer: %s", packet.message.reason)
-            route.port.send(route, p.encode(*packet))
+            for frames in encoded(packet):
+                route.port.send(route, frames)
 
     def _closed(self, route: Route) -> None:
         self._sessions.closed(route, monotonic())

@@ -12,7 +12,7 @@ import zmq
 
 from achilles.core import protocol as p
 from achilles.core.dialer import JOINED, Dialer
-from achilles.core.link import Packet
+from achilles.core.link import Packet, encoded
 from achilles.errors import AuthenticationError, BrokerUnreachableError, ProtocolError
 from achilles.net.endpoint import Dialed, dial_dealer
 from achilles.net.keys import Join
@@ -72,9 +72,9 @@ class Peer:
         return messages
 
     def silent_for(self, now: float) -> float:
-        """Seconds since the broker's last sign of life, or since the first call."""
+        """Seconds since the broker's last sign of life, or since the first call; 0 while a large message may be under way."""
         heard_at = self._dialer.heard_at
-        return now - (self._since if heard_at is None else heard_at)
+        return max(0.0, now - (self._since if heard_at is None else heard_at))
 
     def problem(self) -> BrokerUnreachableError:
         """Why there is no session, as far as is known."""
@@ -84,8 +84,7 @@ class Peer:
 
     def send(self, messages: Iterable[p.Wire]) -> None:
         """Send messages of the session; without one they are dropped (the cores have what matters)."""
-        for packet in self._dialer.send(messages):
-            self._port.send(p.encode(*packet))
+        self._transmit(self._dialer.send(messages))
 
     def tick(self, now: float) -> float:
         """Heartbeats, repeated hellos, and new sockets in place of dead ones; when to call this again."""
@@ -170,4 +169,5 @@ class Peer:
 
     def _transmit(self, packets: Iterable[Packet]) -> None:
         for packet in packets:
-            self._port.send(p.encode(*packet))
+            for frames in encoded(packet):
+                self._port.send(frames)

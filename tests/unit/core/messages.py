@@ -41,7 +41,7 @@ WIRE: list[p.Wire] = [
     ),
     p.Refused(reason="the broker is shutting down"),
     p.Gone(),
-    p.Heartbeat(),
+    p.Heartbeat(coming=5_000_000),
     p.Resync(),
     p.Goodbye(reason="drained"),
     p.Submit(

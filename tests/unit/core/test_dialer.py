@@ -7,6 +7,7 @@ import pytest
 from achilles.core import protocol as p
 from achilles.core.dialer import CALLING, JOINED, REFUSED, Dialer
 from achilles.core.link import Packet
+from achilles.core.liveness import RATE_MIN
 
 TOKEN = b"t" * 16
 HELLO = p.ClientHello(b"i" * 16, "client", "0", "3.11", "me")
@@ -97,3 +98,11 @@ def test_whoever_had_a_session_says_so_and_keeps_what_was_not_acknowledged(diale
     assert hello.message == p.ClientHello(b"i" * 16, "client", "0", "3.11", "me", is_back=True)
     assert not HELLO.is_back
     assert dialer.unacknowledged == [p.Cancel([2])]
+
+
+def test_a_broker_that_sends_much_is_not_silent_meanwhile(dialer: Dialer) -> None:
+    """Its announcement counts as a sign of life for as long as the message may take."""
+    dialer.receive(packet(p.Heartbeat(coming=20 * RATE_MIN)), 1.0)
+    assert dialer.heard_at == 21.0
+    dialer.receive(packet(p.Heartbeat()), 2.0)
+    assert dialer.heard_at == 2.0

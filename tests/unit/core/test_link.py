@@ -7,10 +7,12 @@ import random
 import pytest
 
 from achilles.core import protocol as p
-from achilles.core.link import UNACKED_MAX, Link, Packet
+from achilles.core.link import UNACKED_MAX, Link, Packet, encoded
+from achilles.core.liveness import ANNOUNCED_BYTES
 from achilles.errors import ProtocolError
 
 TOKEN = b"t" * 16
+SIZES = ((1, ANNOUNCED_BYTES // 2), (2, ANNOUNCED_BYTES), (3, 10))  # of payloads, by task
 
 
 def crossed(packet: Packet) -> Packet:
@@ -110,3 +112,17 @@ def test_a_lossy_channel_delivers_everything(seed: int) -> None:
                 to_other += one.receive(crossed(packet), now)[1]
         to_one = []
     assert got == list(range(60))
+
+
+def test_a_large_packet_is_announced() -> None:
+    """By a heartbeat of its size, which asks for nothing that cannot be there yet."""
+    one, other = Link(TOKEN), Link(TOKEN)
+    small, large, last = (one.wrap(p.Results([n], b"\0", [bytes(size)])) for n, size in SIZES)
+    assert [len(encoded(packet)) for packet in (small, large, last)] == [1, 2, 1]
+    for packet in (small, large, last):
+        for frames in encoded(packet):
+            arrived = Packet(*p.decode([bytes(frame) for frame in frames]))
+            assert other.receive(arrived, 0.0) == (True, [])
+            if isinstance(arrived.message, p.Heartbeat):
+                assert SIZES[1][1] <= arrived.message.coming < SIZES[1][1] + 1000
+    assert other.received == 3

@@ -45,3 +45,28 @@ def test_the_forgotten_are_not_watched() -> None:
     silence.forget("stranger")
     assert silence.next_deadline() is None
     assert silence.expired(99.0) == []
+
+
+def test_an_excused_silence_may_last_longer() -> None:
+    """Once, and for no longer than a limit beyond what was said; others expire meanwhile."""
+    silence: Silence[str] = Silence(5.0)
+    silence.heard("a", 0.0)
+    silence.heard("b", 1.0)
+    silence.excuse("a", 12.0)
+    assert silence.expired(6.0) == ["b"]
+    assert silence.expired(11.5) == []
+    assert silence.next_deadline() == 16.5
+    assert silence.expired(16.5) == ["a"]
+    assert silence.next_deadline() is None
+
+
+def test_an_excuse_ends_when_it_is_heard_again() -> None:
+    """What was announced has come; and nobody is excused who is not watched."""
+    silence: Silence[str] = Silence(5.0)
+    silence.heard("a", 0.0)
+    silence.excuse("a", 100.0)
+    silence.excuse("stranger", 100.0)
+    silence.heard("a", 1.0)
+    assert silence.expired(6.0) == ["a"]
+    silence.heard("stranger", 10.0)
+    assert silence.expired(15.0) == ["stranger"]

@@ -6,7 +6,7 @@ import pytest
 
 from achilles.core import protocol as p
 from achilles.core.link import UNACKED_MAX, Link, Packet
-from achilles.core.liveness import STALL_SECONDS
+from achilles.core.liveness import RATE_MIN, STALL_SECONDS
 from tests.unit.core.messages import WIRE, example
 from tests.unit.core.peers import BEAT, ROLES, TIMINGS, SessionsBench, cut, submit
 
@@ -324,6 +324,32 @@ def test_who_is_silent_for_too_long_loses_the_session(role: str) -> None:
     assert bench.core.is_alone
     bench.say(peer, BEAT)
     assert bench.sent() == [("me", p.Gone())]
+
+
+@pytest.mark.parametrize("role", ["worker", "client"])
+def test_who_sends_much_may_be_silent_for_longer(role: str) -> None:
+    """Nothing else is heard until a large message is there; a closed connection is one all the same."""
+    bench = SessionsBench()
+    peer = bench.join("me", role)
+    limit, grace = LIMITS[role]
+    size = int(3 * limit) * RATE_MIN
+    bench.say(peer, p.Heartbeat(coming=size))
+    assert bench.sent() == [("me", BEAT)]
+    bench.wait(3 * limit - 0.5)
+    assert not bench.core.is_alone
+    if role == "worker":
+        assert bench.scheduler.status(bench.now).workers[0].state == "ready"
+    bench.say(peer, BEAT)  # it has come
+    assert bench.sent() == [("me", BEAT)]
+    bench.wait(limit)
+    assert bench.core.is_alone
+    other = bench.join("other", role)
+    bench.say(other, p.Heartbeat(coming=size))
+    assert bench.sent() == [("other", BEAT)]
+    bench.core.closed("other", bench.now)
+    bench.wait(grace)
+    bench.say(other, BEAT)
+    assert bench.sent() == [("other", p.Gone())]
 
 
 @pytest.mark.parametrize("role", ROLES)
