@@ -15,6 +15,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -39,9 +40,20 @@ _MIB = 1 << 20
 SIZE_MAX = 1 << 50
 FRAME_MIN = 10 * _MIB  # peers send parts of 8 MiB
 
-_SIZES = {"": 1, "KiB": 1 << 10, "MiB": _MIB, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZES = {
+    "": 1,
+    "B": 1,
+    "KiB": 1 << 10,
+    "MiB": _MIB,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_SIZE = re.compile(r"\s*([0-9]{1,18})\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*")
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _OTHER_VARIABLES = ("ACHILLES_HOME", "ACHILLES_CONFIG")
 
@@ -142,6 +154,15 @@ SETTINGS = (
         "client",
         "Where what tasks print goes: to their client, or where the worker prints.",
         choices=("client", "worker"),
+    ),
+    Setting(
+        "worker.memory_limit",
+        "size",
+        None,
+        "Memory that a runner may take for itself; its task fails beyond that. No limit by default.",
+        1 << 20,
+        1 << 60,
+        sample='"4GiB"',
     ),
     Setting("worker.tags", "texts", (), "What it offers, for tasks that ask for it."),
     Setting(
@@ -454,7 +475,7 @@ def _bytes(value: object) -> int | None:
     """The bytes of a number, or of text with or without a unit; None if it is none."""
     if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
         unit = _SIZES.get(match[2])
-        return None if unit is None else int(match[1]) * unit
+        return None if unit is None else int(Fraction(match[1]) * unit)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

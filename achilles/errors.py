@@ -20,6 +20,7 @@
         ├── BrokerLostError           the broker went away and did not come back           (BrokenProcessPool too)
         ├── TaskCrashedError          a task ended its runner as often as it was allowed to (BrokenProcessPool too)
         ├── WorkerLostError           a task was on too many workers that vanished         (BrokenProcessPool too)
+        ├── TaskMemoryError           a task took more memory than its worker allows       (MemoryError too)
         ├── TaskTimeoutError          a task ran longer than its options allow             (TimeoutError too)
         ├── TerminatedError           the executor's tasks were ended by terminate_workers (BrokenProcessPool too)
         └── InitializerError          the executor's initializer raised on a runner        (BrokenProcessPool too)
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         ResultTooLargeError,
         ResultUnpickleError,
         TaskCrashedError,
+        TaskMemoryError,
         TaskTimeoutError,
         TerminatedError,
         WorkerLostError,
@@ -69,6 +71,7 @@ __all__ = [
     "SealError",
     "SelfAttackError",
     "TaskCrashedError",
+    "TaskMemoryError",
     "TaskTimeoutError",
     "TerminatedError",
     "WorkerLostError",

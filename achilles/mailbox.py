@@ -340,6 +340,7 @@ class Mailbox:
         from achilles.errors import (
             ArgumentTooLargeError,
             TaskCrashedError,
+            TaskMemoryError,
             TaskTimeoutError,
             WorkerLostError,
         )
@@ -361,6 +362,10 @@ class Mailbox:
             )
         elif message.kind == p.TIMEOUT:
             error = TaskTimeoutError(f"{task} took longer than it may. {story}")
+        elif message.kind == p.MEMORY:
+            error = TaskMemoryError(
+                f"{task} needs more memory than its worker allows (worker.memory_limit). {story}"
+            )
         else:
             error = WorkerLostError(
                 f"{task} was on too many workers that vanished; the executor goes on without it. {story}"

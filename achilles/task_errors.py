@@ -56,6 +56,10 @@ class TaskTimeoutError(AchillesError, TimeoutError):
     """
 
 
+class TaskMemoryError(AchillesError, MemoryError):
+    """A task's runner grew beyond ``worker.memory_limit`` and was killed; it is retried only as `with_options` says."""
+
+
 class TerminatedError(AchillesError, BrokenProcessPool):
     """The executor's tasks were ended by `terminate_workers` or `kill_workers` before this one was done."""
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     type=click.Choice(["client", "worker"]),
     help="Where what tasks print goes: to their client, or where the worker prints.",
 )
+@click.option(
+    "--memory-limit", metavar="SIZE", help="Memory that a runner may take for itself, as 4GiB."
+)
 @click.option("--name", metavar="NAME", help="What the worker is called.")
 @click.option(
     "--tag", "tags", multiple=True, metavar="TAG", help="Something it offers; may repeat."
@@ -42,6 +45,7 @@ def worker(
     slots: int | None,
     join: str | None,
     output: str | None,
+    memory_limit: str | None,
     name: str | None,
     tags: tuple[str, ...],
 ) -> None:
@@ -53,6 +57,7 @@ def worker(
     context.override("address", address, "ADDRESS")
     context.override("join", join, "--join")
     context.override("worker.output", output, "--output")
+    context.override("worker.memory_limit", memory_limit, "--memory-limit")
     context.override("worker.slots", slots, "--slots")
     context.override("worker.name", name, "--name")
     context.override("worker.tags", tags, "--tag")
@@ -74,6 +79,7 @@ def worker(
         name=called,
         tags=settings["worker.tags"],
         captures=settings["worker.output"] == "client",
+        memory_limit=settings["worker.memory_limit"],
         connect_timeout=settings["client.connect_timeout"],
     )
     stop.wake = running.loop.wake

@@ -99,6 +99,8 @@ class Agent:
                 return self._recalled(self._runners.get(number), unstarted, now)
             case p.RunnerDied():
                 return self._died(message, now)
+            case p.RunnerGrown(runner=number, text=text):
+                return self._blame(self._runners.get(number), text, p.MEMORY)
             case p.FromRunner():
                 return self._letter(message)
 
@@ -335,12 +337,12 @@ class Agent:
                 lease = chunk.run.lease
         return [Send("broker", p.Relay(runner.number, client, lease, message))]
 
-    def _blame(self, runner: Runner, fault: str) -> list[Send]:
-        """Kill a runner that cannot be trusted any more."""
-        if runner.is_killed:
+    def _blame(self, runner: Runner | None, fault: str, kind: str = p.CRASHED) -> list[Send]:
+        """Kill a runner that cannot be trusted any more; ``kind`` is what its task is charged with."""
+        if runner is None or runner.is_killed:
             return []
         runner.is_killed = True
-        runner.fault = f"{fault}, and was killed"
+        runner.fault, runner.fault_kind = f"{fault}, and was killed", kind
         return [Send("host", p.Kill(runner.number))]
 
     def _to_task(self, relay: p.Relay) -> list[Send]:
@@ -564,7 +566,8 @@ class Agent:
                 sends.append(Send("broker", p.Crashed(chunk.run.lease, started[0], text, why)))
                 self._close(chunk, started[:1])
             elif started and why != UNWANTED:
-                sends.append(Send("broker", p.Crashed(chunk.run.lease, started[0], reason)))
+                crashed_there = p.Crashed(chunk.run.lease, started[0], reason, runner.fault_kind)
+                sends.append(Send("broker", crashed_there))
                 self._close(chunk, started[:1])
             if chunk.open:
                 sends += self._give_back(chunk, chunk.open)

@@ -35,13 +35,13 @@ class Charges:
         self.requeue(queue, again)
         return set(again)
 
-    def too_slow(self, task: Task, text: str) -> list[Send]:
-        """A task was ended because it took longer than it may: it has its retries, and no more."""
+    def exceeded(self, task: Task, kind: str, text: str) -> list[Send]:
+        """A task was ended because it took more time or memory than it may: it has its retries, and no more."""
         queue = task.queue
         if queue is None:
             return []
         if not may_retry(task, queue):
-            return self.give_up(task, queue, p.TIMEOUT, text)
+            return self.give_up(task, queue, kind, text)
         blame_of(task).story.append(text[: p.TEXT_MAX])
         self.requeue(queue, [task])
         return []

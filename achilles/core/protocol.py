@@ -96,6 +96,7 @@ CRASHED = "crashed"  # the task ended its runner, too often
 OVERSIZED = "oversized"  # its arguments are more than the broker takes; the client says so itself
 LOST = "lost"  # the task started on too many workers that vanished
 TIMEOUT = "timeout"  # the task ran longer than it was allowed to
+MEMORY = "memory"  # its runner grew beyond what its worker allows
 REFUSED = "refused"  # a task submitted it that was not (any more) in a position to
 
 
@@ -584,8 +585,15 @@ class RunnerDied(Message, tag="runner-died"):
     last_seq: int
 
 
+class RunnerGrown(Message, tag="runner-grown"):
+    """A runner has more memory than it may; ``text`` says so for people."""
+
+    runner: int
+    text: str
+
+
 RunnerCommand: TypeAlias = Spawn | Load | Unload | Execute | Recall | Kill | Retire | ToRunner
-RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied | FromRunner
+RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied | RunnerGrown | FromRunner
 
 # What may cross the wire, by who sends it. The broker refuses the rest by role (default deny).
 FromClient: TypeAlias = Submit | Blob | Forget | Cancel | Letter | Resumed | StatusRequest | Goodbye
@@ -766,7 +774,7 @@ def _check_fields(message: Wire) -> None:
         case Crashed(index=index, reason=text, kind=kind):
             _check_range([index])
             _check_text("reason", text)
-            if kind not in (CRASHED, TIMEOUT):
+            if kind not in (CRASHED, TIMEOUT, MEMORY):
                 raise ProtocolError("an unknown kind of crash")
         case StatusRequest(task=task, client=client):
             _check_range([task])

@@ -43,6 +43,7 @@ class Runner:
         "chunks",
         "condemned",
         "fault",
+        "fault_kind",
         "given",
         "has_begun",
         "has_submitted",
@@ -73,6 +74,7 @@ class Runner:
         ] = {}  # (seq, index) of tasks to be ended, and why
         self.is_killed = False
         self.fault = ""  # why it was killed, if it was its own fault
+        self.fault_kind = p.CRASHED
         self.submitted: set[tuple[int, int]] = set()
         self.has_submitted = False
 

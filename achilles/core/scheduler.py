@@ -503,8 +503,9 @@ class Scheduler:
         lease.tasks[message.index] = None
         lease.left -= 1
         self._recovery.gone(lease.client, [task])
-        if message.kind == p.TIMEOUT:
-            sends = self._charges.too_slow(task, f"{message.reason} on worker {worker.name}")
+        if message.kind != p.CRASHED:
+            text = f"{message.reason} on worker {worker.name}"
+            sends = self._charges.exceeded(task, message.kind, text)
         else:
             text = f"its runner {message.reason} on worker {worker.name}"
             if self._standing.crashed(worker, task, now) and task.queue is not None:

@@ -17,9 +17,11 @@ from achilles.errors import BrokerUnreachableError
 from achilles.net.peer import Dial, Peer
 from achilles.net.transport import SocketLoop
 from achilles.runtime.host import RunnerHost
+from achilles.runtime.memory import resident
 from achilles.runtime.shared import store
 
 CLOSE_SECONDS = 5.0
+MEMORY_INTERVAL = 0.1
 AWAY_SECONDS = 5.0  # a worker that drains waits for another broker
 
 _LOG = logging.getLogger("achilles.worker")
@@ -32,6 +34,7 @@ class Worker:
         dial: makes a socket to the broker's endpoint for workers.
         code: the code key: its runners run what clients have sealed with it, and nothing else. None is for measurements.
         name: what the worker is called in status and errors.
+        memory_limit: bytes that a runner may have for itself; None: any number.
         captures: what tasks print goes to their client, instead of where our own output goes.
         connect_timeout: seconds until the first session must have begun.
     """
@@ -45,6 +48,7 @@ class Worker:
         name: str,
         tags: Sequence[str],
         connect_timeout: float,
+        memory_limit: int | None = None,
         captures: bool = True,
     ) -> None:
         self.loop = SocketLoop()
@@ -70,6 +74,8 @@ class Worker:
         )
         self._sends: deque[Send] = deque()
         self._connect_by = monotonic() + connect_timeout
+        self._memory_limit = memory_limit
+        self._look_at = 0.0  # when to look how much memory the runners have
         self._was_joined = False
         self._cut_off_at: float | None = None
         self._on_joined: Callable[[], None] = lambda: None
@@ -122,10 +128,15 @@ class Worker:
         for deadline in (agent.next_deadline(), host.next_deadline(now)):
             if deadline is not None and deadline < due:
                 due = deadline
+        if self._memory_limit is not None and self._agent.running:
+            due = min(due, self._look_at)
         self.loop.wait(0.0 if self._sends else max(0.0, due - now))
         now = monotonic()
         for event in host.collect():
             self._sends += agent.receive(event, now)
+        if self._memory_limit is not None and now >= self._look_at:
+            self._look_at = now + MEMORY_INTERVAL
+            self._check_memory(self._memory_limit, now)
         self._pump(now)
         if not self._was_joined and now > self._connect_by:
             raise self._peer.problem()
@@ -160,6 +171,13 @@ class Worker:
                     "the broker sent a %s, which is not for workers", type(message).__name__
                 )
 
+    def _check_memory(self, limit: int, now: float) -> None:
+        for number, pid in self._host.pids().items():
+            size = resident(pid)
+            if size > limit:
+                text = f"had {_size(size)} of memory, where {_size(limit)} are allowed"
+                self._sends += self._agent.receive(p.RunnerGrown(number, text), now)
+
     def _hold_unsent(self, now: float) -> None:
         """What was meant for the last session's broker is not for this one, before it has heard what it is about."""
         unsent = [message for to, message in self._sends if to == "broker"]
@@ -182,6 +200,10 @@ class Worker:
             self._agent.hold(outgoing, now)
         if self._agent.is_drained:
             self._is_over = True
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
 
 
 def python_version() -> str:

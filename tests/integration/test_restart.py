@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -48,6 +49,11 @@ def kill_serving(cluster: Cluster) -> float:
     killed_at = time.monotonic()
     psutil.wait_procs([process], 10)
     return killed_at
+
+
+def are_done(futures: list[Any], count: int) -> bool:
+    """Whether so many are."""
+    return len([future for future in futures if future.done()]) >= count
 
 
 def timed(path: str, number: int, seconds: float) -> tuple[int, int]:
@@ -96,7 +102,7 @@ def test_a_broker_killed_again_and_again_under_load(
         futures = [executor.submit(timed, str(path), n, 0.03 + 0.01 * (n % 5)) for n in range(360)]
         kills = []
         for done in (20, 80, 140):
-            wait_until(lambda done=done: sum(f.done() for f in futures) >= done, "some are done")  # type: ignore[misc]
+            wait_until(functools.partial(are_done, futures, done), "some are done")
             kills.append(kill_serving(cluster))
         results = [future.result(30) for future in futures]
         assert [value for value, _ in results] == [n * n for n in range(360)]
@@ -154,3 +160,52 @@ def tasks_client(program: str, cluster: Cluster) -> Iterator[psutil.Popen]:
         if client.poll() is None:
             client.kill()
             client.wait()
+
+
+def test_all_workers_are_replaced_under_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One after the other, by SIGTERM: each task runs once, and nothing is charged."""
+    path = tmp_path / "notes"
+    with (
+        own_cluster(monkeypatch) as cluster,
+        DistributedExecutor(address=cluster.address) as executor,
+    ):
+        futures = [executor.submit(timed, str(path), n, 0.05) for n in range(160)]
+        for old in list(cluster.workers):
+            enough = sum(future.done() for future in futures) + 10
+            wait_until(functools.partial(are_done, futures, enough), "some are done")
+            cluster.add_worker(2)
+            old.terminate()
+            assert old.wait(20) == 0
+        assert [future.result(30) for future in futures] == [(n * n, 1) for n in range(160)]
+        status = executor.status()
+        assert status["failed"] == status["reassigned"] == status["late"] == 0
+    assert sorted(int(line.split()[0]) for line in tasks.notes(path)) == list(range(160))
+
+
+def test_a_worker_that_ends_every_runner_takes_few_tasks_and_fails_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "notes"
+    with (
+        own_cluster(monkeypatch) as cluster,
+        DistributedExecutor(address=cluster.address) as executor,
+    ):
+        list(executor.map(tasks.pause, [0.01] * 8))
+        cluster.environ["TEST_BLACK_HOLE"] = "1"
+        cluster.add_worker(1, "--name", "hole")
+        wait_until(lambda: executor.status()["workers"] == 3, "the third has joined")
+        futures = [executor.submit(die_in_a_hole, str(path), n) for n in range(400)]
+        assert [future.result(40) for future in futures] == list(range(400))
+        assert 0 < len(tasks.notes(path)) <= 20
+        assert executor.status()["failed"] == 0
+
+
+def die_in_a_hole(path: str, number: int) -> int:
+    """End the runner, on one worker."""
+    if "TEST_BLACK_HOLE" in os.environ:
+        tasks.note(path, number)
+        os._exit(3)
+    time.sleep(0.01)
+    return number

@@ -72,6 +72,15 @@ def test_durations_have_units(tmp_path: Path, text: str, seconds: float) -> None
     assert variable["client.broker_timeout"] == file["client.broker_timeout"] == seconds
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("2097152", 2 << 20), ("1.5GiB", 3 << 29), (" 300 MiB ", 300 << 20)]
+)
+def test_sizes_have_units(tmp_path: Path, text: str, size: int) -> None:
+    variable = load_text(tmp_path, "", ACHILLES_WORKER_MEMORY_LIMIT=text)
+    file = load_text(tmp_path, f'[worker]\nmemory_limit = "{text}"')
+    assert variable["worker.memory_limit"] == file["worker.memory_limit"] == size
+
+
 def test_texts_are_separated_by_commas_in_the_environment(tmp_path: Path) -> None:
     assert load_text(tmp_path, "", ACHILLES_WORKER_TAGS="gpu, big,")["worker.tags"] == (
         "gpu",
@@ -106,6 +115,12 @@ def test_texts_are_separated_by_commas_in_the_environment(tmp_path: Path) -> Non
         ("[worker]\ntags = ['a', 1]", "worker.tags must be a list of texts"),
         (f"[worker]\ntags = {['x'] * 65}", "worker.tags must be a list of at most 64 texts"),
         ("[broker]\ncredit = 10000000000", "broker.credit must be at most 1000000000"),
+        (
+            "[worker]\nmemory_limit = '4 elephants'",
+            'worker.memory_limit must be a size like "256MiB"',
+        ),
+        ("[worker]\nmemory_limit = true", "worker.memory_limit must be a size"),
+        ("[worker]\nmemory_limit = '1KiB'", "worker.memory_limit must be at least 1"),
         ("[broker]\ngrace = true", "broker.grace must be a duration"),
         ("[broker]\ngrace = '3 parsecs'", 'broker.grace must be a duration like "30s"'),
         ("[broker]\ngrace = nan", "broker.grace must be a duration"),

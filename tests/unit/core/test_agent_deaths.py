@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from achilles.core import protocol as p
 from tests.unit.core.agents import (
+    HOST,
     AgentBench,
     busy,
     crashed,
@@ -14,6 +16,7 @@ from tests.unit.core.agents import (
     returned,
     started,
 )
+from tests.unit.core.bench import BROKER
 
 # --- Deaths ---------------------------------------------------------------------------------------
 
@@ -240,3 +243,19 @@ def test_what_crossed_with_a_retirement_goes_back() -> None:
     bench.sent()
     bench.die(1, (2, 2), last_seq=2, reason="")
     assert bench.sent() == [returned(2, 0, 1)]
+
+
+def test_a_runner_that_has_grown_too_much_is_killed_and_its_task_told_why() -> None:
+    """What waits behind it goes back."""
+    bench = busy(11, 12)
+    grown = p.RunnerGrown(runner=1, text="had 9 GiB")
+    bench.hear(grown)
+    assert bench.sent() == [(HOST, p.Kill(runner=1))]
+    bench.hear(grown)  # seen again, before it is gone
+    assert bench.sent() == []
+    bench.die(1, (1, 1), last_seq=1)
+    reason = "had 9 GiB, and was killed"
+    crashed_there = p.Crashed(lease=1, index=0, reason=reason, kind=p.MEMORY)
+    assert bench.sent() == [returned(1, 1), (BROKER, crashed_there)]
+    bench.hear(grown)  # by then nobody knows it
+    assert bench.sent() == []

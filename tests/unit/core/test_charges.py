@@ -59,9 +59,9 @@ def test_a_value_is_not_retried() -> None:
 
 def test_what_took_too_long_has_its_retries() -> None:
     charges, queue, task = made(retries=1)
-    assert charges.too_slow(task, "slow") == []
+    assert charges.exceeded(task, p.TIMEOUT, "slow") == []
     assert queue.take(1) == [task]
-    ((_, failed),) = charges.too_slow(task, "slow again")
+    ((_, failed),) = charges.exceeded(task, p.TIMEOUT, "slow again")
     assert failed == p.Failed(7, p.TIMEOUT, ["slow", "slow again"])
 
 
@@ -80,6 +80,10 @@ def test_a_pardoned_task_runs_again_unless_it_may_run_once() -> None:
 def test_nobody_is_told_of_what_nobody_waits_for() -> None:
     charges, queue, task = made()
     task.queue = None
-    assert charges.charge(task, "crash", is_crash=True) == charges.too_slow(task, "slow") == []
+    assert (
+        charges.charge(task, "crash", is_crash=True)
+        == charges.exceeded(task, p.TIMEOUT, "slow")
+        == []
+    )
     charges.requeue(queue, [task], is_reassigned=True)
     assert (queue.live, charges.reassigned, charges.failed) == (0, 0, 0)

@@ -19,6 +19,7 @@ from achilles.core.protocol import (
     RunnerDied,
     RunnerDone,
     RunnerEvent,
+    RunnerGrown,
     RunnerRecalled,
     Spawn,
 )
@@ -113,6 +114,8 @@ class Driver:
                         assert (runner, seq, index) not in self.results
                         self.results[runner, seq, index] = (status, payload)
                         self.seconds[runner, seq, index] = seconds
+                case RunnerGrown():
+                    raise AssertionError("only a worker says so")
                 case FromRunner():
                     self.letters.append(event)
                 case RunnerRecalled():

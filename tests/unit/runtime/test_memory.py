@@ -1,0 +1,32 @@
+"""How much memory a process has for itself."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from achilles.runtime.memory import resident
+
+SIZE = 64 << 20
+
+
+def test_what_is_touched_counts() -> None:
+    before = resident(os.getpid())
+    data = bytearray(b"x") * SIZE
+    assert resident(os.getpid()) - before > SIZE // 2
+    del data
+
+
+def test_what_is_shared_does_not_count() -> None:
+    before = resident(os.getpid())
+    with mmap.mmap(-1, SIZE) as shared:  # anonymous and shared, as memory that is handed over
+        shared.write(b"x" * SIZE)
+        assert resident(os.getpid()) - before < SIZE // 2
+
+
+def test_a_process_that_is_gone_has_none() -> None:
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert resident(pid) == 0
