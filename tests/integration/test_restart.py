@@ -53,7 +53,7 @@ def kill_serving(cluster: Cluster) -> float:
 
 def are_done(futures: list[Any], count: int) -> bool:
     """Whether so many are."""
-    return len([future for future in futures if future.done()]) >= count
+    return sum(bool(future.done()) for future in futures) >= count
 
 
 def timed(path: str, number: int, seconds: float) -> tuple[int, int]:

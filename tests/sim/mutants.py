@@ -288,7 +288,7 @@ MUTANTS = [
             "nothing is left",
             "just charge",
         ),
-        seed=11,
+        seed=553,
     ),
     Mutant(
         "what was given back is not reported",
@@ -414,7 +414,7 @@ MUTANTS = [
         "            del runner.condemned[key]",
         "            continue",
         ("a runner idles while a chunk waits",),
-        seed=50,
+        seed=77,
     ),
     Mutant(
         "runners keep forgotten blobs in their account",
@@ -523,7 +523,7 @@ MUTANTS = [
         "if type(message) not in ALLOWED[session.role]:",
         "if not isinstance(message, object):",
         ("a hostile peer is cut",),
-        seed=3,
+        seed=9,
     ),
     # --- submission ---
     Mutant(
@@ -532,7 +532,7 @@ MUTANTS = [
         "self._backlog = deque(sorted(self._tasks))",
         "self._backlog = deque(sorted(self._backlog))",
         ("tasks miscounted",),
-        seed=2,
+        seed=157,
     ),
     Mutant(
         "a blob is not sent to a new broker",
@@ -583,7 +583,7 @@ MUTANTS = [
         "self._again |= self._tasks.keys() - self._unsent",
         "pass",
         ("what is held runs once", "at most once"),
-        seed=3,
+        seed=10,
     ),
     Mutant(
         "what only the broker before the last one had is not marked",
@@ -596,9 +596,9 @@ MUTANTS = [
     Mutant(
         "the end of what was submitted before is not told",
         "submission",
-        "if not self._is_resuming or self._again or self._credit is None:",
-        "if self._tasks or self._backlog or self._is_resuming:",
-        ("everything ends",),
+        "self._is_resuming = False\n        return [Send",
+        "self._is_resuming = False\n        return [] and [Send",
+        ("nothing is left",),
         seed=3,
     ),
     # --- recovery and holding: a broker that follows another one ---
@@ -608,7 +608,7 @@ MUTANTS = [
         "client.is_held_back = self.is_open",
         "client.is_held_back = False",
         ("what is held runs once",),
-        seed=3,
+        seed=33,
     ),
     Mutant(
         "what is held back is given out too soon",
@@ -616,7 +616,7 @@ MUTANTS = [
         "now >= self._over_at or",
         "now >= self._over_at - 0.9 * self._seconds or",
         ("back in time", "what is held runs once"),
-        seed=3,
+        seed=1203,
     ),
     Mutant(
         "one worker that is back counts for all",

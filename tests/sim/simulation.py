@@ -178,6 +178,9 @@ def _check_clean(world: World) -> None:
     for client in scheduler._clients.values():
         if client.running or client.prefetched or client.live:
             raise Violation("nothing is left", f"{client.name} is thought to hold places")
+    for client in scheduler._clients.values():
+        if client.found is not None and client.name.startswith("client-"):
+            raise Violation("nothing is left", f"{client.name} has not said that it has resumed")
     unknown: list[Client] = [
         client for client in world.clients if client.is_up and len(client.submission)
     ]
