@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+import psutil
+
 ACHILLES = (sys.executable, "-m", "achilles")
 WAIT_SECONDS = 20.0
 
@@ -49,6 +51,11 @@ class Command:
             if not line:
                 self.process.wait(WAIT_SECONDS)
                 raise AssertionError(f"it ended ({self.process.returncode}): {self.said}")
+
+    def serving(self) -> psutil.Process:
+        """Of a broker: the process that serves, whose parent `process` is."""
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send it a signal; its exit code."""

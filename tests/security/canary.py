@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.commands import Command
 
-# Runs the command with these arguments; what it unpickles, by whichever way, is in the file that the first one names.
+# Runs the command with these arguments; what it unpickles, by whichever way, is in files that the first one names.
 _WATCHED = """
 import sys
 
@@ -40,6 +40,8 @@ for module in (pickle, _pickle):
         setattr(module, name, recorder(name, getattr(module, name)))
     module.Unpickler = Unpickler
 
+import os
+
 file = sys.argv.pop(1)
 if file == "check":  # that all this sees what it is to see
     pickle.loads(pickle.dumps(json.loads))
@@ -51,7 +53,7 @@ from achilles.cli import main
 try:
     main()
 finally:
-    with open(file, "w") as opened:
+    with open(f"{file}.{os.getpid()}", "w") as opened:  # a broker is two processes
         json.dump(events, opened)
 """
 
@@ -97,7 +99,7 @@ def watched_command(report: Path, ready: str, *arguments: str) -> Command:
     return Command(watched(report, *quiet, *arguments), ready=ready, environ={})
 
 
-def unpickled(report: Path) -> list[str]:
-    """What a watched command unpickled, now that it has ended."""
-    events: list[str] = json.loads(report.read_text())
-    return events
+def unpickled(report: Path) -> list[list[str]]:
+    """What each process of a watched command unpickled, now that it has ended."""
+    files = sorted(report.parent.glob(f"{report.name}.*"))
+    return [json.loads(file.read_text()) for file in files]

@@ -195,7 +195,7 @@ def test_secrets_are_in_no_argument_environment_or_log(
     seen: list[str] = []
     with DistributedExecutor(address="auto") as executor:
         runner = executor.submit(os.getpid).result(20)
-        for pid in (broker.process.pid, worker.process.pid, runner):
+        for pid in (broker.process.pid, broker.serving().pid, worker.process.pid, runner):
             process = psutil.Process(pid)
             seen += [*process.cmdline(), *process.environ().values()]
         with pytest.raises(ZeroDivisionError) as caught:

@@ -17,7 +17,7 @@ from achilles.errors import ProtocolError
 from achilles.net.keys import code_key, join_path, key_pair
 from tests import commands
 from tests.brokers import RawPeer, RunningBroker, frames_of, hello, raw_peer
-from tests.security.attacks import attack
+from tests.security.attacks import ROOT, attack
 
 MIB = 1 << 20
 
@@ -294,3 +294,12 @@ def test_nobody_ends_the_cluster_without_an_administrators_session(broker: Runni
     assert not broker.broker._sessions.is_shutting_down
     with raw_peer(broker, "client") as peer:
         peer.hello("client")
+
+
+@attack("T25")
+def test_nothing_is_compressed() -> None:
+    """So that nothing is larger when it is taken apart than it was on the wire."""
+    packers = ["zlib", "gzip", "bz2", "lzma", "zipfile", "tarfile", "compression", "zstandard"]
+    texts = [path.read_text("utf-8") for path in (ROOT / "achilles").rglob("*.py")]
+    found = [name for name in packers if any(f"import {name}" in text for text in texts)]
+    assert not found + [name for name in packers if any(f"from {name}" in text for text in texts)]

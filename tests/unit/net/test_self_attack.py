@@ -15,6 +15,7 @@ from achilles.net.endpoint import Endpoint, Gatekeeper
 from achilles.net.self_attack import Door, attack
 from achilles.net.transport import SocketLoop
 from tests.brokers import RunningBroker
+from tests.security import attacks
 
 LOOPBACK = Endpoint("tcp", "127.0.0.1", 0, "")
 
@@ -72,11 +73,13 @@ def test_a_door_that_refuses_everybody_is_in_order(place: Place) -> None:
     assert place.gatekeeper.refused == 2, "the unknown key, and the worker's"
 
 
+@attacks.attack("T1")
 def test_a_door_without_encryption_must_not_do(place: Place) -> None:
     with pytest.raises(SelfAttackError, match=r"lets in a peer without security|without CURVE"):
         place.attack(place.open(curve=False, zap=False))
 
 
+@attacks.attack("T3")
 def test_a_door_that_asks_nobody_must_not_do() -> None:
     """CURVE alone lets every key in."""
     place = Place(has_handler=False)
@@ -92,6 +95,7 @@ def test_the_key_of_another_role_must_not_do(place: Place) -> None:
         place.attack(place.open())
 
 
+@attacks.attack("T20")
 def test_a_frame_that_is_too_large_must_not_do(place: Place) -> None:
     door = place.open(frame_max=17 * 1024 * 1024)
     with pytest.raises(SelfAttackError, match="not refuse in time: a frame of more than 16777216"):
@@ -119,6 +123,7 @@ def test_what_speaks_something_else_is_no_door(place: Place) -> None:
             place.attack(door, timeout=0.1)
 
 
+@attacks.attack("T1", "T2")
 def test_a_broker_with_an_open_door_tells_nobody_where_it_is(
     achilles_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

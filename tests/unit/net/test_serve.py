@@ -143,6 +143,7 @@ def test_beyond_loopback_every_key_must_be_in_order(achilles_home: Path) -> None
         RunningBroker(achilles_home, bind="tcp://192.168.1.1:5555").__enter__()
 
 
+@attack("T3")
 def test_a_broker_ends_with_its_zap_handler(
     achilles_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from achilles.core.protocol import FRAMES_MAX
 from achilles.net import transport
 from achilles.net.endpoint import LOCAL_USER, Endpoint, Gatekeeper, bind_router, dial_dealer
 from achilles.net.transport import DealerPort, Route, RouterPort, SocketLoop
+from tests.security.attacks import attack
 
 WAIT_SECONDS = 10.0
 FAR_MORE_THAN_A_SOCKET_TAKES = 5000
@@ -230,6 +231,7 @@ class Arrived:
         return self._answers[option]
 
 
+@attack("T18")
 def test_a_routing_id_is_no_identity(pair: Pair) -> None:
     """Another connection, or another user, is another route, whatever it calls itself."""
     route = pair.router._route(b"id", Arrived(900, "client/a"))
@@ -261,6 +263,7 @@ def test_routes_without_a_descriptor_do_not_share_one(pair: Pair) -> None:
     assert pair.router._route(b"two", Arrived(None, "u")) is routes[1]
 
 
+@attack("T18")
 def test_whoever_takes_the_routing_id_of_one_that_has_gone_is_somebody_else(
     pair: Pair, achilles_home: Path
 ) -> None:

@@ -19,6 +19,7 @@ from achilles.errors import ResultUnpickleError, SealError, TaskCrashedError
 from achilles.runtime.allowed import Allowed
 from achilles.runtime.serialize import ERROR, VALUE, encode, load_outcome
 from achilles.runtime.tracebacks import dump_error
+from tests.security.attacks import attack
 from tests.unit.runtime import tasks
 
 
@@ -98,6 +99,7 @@ def test_other_exceptions_are_refused_and_named() -> None:
     assert "it names subprocess.CalledProcessError, which the setting client.results" in str(found)
 
 
+@attack("T25")
 @pytest.mark.parametrize(
     "call",
     [os.system, eval, exec, getattr, pickle.loads, subprocess.Popen, type, Path, np.load],
@@ -109,6 +111,7 @@ def test_what_could_run_code_is_refused(call: Any, names: list[str]) -> None:
         load(Named(call, "true"), *names)
 
 
+@attack("T25")
 def test_a_refused_module_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "never_imported.py").write_text("class Thing: pass")
