@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from achilles.core.protocol import TOO_LARGE, Payload, size_of
-from achilles.core.tables import Client
+from achilles.core.tables import Client, PeerId
 from achilles.errors import ProtocolError
 
 MIB = 1 << 20
@@ -52,6 +52,15 @@ def bytes_of(payloads: Iterable[Payload]) -> int:
     for payload in payloads:
         total += len(payload) if type(payload) is bytes else payload.nbytes  # type: ignore[union-attr]
     return total
+
+
+def heaviest(clients: Iterable[Client]) -> PeerId | None:
+    """The one of them that holds most, if it is more than `FIRST`."""
+    size, worst = FIRST, None
+    for client in clients:
+        if client.bytes + client.owed > size:
+            size, worst = client.bytes + client.owed, client
+    return None if worst is None else worst.peer
 
 
 def bounded(statuses: bytes, payloads: list[Payload], limit: int) -> tuple[bytes, list[Payload]]:

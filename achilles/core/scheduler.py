@@ -25,7 +25,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 
 from achilles.core import protocol as p
-from achilles.core.budget import UNLIMITED, Budget, Limits, bytes_of
+from achilles.core.budget import UNLIMITED, Budget, Limits, bytes_of, heaviest
 from achilles.core.charges import Charges
 from achilles.core.dispatch import LEASE_BITS, PREFETCH_PAUSE, Dispatcher, Send
 from achilles.core.nesting import Nesting
@@ -172,6 +172,11 @@ class Scheduler:
         client = self._clients.get(peer)
         has_room_again = client is not None and self._budget.owes(client, size)
         return self._desk.dispatch(now) if has_room_again else []
+
+    def largest(self) -> PeerId | None:
+        """The client that holds most memory here, where that is more than any may begin with."""
+        roots = [client for client in self._clients.values() if client.grant]
+        return heaviest(roots)
 
     # --- The core's contract ----------------------------------------------------------------------
 

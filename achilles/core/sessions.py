@@ -207,6 +207,22 @@ class Sessions:
             sends += self._end(session, now, reason, charge=False)
         return [*sends, *self.reloaded(len(cut))]
 
+    def is_reached_on(self, route: Route) -> bool:
+        """Whether there is a session on the route."""
+        return route in self._by_route
+
+    def end_largest(self, now: float) -> list[Send]:
+        """The broker has too little memory: end the session of the client that holds most, and lets others have least.
+
+        It may come back at once, with what it still wants, and begins with a small grant.
+        """
+        number = self.scheduler.largest()
+        session = self._by_number.get(number) if number is not None else None
+        if session is None:
+            return []
+        gone = Send(session.route, Packet(p.Header(session.link.token, 0, 0), p.Gone()))
+        return [gone, *self._end(session, now, "the broker has too little memory", charge=False)]
+
     def reloaded(self, cut: int, error: str = "") -> list[Send]:
         """Answer those who wait for the keys to be read anew."""
         waiting, self._reloaders = self._reloaders, []

@@ -18,6 +18,7 @@ from achilles.core.scheduler import EPOCHS, Scheduler
 from achilles.core.sessions import Send, Sessions
 from achilles.errors import ConfigError, ProtocolError
 from achilles.net.endpoint import Gatekeeper
+from achilles.net.memory import MemoryWatch
 from achilles.net.transport import Route, RouterPort, SocketLoop
 
 FAREWELL_SECONDS = 0.5
@@ -83,7 +84,13 @@ class Broker:
         self._reload = reload
         self._roles: dict[RouterPort, Callable[[], Roles]] = {}
         for socket, roles in sockets:
-            self._roles[RouterPort(socket, self.loop, self._receive, self._closed)] = roles
+            port = RouterPort(socket, self.loop, self._receive, self._closed)
+            port.connections.unauthenticated_max = limits.unauthenticated
+            port.connections.patience = limits.hello_timeout
+            self._roles[port] = roles
+        self._memory = MemoryWatch(
+            limits.memory, [port.connections for port in self._roles], self._end_largest
+        )
 
     def run(self, is_stopping: Callable[[], bool]) -> int:
         """Serve until ``is_stopping()`` or an administrator's shutdown; then say goodbye.
@@ -107,6 +114,7 @@ class Broker:
         if now >= at:
             self._transmit(self._sessions.tick(now))
             self._next_tick = now + TICK_SECONDS
+            self._look_after(now)
         for port in self._roles:
             if port.outboxes:
                 port.flush()
@@ -119,8 +127,22 @@ class Broker:
             port.close()
         self.loop.close()
 
+    def _look_after(self, now: float) -> None:
+        """Hold connections and memory to their limits."""
+        for port in self._roles:
+            port.connections.check(now, self._sessions.is_reached_on)
+        said = self._memory.look(now)
+        if said:
+            _LOG.warning("memory: %s", said)
+
+    def _end_largest(self, now: float) -> bool:
+        sends = self._sessions.end_largest(now)
+        self._transmit(sends)
+        return bool(sends)
+
     def _receive(self, route: Route, frames: list[p.Buffer]) -> None:
         now = monotonic()
+        route.connection.heard_at = now
         try:
             packet = Packet(*p.decode(frames))
         except ProtocolError as error:

@@ -17,11 +17,13 @@ import math
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Any
 
 import zmq
 
 from achilles.core.protocol import FRAMES_MAX, Buffer
+from achilles.net.connections import Connection, Connections
 from achilles.runtime.loop import Loop
 
 OUTBOX_MAX = 10_000
@@ -37,6 +39,10 @@ SRCFD = int(zmq.SRCFD)
 _send_one = zmq.backend.Socket.send
 
 _EVENT = struct.Struct("=HI")
+_ACCEPTED, _DISCONNECTED = (
+    int(zmq.EVENT_ACCEPTED),
+    int(zmq.EVENT_DISCONNECTED),
+)  # both tell a descriptor
 
 OnFrames = Callable[[list[Buffer]], object]
 
@@ -161,13 +167,15 @@ class Route:
     An empty ``user`` is one whom nothing vouches for; ``fd`` is the connection's descriptor, where libzmq tells it.
     """
 
-    __slots__ = ("fd", "identity", "port", "user")
+    __slots__ = ("connection", "fd", "identity", "port", "user")
 
     def __init__(self, port: RouterPort, identity: bytes, user: str, fd: int = UNKNOWN_FD) -> None:
         self.port = port
         self.identity = identity
         self.user = user
         self.fd = fd
+        self.connection = port.connections.spoke(fd) or Connection(fd, monotonic())
+        self.connection.route = self
 
 
 class RouterPort:
@@ -188,11 +196,12 @@ class RouterPort:
         self._on_frames = on_frames
         self._on_closed = on_closed
         self._is_dropping = False  # the rest of an endless message
+        self.connections = Connections()
         self._routes: dict[bytes, Route] = {}
         self._route_by_fd: dict[int, Route] = {}
         # What is kept by route; a ROUTER does not tell when one of its peers can take more.
         self.outboxes: dict[Route, deque[Sequence[Buffer]]] = {}
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = socket.get_monitor_socket(_ACCEPTED | _DISCONNECTED)
         loop.watch(socket, self._receive)
         loop.register(self._monitor.FD, self._look_for_closed)
         self._look_for_closed()  # a descriptor signals only to a reader that has found its socket empty
@@ -253,7 +262,9 @@ class RouterPort:
         frames: list[Buffer] = [memoryview(frame)]
         if frame.more:
             self._is_dropping = _receive_rest(socket, frames)
-        self._on_frames(self._route(identity, frame), frames)
+        route = self._route(identity, frame)
+        route.connection.received += sum(map(len, frames))
+        self._on_frames(route, frames)
 
     def _route(self, identity: bytes, frame: Any) -> Route:
         """Where a message came from, by what libzmq says of this very message."""
@@ -293,12 +304,17 @@ class RouterPort:
         self._on_closed(route)
 
     def _look_for_closed(self) -> None:
+        """Take in what the monitor tells of connections."""
         while _events(self._monitor) & POLLIN:
-            event, *_ = self._monitor.recv_multipart(NOBLOCK)
-            _, fd = _EVENT.unpack_from(event)
-            route = self._route_by_fd.get(fd)
-            if route is not None:
-                self._end(route)
+            told, *_ = self._monitor.recv_multipart(NOBLOCK)
+            event, fd = _EVENT.unpack_from(told)
+            if event == _ACCEPTED:
+                self.connections.accepted(fd, monotonic())
+            else:
+                self.connections.closed(fd)
+                route = self._route_by_fd.get(fd)
+                if route is not None:
+                    self._end(route)
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:

@@ -1,0 +1,82 @@
+"""The broker's own memory: how much it is, and who has to go when it is too much."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+
+from achilles.net.connections import Connections
+
+SLACK = 64 << 20  # beyond the limit: the process itself, and what is between two looks
+HOARD = 8 << 20  # bytes on one connection that may be on their way
+SILENT_SECONDS = 3.0  # peers say something each second
+PAUSE = 1.0  # for memory to be given back, before somebody else has to go
+
+_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+class MemoryWatch:
+    """Looks at the memory of this process, and ends whoever has most of it while it is more than ``limit`` bytes (0: any).
+
+    ``end_largest(now)`` ends the session that holds most; whether there was one.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        connections: Iterable[Connections],
+        end_largest: Callable[[float], bool],
+        *,
+        used: Callable[[], int] | None = None,
+    ) -> None:
+        self._limit = limit
+        self._connections = list(connections)
+        self._end_largest = end_largest
+        self._used = used or resident
+        self._next_at = 0.0
+        self.shed = 0  # how often somebody had to go
+
+    def look(self, now: float) -> str:
+        """See to it; what was done, for the log, or nothing."""
+        if not self._limit or now < self._next_at:
+            return ""
+        used = self._used()
+        if used <= self._limit + SLACK:
+            return ""
+        self._next_at = now + PAUSE
+        done = self._relieve(now)
+        _trim()
+        if done:
+            self.shed += 1
+        return f"{used >> 20} MiB are in use, {self._limit >> 20} are the limit (broker.memory): {done or 'nobody to end'}"
+
+    def _relieve(self, now: float) -> str:
+        for connections in self._connections:
+            hoarder = connections.hoarder(HOARD)
+            if hoarder is not None:
+                hoarder.cut()
+                return "ended the connection that sends a message without an end"
+        if self._end_largest(now):
+            return "ended the session that holds most"
+        silent = [one for each in self._connections for one in each.silent(now, SILENT_SECONDS)]
+        for connection in silent:
+            connection.cut()
+        return f"ended {len(silent)} connections of which nothing came" if silent else ""
+
+
+def resident() -> int:
+    """The bytes of this process that are in memory; 0 where that is not known."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _trim() -> None:
+    """Give free memory back to the system, where the C library can: it keeps what was freed in small pieces."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
