@@ -106,6 +106,6 @@ def number(value: float) -> str:
     """Three significant digits, with separators from a thousand on."""
     if value == 0:
         return "0"
-    if abs(value) >= 1000:
-        return f"{round(value, -(math.floor(math.log10(abs(value))) - 2)):,.0f}"
-    return f"{value:.3g}"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    value = round(value, digits)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

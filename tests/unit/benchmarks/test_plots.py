@@ -56,7 +56,15 @@ def test_values_of_zero_and_no_values_are_drawn(logarithmic: bool) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.01234, "0.0123"), (12.34, "12.3"), (999.4, "999"), (115234, "115,000")],
+    [
+        (0, "0"),
+        (0.01234, "0.0123"),
+        (12.34, "12.3"),
+        (999.4, "999"),
+        (999.7, "1,000"),
+        (-4.0, "-4"),
+        (115234, "115,000"),
+    ],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text
