@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import plots, tables
 from benchmarks.environments import ROOT
-from benchmarks.rounds import Run, turn
+from benchmarks.rounds import Run, prepare_all, turn
 from benchmarks.stats import summarize
 from benchmarks.systems import CONTESTANTS, OURS, SLOTS
 from benchmarks.targets import Verdict, goals, judge
@@ -43,13 +43,31 @@ FULL = Mode(3, Scale(), 240.0)
 QUICK = Mode(
     1,
     Scale(
-        seconds=0.2, tasks_max=20_000, trips=300, repeats=1, million=0, words=200_000, searches=9
+        seconds=0.2,
+        tasks_max=20_000,
+        trips=300,
+        repeats=1,
+        million=0,
+        words=200_000,
+        skewed=500,
+        searches=9,
     ),
     60.0,
 )
 TINY = Mode(  # checks that everything runs, and measures nothing
     1,
-    Scale(0.02, mib=1, tasks_max=500, trips=20, repeats=1, million=0, words=10_000, searches=9),
+    Scale(
+        0.02,
+        mib=1,
+        tasks_max=500,
+        trips=20,
+        repeats=1,
+        million=0,
+        words=10_000,
+        skewed=100,
+        skewed_ms=0.1,
+        searches=9,
+    ),
     120.0,
 )
 CHARTS = (
@@ -66,6 +84,9 @@ CHARTS = (
 def execute(mode: Mode, names: Sequence[str], workloads: Sequence[str]) -> Run:
     """All rounds."""
     run = Run(mode.rounds)
+    prepare_all(run, names)
+    for name, why in run.absent.items():
+        print(f"{CONTESTANTS[name].title} is absent: {why}", flush=True)
     for number in range(mode.rounds):
         todo = [one for one in workloads if number == 0 or one in EACH_ROUND]
         for name in names if number % 2 == 0 else reversed(names):

@@ -1,15 +1,23 @@
 """An environment for each group of contestants, so that peers whose dependencies contradict each other run in one comparison.
 
-They are made in ``build/bench`` on first use, from the groups ``bench*`` of pyproject.toml, and made anew when those change.
+They are made in ``build/bench`` on first use, from the groups ``bench*`` of pyproject.toml, and made anew when what they are
+made from changes.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import venv
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "bench"
@@ -24,13 +32,29 @@ class Environment(NamedTuple):
     reason: str
 
 
+def recipe(project: Mapping[str, Any], group: str) -> str:
+    """What the environment of a group is made from; the Python is one part of it."""
+    wanted = _requirements(project["dependency-groups"], group)
+    own = project["project"]["dependencies"] if group in NEEDS_ACHILLES else []
+    return json.dumps([sys.version, wanted, own], indent=1)
+
+
+def _requirements(groups: Mapping[str, list[Any]], group: str) -> list[str]:
+    found: list[str] = []
+    for entry in groups[group]:
+        included = entry["include-group"] if isinstance(entry, dict) else None
+        found += _requirements(groups, included) if included else [entry]
+    return found
+
+
 def prepare(group: str) -> Environment:
-    """The environment of a dependency group, made if it is not there or is older than pyproject.toml."""
+    """The environment of a dependency group, made if it is not there or not from the present recipe."""
     folder = FOLDER / group
-    python, stamp = folder / "bin" / "python", folder / "installed"
-    project = ROOT / "pyproject.toml"
-    if stamp.exists() and stamp.stat().st_mtime >= project.stat().st_mtime:
+    python, stamp = folder / "bin" / "python", folder / "recipe.json"
+    wanted = recipe(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8")), group)
+    if stamp.exists() and stamp.read_text("utf-8") == wanted:
         return Environment(python, "")
+    print(f"making the environment {group}", flush=True)
     venv.create(folder, clear=True, with_pip=True)
     commands = [["--upgrade", "pip>=25.1"], ["--group", group]]
     if group in NEEDS_ACHILLES:
@@ -39,7 +63,7 @@ def prepare(group: str) -> Environment:
         reason = _install(python, arguments)
         if reason:
             return Environment(python, reason)
-    stamp.touch()
+    stamp.write_text(wanted, "utf-8")
     return Environment(python, "")
 
 

@@ -47,6 +47,14 @@ class Run:
             self.note(name, figure, reason)
 
 
+def prepare_all(run: Run, names: Sequence[str]) -> None:
+    """The environments of these contestants; those that have none are absent."""
+    for name in names:
+        environment = prepare(CONTESTANTS[name].group)
+        if environment.reason:
+            run.absent[name] = environment.reason
+
+
 def turn(
     run: Run,
     name: str,
@@ -55,12 +63,9 @@ def turn(
     workloads: Sequence[str],
     limit: float,
 ) -> float:
-    """One contestant's turn in round ``number``; the seconds that it took. What goes wrong is noted, or makes it absent."""
+    """The turn of a contestant that is not absent, in round ``number``; the seconds that it took. What goes wrong is noted, or makes it absent."""
     start = time.monotonic()
     environment = prepare(CONTESTANTS[name].group)
-    if environment.reason:
-        run.absent[name] = environment.reason
-        return 0.0
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{name}-{number + 1}.log"
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as home:

@@ -24,6 +24,7 @@ from benchmarks.systems import SLOTS, System
 
 MIB = 1 << 20
 SKEW = 100  # one task in so many is so many times longer
+SEED = 0  # no long task comes so late that no schedule in this order could be ideal
 CHUNKS = (32, 256, 2048)
 SHARED_TASKS = 200
 DRAIN_SECONDS = 60.0
@@ -32,13 +33,15 @@ DRAIN_SECONDS = 60.0
 class Scale(NamedTuple):
     """How much there is to do; the defaults are those of a full run."""
 
-    seconds: float = 1.0  # for each measurement
+    seconds: float = 0.8  # for each measurement
     mib: int = 64  # a large argument
     tasks_max: int = 100_000
     trips: int = 2_000
     repeats: int = 3  # of what is one transfer
     million: int = 1_000_000
     words: int = 2_000_000
+    skewed: int = 1_000  # tasks, one in a hundred a long one
+    skewed_ms: float = 1.0  # a short one
     searches: int = 12
 
 
@@ -193,9 +196,9 @@ def efficiencies(bench: Measurement) -> None:
 
 def skew(bench: Measurement) -> None:
     """One task in a hundred is 100 times longer, at places drawn by a fixed seed; by `map`, with nothing tuned."""
-    short = bench.scale.seconds / 2_000  # 1,000 tasks make two seconds of work for two slots
-    lengths = [short] * (990 if SKEW == 100 else 0) + [short * SKEW] * 10
-    random.Random(6).shuffle(lengths)
+    short, count = bench.scale.skewed_ms / 1e3, bench.scale.skewed
+    lengths = [short * SKEW if index % SKEW == 0 else short for index in range(count)]
+    random.Random(SEED).shuffle(lengths)
     items = list(enumerate(lengths))
     since = time.monotonic()
     results = bench.system.map(_burn_pair, items)

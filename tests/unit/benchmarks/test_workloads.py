@@ -20,7 +20,18 @@ from benchmarks.workloads import (
     words,
 )
 
-TINY = Scale(0.002, mib=1, tasks_max=50, trips=5, repeats=1, million=100, words=1_000, searches=9)
+TINY = Scale(
+    0.002,
+    mib=1,
+    tasks_max=50,
+    trips=5,
+    repeats=1,
+    million=100,
+    words=1_000,
+    skewed=100,
+    skewed_ms=0.01,
+    searches=9,
+)
 PLAIN = [name for name in (EACH_ROUND | ONCE) if name != "search"]  # which wants scikit-learn
 
 
