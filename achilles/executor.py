@@ -60,6 +60,22 @@ def _count(name: str, value: object, wanted: str) -> int | None:
     return number
 
 
+def _dumps_initializer(
+    initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
+) -> bytes:
+    if initializer is None:
+        return b""
+    try:
+        return dumps((initializer, initargs))
+    except RuntimeError as error:
+        if "through inheritance" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error}, and runners inherit nothing: "
+            "pass those of a multiprocessing.Manager() in initargs instead, which embedded runners can use"
+        ) from error
+
+
 _CONNECTED = {"_arguments", "_core", "_finalizer", "_functions", "_mailbox", "_table_lock"}
 _connecting = threading.Lock()
 
@@ -136,7 +152,9 @@ class DistributedExecutor(concurrent.futures.Executor):
         self._max_workers_given = max_workers or (None if address else _default_slots())
         self._address = address or ""
         self._timeouts = (settings["client.connect_timeout"], settings["client.broker_timeout"])
-        self._open(dumps((initializer, tuple(initargs))) if initializer is not None else b"")
+        initargs = tuple(initargs)
+        self._open(_dumps_initializer(initializer, initargs))
+        self._mailbox.init_source = initargs
 
     def _open(self, init_blob: bytes) -> None:
         """Make a backend of its own."""

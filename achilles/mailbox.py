@@ -63,6 +63,9 @@ class Mailbox:
         self.is_closing = False  # no more submissions; end when everything is resolved
         self.broken: BaseException | None = None
         self.init_blob = b""  # the pickle of (initializer, initargs)
+        self.init_source: object = (
+            None  # initargs: what a manager serves lives while it is referred to
+        )
         self.sealer: Sealer | None = None  # where a broker is between us and the runners
         self.allowed: Allowed | None = None  # what results may name, where that is limited
         self.on_letter: Callable[[p.Letter], None] = lambda letter: None  # of a runner to us

@@ -439,6 +439,12 @@ def test_proxies_of_a_manager(make: Maker) -> None:
         shared = manager.dict()
         executor.submit(tasks.put, shared, "key", 5).result()
         assert dict(shared) == {"key": 5}
+        if make.mode == THREADS:
+            return  # it would keep the lock beyond its manager
+        # Only the executor refers to that lock.
+        other = make(1, initializer=tasks.set_state, initargs=(manager.Lock(),))
+        assert other.submit(tasks.get_state).result() is not None
+        other.shutdown()
 
 
 @of_modes(THREADS, *STANDARD)

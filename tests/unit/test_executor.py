@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,10 @@ def test_settings_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"max_tasks_per_child": "1"}, TypeError, "max_tasks_per_child must be an integer"),
         ({"initializer": 5}, TypeError, "initializer must be a callable"),
         ({"initializer": int, "initargs": 5}, TypeError, "int"),
+        (
+            {"initializer": int, "initargs": (multiprocessing.Lock(),)},
+            *(RuntimeError, "through inheritance.*multiprocessing.Manager"),
+        ),
     ],
 )
 def test_arguments_that_cannot_be(
