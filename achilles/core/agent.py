@@ -30,13 +30,12 @@ from achilles.core import envelope
 from achilles.core import protocol as p
 from achilles.core.budget import bounded
 from achilles.core.holding import Holding
+from achilles.core.runners import CHUNKS_MAX, Chunk, Runner, crossed, without_first
 from achilles.core.runners import START_SECONDS as START_SECONDS
 from achilles.core.runners import STUCK_SECONDS as STUCK_SECONDS
-from achilles.core.runners import Chunk, Runner, crossed, without_first
 from achilles.errors import ProtocolError
 
 SURPLUS_SECONDS = 5.0  # a runner beyond the slots may be idle for so long
-CHUNKS_MAX = 2
 UNWANTED = "unwanted"  # why a task is ended that nobody waits for
 
 To: TypeAlias = Literal["broker", "host"]
@@ -590,9 +589,7 @@ class Agent:
         for runner in self._runners.values():
             wanted = [at for at in (runner.stuck_at, runner.times_out_at) if at is not None]
             assert self._due.get(runner.number) == min(wanted, default=None), "a stale deadline"
-            assert len(runner.chunks) <= CHUNKS_MAX, "a runner holds too many chunks"
-            for chunk in runner.chunks:
-                assert chunk.open, "a finished chunk is kept"
+            runner.check_invariants()
         placed = [c for r in self._runners.values() for c in r.chunks] + list(self._queue)
         assert len(placed) == len(self._chunks), "a lease is nowhere, or in two places"
         is_known = all(self._chunks.get(chunk.run.lease) is chunk for chunk in placed)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from achilles.core import protocol as p
 
+CHUNKS_MAX = 2  # the one that runs, and one behind it
 STUCK_SECONDS = 0.05
 START_SECONDS = 0.2  # a runner that has shown nothing yet is perhaps still starting
 
@@ -104,6 +105,12 @@ class Runner:
         if self.has_begun:
             return self.progress_at + self.chunks[0].run.timeout
         return max(self.progress_at, self.recalled_at) + START_SECONDS
+
+    def check_invariants(self) -> None:
+        """Assert what holds of every runner."""
+        assert len(self.chunks) <= CHUNKS_MAX, "a runner holds too many chunks"
+        for chunk in self.chunks:
+            assert chunk.open, "a finished chunk is kept"
 
 
 def crossed(chunks: Iterable[Chunk], last_seq: int) -> list[tuple[int, int]]:
