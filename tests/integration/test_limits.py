@@ -10,6 +10,7 @@ import pytest
 from achilles import DistributedExecutor
 from achilles.errors import ArgumentTooLargeError, ResultTooLargeError
 from tests import commands
+from tests.security.attacks import attack
 
 MIB = 1 << 20
 MEMORY = 64 * MIB
@@ -33,6 +34,7 @@ def some_of(payload: bytes) -> bytes:
     return payload if payload[0] == 0 else payload[-8:]
 
 
+@attack("T25")
 def test_what_is_too_large_fails_alone_and_names_the_limit(broker: commands.Command) -> None:
     with commands.worker() as worker, DistributedExecutor(address="auto") as executor:
         fits, too_large = b"x" * 2 * MIB, bytearray(b"x") * 4 * MIB
@@ -56,6 +58,7 @@ def test_what_is_too_large_fails_alone_and_names_the_limit(broker: commands.Comm
         assert worker.stop() == 0
 
 
+@attack("T29")
 def test_ten_times_its_memory_goes_through_a_broker(broker: commands.Command) -> None:
     """Arguments wait at the client until there is room, and results at the worker; nobody loses anything."""
     payloads = [bytes([number % 251]) * (MIB // 4) for number in range(10)]

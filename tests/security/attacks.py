@@ -312,7 +312,6 @@ ATTACKS = [
 
 # Rows that nothing can run, and why.
 CANNOT_RUN = {
-    "T21": "there is no watchdog yet, and libzmq bounds neither the parts of a message nor what it keeps of them",
     "T33": "there is no `achilles up --ssh` yet: no command takes a host name to a shell",
 }
 

@@ -12,6 +12,7 @@ import psutil
 
 from achilles.net.keys import find_join
 from tests import commands
+from tests.security.attacks import attack
 
 MIB = 1 << 20
 MEMORY, SLACK = 64 * MIB, 256 * MIB
@@ -23,6 +24,7 @@ READY = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
 MORE_AND_LONG = 3
 
 
+@attack("T21")
 def test_a_message_without_an_end_costs_its_connection() -> None:
     environ = {"ACHILLES_BROKER_MEMORY": "64MiB", "ACHILLES_BROKER_HELLO_TIMEOUT": "10m"}
     with commands.broker(**environ) as broker:

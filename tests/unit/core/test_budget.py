@@ -16,6 +16,7 @@ from achilles.core.scheduler import Scheduler
 from achilles.core.submission import Submission
 from achilles.core.tables import Client
 from achilles.errors import ProtocolError
+from tests.security.attacks import attack
 from tests.unit.core.bench import crossed
 
 UNIT = 1000  # bytes, where payloads are made
@@ -70,6 +71,7 @@ def test_all_grants_together_leave_half_of_the_memory_free() -> None:
     assert late.grant > FLOOR
 
 
+@attack("T29")
 def test_more_than_was_granted_is_refused_and_changes_nothing() -> None:
     budget = Budget(LIMITS)
     one = opened(budget)
@@ -101,6 +103,7 @@ def test_without_limits_there_are_none() -> None:
 # --- Results --------------------------------------------------------------------------------------
 
 
+@attack("T29")
 def test_whoever_does_not_take_results_is_held_until_half_of_them_are_taken() -> None:
     budget = Budget(LIMITS)
     one = opened(budget)
@@ -114,6 +117,7 @@ def test_whoever_does_not_take_results_is_held_until_half_of_them_are_taken() ->
     assert not one.is_held
 
 
+@attack("T29")
 def test_many_who_do_not_take_results_share_a_quarter_of_the_memory() -> None:
     budget = Budget(LIMITS)
     many = [opened(budget, number) for number in range(8)]

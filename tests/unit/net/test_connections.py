@@ -12,6 +12,7 @@ from achilles.net.connections import Connection, Connections
 from achilles.net.transport import Route, RouterPort
 from tests.brokers import RawPeer, RunningBroker, raw_peer, wait_for
 from tests.modes import wait_until
+from tests.security.attacks import attack
 
 
 @pytest.fixture
@@ -82,6 +83,7 @@ def test_descriptors_that_are_gone_or_are_no_sockets_are_passed_over(tmp_path: P
             file.close()
 
 
+@attack("T22")
 def test_the_oldest_stranger_makes_room(ends: tuple[socket.socket, socket.socket]) -> None:
     near, far = ends
     connections = Connections()
@@ -96,6 +98,7 @@ def test_the_oldest_stranger_makes_room(ends: tuple[socket.socket, socket.socket
     assert connections.dropped == 1
 
 
+@attack("T22")
 def test_a_connection_without_a_session_ends(ends: tuple[socket.socket, socket.socket]) -> None:
     near, far = ends
     port = Port()
