@@ -7,7 +7,12 @@
     │   │   └── SelfAttackError       a broker's own ports did not refuse what they must; it did not start
     │   └── KeyFileError              a key or join file that is missing, loose or damaged
     ├── BrokerUnreachableError        nobody, or nobody of ours, answers at the endpoint (exit 69)
-    │   └── AuthenticationError       the broker refused our key, or is not the broker we expect
+    │   ├── NotABrokerError           what listens there speaks something else
+    │   ├── EncryptionMismatchError   one side is encrypted, and the other is not
+    │   ├── SilentBrokerError         what listens there was reached, and said nothing, or nothing more
+    │   └── AuthenticationError       one of the keys is not the right one
+    │       ├── KeyRefusedError       the broker does not let our key in
+    │       └── WrongBrokerError      what listens there does not hold the broker's key that we expect
     ├── ExecutorForkedError           an executor used in a child forked from its process
     ├── SealError                     a call or a result that was not sealed with the cluster's code key; a Future carries it
     └── in achilles.task_errors, the errors that a Future carries:
@@ -59,10 +64,13 @@ __all__ = [
     "BrokerLostError",
     "BrokerUnreachableError",
     "ConfigError",
+    "EncryptionMismatchError",
     "ExecutorForkedError",
     "InitializerError",
     "InsecureBindError",
     "KeyFileError",
+    "KeyRefusedError",
+    "NotABrokerError",
     "ProtocolError",
     "RemoteError",
     "ResultPickleError",
@@ -70,11 +78,13 @@ __all__ = [
     "ResultUnpickleError",
     "SealError",
     "SelfAttackError",
+    "SilentBrokerError",
     "TaskCrashedError",
     "TaskMemoryError",
     "TaskTimeoutError",
     "TerminatedError",
     "WorkerLostError",
+    "WrongBrokerError",
 ]
 
 
@@ -108,6 +118,26 @@ class BrokerUnreachableError(AchillesError):
 
 class AuthenticationError(BrokerUnreachableError):
     """The broker refused our key, or does not hold the key we expect of it."""
+
+
+class KeyRefusedError(AuthenticationError):
+    """The broker does not let our key in, or not where we used it."""
+
+
+class WrongBrokerError(AuthenticationError):
+    """What listens there does not hold the broker's key that we expect, or closes each connection at once."""
+
+
+class NotABrokerError(BrokerUnreachableError):
+    """What listens there speaks something else."""
+
+
+class EncryptionMismatchError(BrokerUnreachableError):
+    """What listens there speaks ZeroMQ, but one side is encrypted and the other is not."""
+
+
+class SilentBrokerError(BrokerUnreachableError):
+    """What listens there was reached and said nothing, or took our key and did not answer."""
 
 
 class ExecutorForkedError(AchillesError, RuntimeError):

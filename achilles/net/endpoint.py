@@ -23,10 +23,14 @@ from typing import Any, NamedTuple
 import zmq
 
 from achilles.errors import (
-    AuthenticationError,
     BrokerUnreachableError,
     ConfigError,
+    EncryptionMismatchError,
     InsecureBindError,
+    KeyRefusedError,
+    NotABrokerError,
+    SilentBrokerError,
+    WrongBrokerError,
 )
 
 MAXMSGSIZE = 16 * 1024 * 1024
@@ -357,10 +361,13 @@ class Watch:
         at = f"at {self._endpoint}"
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._is_past_handshake = True
-            return WatchEvent(True, None, False)
+            text = (
+                f"the broker {at} took this key, but does not answer; is it overloaded, or stopped?"
+            )
+            return WatchEvent(True, SilentBrokerError(text), False)
         if event == zmq.EVENT_CONNECTED:
             text = f"what listens {at} was reached, but it never spoke our protocol"
-            return WatchEvent(False, BrokerUnreachableError(text), False)
+            return WatchEvent(False, SilentBrokerError(text), False)
         if event == zmq.EVENT_CONNECT_RETRIED:
             text = (
                 f"no achilles broker answers {at} ({self._nobody}); start one with: achilles broker"
@@ -368,20 +375,23 @@ class Watch:
             return WatchEvent(False, BrokerUnreachableError(text), False)
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             text = f"the broker {at} refused this key; is it in the broker's authorized keys?"
-            return WatchEvent(False, AuthenticationError(text), True)
+            return WatchEvent(False, KeyRefusedError(text), True)
         if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            text = f"what listens {at} does not speak our protocol, or one side is encrypted and the other is not"
-            return WatchEvent(False, BrokerUnreachableError(text), True)
+            if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                text = f"what listens {at} speaks ZeroMQ, but one side is encrypted and the other is not"
+                return WatchEvent(False, EncryptionMismatchError(text), True)
+            text = f"what listens {at} does not speak our protocol"
+            return WatchEvent(False, NotABrokerError(text), True)
         if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
             text = (
                 f"what listens {at} ended the handshake: it does not hold the expected key (a stale join file, "
                 "or somebody else's broker), or it closes every connection"
             )
-            return WatchEvent(False, AuthenticationError(text), False)
+            return WatchEvent(False, WrongBrokerError(text), False)
         was_past_handshake, self._is_past_handshake = self._is_past_handshake, False
         if event == zmq.EVENT_DISCONNECTED and not was_past_handshake:
             text = f"what listens {at} is not an achilles broker"
-            return WatchEvent(False, BrokerUnreachableError(text), True)
+            return WatchEvent(False, NotABrokerError(text), True)
         return None
 
 

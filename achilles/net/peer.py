@@ -13,8 +13,14 @@ import zmq
 from achilles.core import protocol as p
 from achilles.core.dialer import JOINED, Dialer
 from achilles.core.link import Packet, encoded
-from achilles.errors import AuthenticationError, BrokerUnreachableError, ProtocolError
-from achilles.net.endpoint import Dialed, dial_dealer
+from achilles.errors import (
+    AuthenticationError,
+    BrokerUnreachableError,
+    EncryptionMismatchError,
+    NotABrokerError,
+    ProtocolError,
+)
+from achilles.net.endpoint import Dialed, WatchEvent, dial_dealer
 from achilles.net.keys import Join
 from achilles.net.transport import DealerPort, SocketLoop
 
@@ -23,6 +29,8 @@ ACKNOWLEDGED_BYTES = 2 << 20  # after so many in large messages the broker is to
 WELCOME_SECONDS = 5.0  # a socket that has not led to a session by then is replaced
 
 Dial = Callable[[], Dialed]
+
+_CERTAIN = (AuthenticationError, EncryptionMismatchError)  # what else is told follows from these
 
 _LOG = logging.getLogger("achilles.net")
 
@@ -97,7 +105,7 @@ class Peer:
                 return inf if due is None else due
             if now <= self._opened_at + WELCOME_SECONDS:
                 return min(self._opened_at + WELCOME_SECONDS, inf if due is None else due)
-            self._redial_at = now
+            self._redial_at = now + self._pause()
         if now >= self._redial_at:
             self._close_socket()
             self._open(now)
@@ -142,8 +150,8 @@ class Peer:
             if event.is_connected:
                 self._backoff = BACKOFF_FIRST
                 self._transmit(self._dialer.connected(now))
-            elif event.problem is not None:
-                self._note(event.problem, now, is_dead=event.is_dead)
+            if event.problem is not None:
+                self._note(event, now)
 
     def _open(self, now: float) -> None:
         self._redial_at = None
@@ -160,12 +168,22 @@ class Peer:
         self._dialed.watch.close()
         self._port.close()
 
-    def _note(self, problem: BrokerUnreachableError, now: float, *, is_dead: bool) -> None:
-        if not isinstance(self._problem, AuthenticationError):
-            self._problem = problem
-        if is_dead and self._redial_at is None:
-            self._redial_at = now + self._backoff * random.uniform(0.5, 1.0)
-            self._backoff = min(2 * self._backoff, BACKOFF_MAX)
+    def _note(self, event: WatchEvent, now: float) -> None:
+        """Remember what is wrong: not what only follows from it, as long as nothing has gone better."""
+        if (
+            event.is_connected
+            or isinstance(event.problem, _CERTAIN)
+            or not isinstance(self._problem, (*_CERTAIN, NotABrokerError))
+        ):
+            self._problem = event.problem
+        if event.is_dead and self._redial_at is None:
+            self._redial_at = now + self._pause()
+
+    def _pause(self) -> float:
+        """How long to wait before the next attempt; others wait for other times."""
+        pause = self._backoff * random.uniform(0.5, 1.0)
+        self._backoff = min(2 * self._backoff, BACKOFF_MAX)
+        return pause
 
     def _transmit(self, packets: Iterable[Packet]) -> None:
         for packet in packets:
