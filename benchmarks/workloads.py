@@ -1,6 +1,6 @@
 """What every contestant is measured by. Each workload checks its results, and notes why a figure is missing or an estimate.
 
-Slow systems get fewer tasks: a short pilot says how many fit the time that the scale gives, and a rate or a part of the ideal
+Slow systems get fewer tasks: short runs before say how many fit the time that the scale gives, and a rate or a part of the ideal
 does not depend on how many there were.
 """
 
@@ -68,15 +68,21 @@ class WrongResult(Exception):
     """A system returned what its task did not."""
 
 
-def fitting(count_max: int, seconds: float, run: Callable[[int], float], least: int) -> int:
-    """How many tasks take about ``seconds``, by pilots: ``run`` takes a number, and returns how long they took."""
+def measured(
+    count_max: int, seconds: float, run: Callable[[int], float], least: int
+) -> tuple[int, float]:
+    """How many tasks took how long, with so many tasks that it was about ``seconds``, or ``count_max``.
+
+    ``run`` takes a number of tasks and returns their seconds. The first run is for what happens once: imports, connections,
+    estimates; then come more tasks each time, because a few say little of many.
+    """
+    run(least)
     count = least
-    while count < count_max:
-        took = max(run(count), 1e-6)
-        if took >= seconds / 8:
-            return max(least, min(count_max, int(count * seconds / took)))
-        count = min(count_max, count * 8)
-    return count_max
+    while True:
+        took = max(run(count), 1e-9)
+        if took >= seconds / 2 or count == count_max:
+            return count, took
+        count = min(count_max, int(count * min(max(seconds / took, 2), 8)))
 
 
 def _timed(run: Callable[[], Any]) -> float:
@@ -89,20 +95,23 @@ def submits(bench: Measurement) -> None:
     """No-op tasks a second, submitted one by one; and the CPU time of each process role in them."""
     system = bench.system
 
+    cpu: dict[str, float] = {}  # of the last run
+
     def run(count: int) -> float:
+        roles = system.processes()
+        before = cpu_seconds(roles)
         start = time.perf_counter()
         results = system.gather([system.submit(work.noop, index) for index in range(count)])
         seconds = time.perf_counter() - start
+        after = cpu_seconds(roles)
+        cpu.update({role: after[role] - before[role] for role in after})
         bench.check(results == list(range(count)), "no-op results")
         return seconds
 
-    count = fitting(bench.scale.tasks_max, bench.scale.seconds, run, least=50)
-    before = cpu_seconds(system.processes())
-    took = run(count)
-    after = cpu_seconds(system.processes())
+    count, took = measured(bench.scale.tasks_max, bench.scale.seconds, run, least=50)
     bench.figures["submit_rate"] = count / took
-    for role, seconds in after.items():
-        bench.figures[f"cpu_{role}_us"] = (seconds - before.get(role, 0.0)) / count * 1e6
+    for role, seconds in cpu.items():
+        bench.figures[f"cpu_{role}_us"] = seconds / count * 1e6
 
 
 def cpu_seconds(roles: Mapping[str, list[int]]) -> dict[str, float]:
@@ -158,8 +167,8 @@ def maps(bench: Measurement) -> None:
             bench.check(results == list(range(count)), "a map's results")
             return took
 
-        count = fitting(10 * bench.scale.tasks_max, seconds, run, least=50)
-        return count / run(count)
+        count, took = measured(10 * bench.scale.tasks_max, seconds, run, least=50)
+        return count / took
 
     system, seconds = bench.system, bench.scale.seconds
     rates = {0: rate(partial(system.map, work.noop), seconds)}
@@ -189,9 +198,9 @@ def efficiencies(bench: Measurement) -> None:
             return _timed(all_of_them)
 
         most = max(2 * SLOTS, int(2 * bench.scale.seconds * SLOTS / length))
-        count = fitting(most, 2 * bench.scale.seconds, run, least=2 * SLOTS)
-        count -= count % SLOTS
-        bench.figures[f"efficiency_{name}"] = 100 * count * length / SLOTS / run(count)
+        count, took = measured(most, 2 * bench.scale.seconds, run, least=2 * SLOTS)
+        ideal = -(-count // SLOTS) * length
+        bench.figures[f"efficiency_{name}"] = 100 * ideal / took
 
 
 def skew(bench: Measurement) -> None:

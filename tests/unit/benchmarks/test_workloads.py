@@ -16,7 +16,7 @@ from benchmarks.workloads import (
     Measurement,
     Scale,
     WrongResult,
-    fitting,
+    measured,
     words,
 )
 
@@ -109,9 +109,10 @@ def test_as_many_tasks_as_fit_the_time() -> None:
 
     def run(count: int) -> float:
         asked.append(count)
-        return count * 0.001
+        return count * 0.001 + (1.0 if len(asked) == 1 else 0.0)  # what happens once
 
-    assert fitting(10_000, 1.0, run, least=50) == 1_000
-    assert asked == [50, 400]
-    assert fitting(200, 1.0, run, least=50) == 200
-    assert fitting(10_000, 0.01, run, least=50) == 50
+    count, took = measured(10_000, 1.0, run, least=50)
+    assert (count, asked) == (1_000, [50, 50, 400, 1_000])
+    assert took == pytest.approx(1.0)
+    assert measured(200, 1.0, run, least=50)[0] == 200
+    assert measured(10_000, 0.01, run, least=50)[0] == 50
