@@ -47,6 +47,14 @@ class Cluster:
         self.address = ""
 
     def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def _start(self) -> None:
         workers, slots = self._counts
         command = ["broker", "--bind", "tcp://127.0.0.1:0", "--print-address"]
         if self._tcp:
@@ -58,7 +66,6 @@ class Cluster:
             self.add_worker(slots)
         if self._awaits_workers:
             self.wait_until(lambda status: status["workers"] == workers)
-        return self
 
     def add_worker(self, slots: int, *options: str) -> subprocess.Popen[str]:
         """Start one more worker; ``options`` are its command's."""
