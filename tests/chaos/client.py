@@ -23,6 +23,7 @@ from achilles import DistributedExecutor
 from tests.chaos import work
 
 TINY_COUNT = 2000  # items of one map
+TELL_SECONDS = 0.2  # between two records of a map's values
 TINY_RATE = 4000.0  # items a second at most: the machine is not ours alone
 END_SECONDS = 90.0  # for what is open when it is told to stop
 MEBIBYTE = 1 << 20
@@ -97,6 +98,11 @@ class Client:
         self.open.add(future)
         return future
 
+    def tell_values(self, first: int, values: list[int], told: int) -> float:
+        """Write down what a map has given since the last time; when that was."""
+        self.recorder.write(op="done", first=first + told, what="value", given=values[told:])
+        return time.monotonic()
+
     def keep(self, window: int) -> bool:
         """Wait until fewer than ``window`` tasks are open; whether to go on."""
         while not self.stopping.is_set():
@@ -123,9 +129,13 @@ def tiny(client: Client) -> None:
         client.recorder.submit(first, "tiny", count=TINY_COUNT)
         numbers = range(first, first + TINY_COUNT)
         values: list[int] = []
+        told, told_at = 0, began
         try:
             for value in client.executor.map(work.tiny, numbers, [client.log] * TINY_COUNT):
                 values.append(value)
+                if time.monotonic() - told_at > TELL_SECONDS:
+                    told_at = client.tell_values(first, values, told)
+                    told = len(values)
         except Exception as error:
             at, name = first + len(values), type(error).__name__
             client.recorder.write(
@@ -133,7 +143,7 @@ def tiny(client: Client) -> None:
             )
             left = TINY_COUNT - len(values) - 1  # a map that failed cancels what is behind
             client.recorder.write(op="done", first=at + 1, what="behind", given=[None] * left)
-        client.recorder.write(op="done", first=first, what="value", given=values)
+        client.tell_values(first, values, told)
         client.stopping.wait(max(0.0, TINY_COUNT / TINY_RATE - (time.monotonic() - began)))
 
 

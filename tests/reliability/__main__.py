@@ -100,7 +100,8 @@ def run(command: str) -> Output:
         seconds = time.monotonic() - began
         chaos = parse_chaos(report.read_text() if report.exists() else "")
     if code:
-        print("\n".join(text.splitlines()[-15:]), file=sys.stderr)
+        told = [line for line in text.splitlines() if "FAILED" in line or "PROVED NOTHING" in line]
+        print("\n".join(told or text.splitlines()[-15:]), file=sys.stderr)
     print(f"    {seconds:.0f} s, exit code {code}", file=sys.stderr, flush=True)
     return Output(code, text, seconds, chaos)
 
