@@ -84,6 +84,7 @@ class Rig:
         self.clients: list[Started] = []
         self.broker: subprocess.Popen[bytes] | None = None
         self.no_status = "there is no join file"  # why there was none, last time
+        self._is_watched = False  # whether the process that serves is another one's child
         self.restarts = 0  # of the broker, by us
         self.respawns = 0  # of workers, that ended by themselves
         self._counts = (workers, slots)
@@ -202,9 +203,18 @@ class Rig:
             return None
 
     def serving_pid(self) -> int | None:
-        """The process that serves, which a supervisor may have started; None if there is none."""
+        """The process that serves, which is the child of one that watches it; None if there is none at present."""
         join = self.join("admin")
-        return join.pid if join is not None and psutil.pid_exists(join.pid) else None
+        if join is None:
+            return None
+        try:
+            children = psutil.Process(join.pid).children()
+        except psutil.Error:
+            return None
+        self._is_watched = self._is_watched or bool(children)
+        if children:
+            return children[0].pid
+        return None if self._is_watched else join.pid
 
     def is_supervised(self) -> bool:
         """Whether another broker comes by itself."""
