@@ -198,7 +198,7 @@ MUTANTS = [
     Mutant(
         "a task that took too long is charged with a crash",
         "scheduler",
-        "if message.kind == p.TIMEOUT:",
+        "if message.kind != p.CRASHED:",
         "if not message.kind:",
         (
             "work bound",
@@ -209,8 +209,8 @@ MUTANTS = [
     Mutant(
         "a task that may run at most once runs again after a crash",
         "charges",
-        "if queue.options.at_most_once:",
-        "if queue is None:",
+        "if queue.options.at_most_once:\n            return self.give_up(",
+        "if queue is None:\n            return self.give_up(",
         ("at most once",),
         seed=5,
     ),
@@ -325,7 +325,7 @@ MUTANTS = [
     Mutant(
         "a crash is charged to nobody",
         "agent",
-        "p.Crashed(chunk.run.lease, started[0], reason)",
+        "p.Crashed(chunk.run.lease, started[0], reason, runner.fault_kind)",
         "p.Returned(chunk.run.lease, started[:1])",
         ("crash limit",),
         seed=15,
