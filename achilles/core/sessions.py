@@ -52,6 +52,7 @@ _FOR_SCHEDULER = (
     p.Resumed,
 )
 
+EVENTS_MAX = 1000
 OWED_MIN = 4096  # bytes; what is less in one message is not counted
 
 
@@ -77,9 +78,20 @@ class Session:
         self.hello = hello
         self.owed: deque[tuple[int, int]] = deque()  # (seq, bytes) of results not taken yet
 
+    def __str__(self) -> str:
+        return f"session {self.number} of {self.role} {self.hello.name}"
+
+
+class Event(NamedTuple):
+    """Something that is worth a line in the log."""
+
+    route: Route
+    text: str
+    is_refusal: bool = False
+
 
 class Sessions:
-    """All sessions of one broker process."""
+    """All sessions of one broker process. ``events`` tells the shell what to log."""
 
     def __init__(
         self,
@@ -114,6 +126,7 @@ class Sessions:
             ADMIN: Silence[bytes](timings.grace),
         }
         self.refused = 0
+        self.events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self.is_shutting_down = False
         self._reloaders: list[Session] = []  # administrators who wait for the keys to be read anew
 
@@ -151,6 +164,7 @@ class Sessions:
         session = self._by_route.get(route)
         if session is None:
             self.refused += 1
+            self.events.append(Event(route, f"a malformed message: {reason}", is_refusal=True))
             return []
         return self._cut(session, reason, now)
 
@@ -257,6 +271,7 @@ class Sessions:
         refusal = self._refusal(role, roles, hello)
         if refusal:
             self.refused += 1
+            self.events.append(Event(route, f"{role} {hello.name}: {refusal}", is_refusal=True))
             return [Send(route, Packet(p.Header(p.NO_TOKEN, 0, 0), p.Refused(refusal)))]
         sends: list[Send] = []
         session = self._by_incarnation.get(hello.incarnation)
@@ -270,6 +285,8 @@ class Sessions:
             self._by_token[fresh_token] = session
             self._by_number[session.number] = session
             self._by_incarnation[hello.incarnation] = session
+            if role != ADMIN:  # what those do is told, not that they look
+                self.events.append(Event(route, f"{session} begins"))
         self._rebind(session, route)
         resumed = self._heard(session, now)
         joined = self.scheduler.join(session.number, hello, now) if is_new else []
@@ -331,9 +348,11 @@ class Sessions:
             sends.append(Send(session.route, session.link.wrap(p.Heartbeat())))
         elif isinstance(message, p.Shutdown):
             self.is_shutting_down = True
+            self.events.append(Event(session.route, f"{session} shuts the broker down"))
             sends.append(Send(session.route, session.link.wrap(p.ShuttingDown())))
         elif isinstance(message, p.ReloadKeys):
             self._reloaders.append(session)
+            self.events.append(Event(session.route, f"{session} has the keys read anew"))
         elif isinstance(message, p.Goodbye):
             sends += self._end(session, now, message.reason, charge=False)
         return sends  # of a resync, which the link has answered
@@ -393,6 +412,7 @@ class Sessions:
 
     def _cut(self, session: Session, reason: str, now: float) -> list[Send]:
         """End the session of a peer that broke the protocol, and tell it."""
+        self.events.append(Event(session.route, f"{session}: {reason}", is_refusal=True))
         sends = self._dismiss(session, reason)
         return [*sends, *self._end(session, now, f"it broke the protocol: {reason}")]
 
@@ -404,6 +424,8 @@ class Sessions:
         return [refused, Send(route, Packet(p.Header(token, 0, 0), p.Gone()))]
 
     def _end(self, session: Session, now: float, reason: str, *, charge: bool = True) -> list[Send]:
+        if session.role != ADMIN:
+            self.events.append(Event(session.route, f"{session} ends: {reason}"))
         token = session.link.token
         del self._by_token[token]
         del self._by_number[session.number]

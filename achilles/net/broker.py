@@ -17,6 +17,7 @@ from achilles.core.liveness import Timings
 from achilles.core.scheduler import EPOCHS, Scheduler
 from achilles.core.sessions import Send, Sessions
 from achilles.errors import ConfigError, ProtocolError
+from achilles.net.audit import Audit
 from achilles.net.endpoint import Gatekeeper
 from achilles.net.memory import MemoryWatch
 from achilles.net.transport import Route, RouterPort, SocketLoop
@@ -81,6 +82,7 @@ class Broker:
             limits=limits,
             now=now,
         )
+        self.audit = Audit(_LOG)
         self._reload = reload
         self._roles: dict[RouterPort, Callable[[], Roles]] = {}
         for socket, roles in sockets:
@@ -128,7 +130,8 @@ class Broker:
         self.loop.close()
 
     def _look_after(self, now: float) -> None:
-        """Hold connections and memory to their limits."""
+        """Hold connections and memory to their limits, and tell what was counted."""
+        self.audit.tick(now)
         for port in self._roles:
             port.connections.check(now, self._sessions.is_reached_on)
         said = self._memory.look(now)
@@ -146,7 +149,6 @@ class Broker:
         try:
             packet = Packet(*p.decode(frames))
         except ProtocolError as error:
-            _LOG.warning("malformed message from a peer: %s", error)
             self._transmit(self._sessions.malformed(route, str(error), now))
             return
         token = secrets.token_bytes(16) if packet.header.token == p.NO_TOKEN else p.NO_TOKEN
@@ -172,6 +174,8 @@ class Broker:
         self._transmit(self._sessions.cut_unless(is_allowed, now))
 
     def _transmit(self, sends: Iterable[Send]) -> None:
+        if self._sessions.events:
+            self._tell()
         workers = self._sessions.scheduler.workers
         if workers is not self._workers:
             self._workers = workers
@@ -179,10 +183,29 @@ class Broker:
                 self._on_workers(workers)
         route: Any  # a Route, as given to the sessions
         for route, packet in sends:
-            if isinstance(packet.message, p.Refused):
-                _LOG.warning("refused a peer: %s", packet.message.reason)
             for frames in encoded(packet):
                 route.port.send(route, frames)
+
+    def log_refusals(self, gatekeeper: Gatekeeper) -> None:
+        """Log from now on who is refused before a message of theirs is read."""
+        gatekeeper.on_refused = self._refuse
+        for port in self._roles:
+            port.connections.on_refused = self._refuse
+
+    def _refuse(self, source: str, why: str) -> None:
+        self.audit.refuse(source, why, monotonic())
+
+    def _tell(self) -> None:
+        """Log what has happened to sessions."""
+        events = self._sessions.events
+        while events:
+            event = events.popleft()
+            route: Any = event.route  # a Route, as given to the sessions
+            user = route.user or "a user without a name"
+            if event.is_refusal:
+                self._refuse(user, event.text)
+            else:
+                self.audit.note(f"{event.text} ({user})")
 
     def _closed(self, route: Route) -> None:
         self._sessions.closed(route, monotonic())

@@ -65,6 +65,7 @@ class Connections:
         self.unauthenticated_max = 256
         self.patience = 5.0
         self.dropped = 0  # for one of these limits
+        self.on_refused: Callable[[str, str], object] | None = None  # called with source and reason
         self.by_fd: dict[int, Connection] = {}
         self._strangers: dict[
             int, Connection
@@ -83,6 +84,7 @@ class Connections:
             del self._strangers[oldest.fd]
             if oldest is not connection:
                 self.dropped += 1
+                self._tell(oldest.fd, "more strangers than there may be (broker.unauthenticated)")
                 oldest.cut()
 
     def spoke(self, fd: int) -> Connection | None:
@@ -96,6 +98,22 @@ class Connections:
         self._strangers.pop(fd, None)
         if connection is not None:
             connection.is_gone = True
+
+    def failed(self) -> None:
+        """Somebody did not even shake hands as it must; whose key is refused, the ZAP handler knows."""
+        if self.on_refused is not None:
+            self.on_refused(
+                "somebody", "the connection is not encrypted, or speaks not as ZeroMQ does"
+            )
+
+    def _tell(self, fd: int, why: str) -> None:
+        if self.on_refused is None:
+            return
+        source = "somebody"
+        with contextlib.suppress(OSError), _copy_of(fd) as copy:
+            name = copy.getpeername()
+            source = name[0] if name and isinstance(name, tuple) else "a process of this host"
+        self.on_refused(source, why)
 
     def check(self, now: float, has_session: Callable[[Route], bool]) -> None:
         """End those on which there is no session, and was none for a while."""
@@ -111,6 +129,7 @@ class Connections:
             route = connection.route
             if now >= self._lenient_until and (route is None or not has_session(route)):
                 self.dropped += 1
+                self._tell(connection.fd, "no session on its connection (broker.hello_timeout)")
                 connection.cut()
 
     def hoarder(self, least: int) -> Connection | None:

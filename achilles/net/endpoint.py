@@ -17,7 +17,7 @@ import re
 import socket as sockets
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import zmq
@@ -412,6 +412,9 @@ class Gatekeeper:
         self.socket.bind("inproc://zeromq.zap.01")
         self.users = users  # replaced as a whole when keys come and go
         self.refused = 0
+        self.on_refused: Callable[[str, str], object] | None = (
+            None  # called with address and reason
+        )
 
     @property
     def has_input(self) -> bool:
@@ -428,9 +431,17 @@ class Gatekeeper:
             if user:
                 reply = [b"1.0", request, b"200", b"OK", user.encode(), b""]
             else:
-                self.refused += 1
+                self._refuse(frames)
                 reply = [b"1.0", request, b"400", b"not allowed", b"", b""]
             self.socket.send_multipart(reply)
+
+    def _refuse(self, frames: list[bytes]) -> None:
+        self.refused += 1
+        if self.on_refused is not None and len(frames) > 5:
+            address = frames[3].decode("utf-8", "replace")
+            is_curve = frames[5] == b"CURVE"
+            why = "its key is not allowed" if is_curve else "it is not a process of this user's"
+            self.on_refused(address, why)
 
     def _user(self, frames: list[bytes]) -> str:
         if len(frames) < 6 or frames[0] != b"1.0":

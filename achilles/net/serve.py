@@ -135,6 +135,7 @@ def serve(
         if serving:
             serving.is_ready(addresses.clients.port)
         on_ready(addresses, broker)
+        broker.log_refusals(gatekeeper)  # but not those of its own attack
         return broker.run(is_stopping)
 
 

@@ -43,6 +43,9 @@ _ACCEPTED, _DISCONNECTED = (
     int(zmq.EVENT_ACCEPTED),
     int(zmq.EVENT_DISCONNECTED),
 )  # both tell a descriptor
+_FAILED = frozenset(  # these tell a reason
+    map(int, (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL))
+)
 
 OnFrames = Callable[[list[Buffer]], object]
 
@@ -201,7 +204,7 @@ class RouterPort:
         self._route_by_fd: dict[int, Route] = {}
         # What is kept by route; a ROUTER does not tell when one of its peers can take more.
         self.outboxes: dict[Route, deque[Sequence[Buffer]]] = {}
-        self._monitor = socket.get_monitor_socket(_ACCEPTED | _DISCONNECTED)
+        self._monitor = socket.get_monitor_socket(_ACCEPTED | _DISCONNECTED | sum(_FAILED))
         loop.watch(socket, self._receive)
         loop.register(self._monitor.FD, self._look_for_closed)
         self._look_for_closed()  # a descriptor signals only to a reader that has found its socket empty
@@ -310,6 +313,8 @@ class RouterPort:
             event, fd = _EVENT.unpack_from(told)
             if event == _ACCEPTED:
                 self.connections.accepted(fd, monotonic())
+            elif event in _FAILED:
+                self.connections.failed()
             else:
                 self.connections.closed(fd)
                 route = self._route_by_fd.get(fd)
