@@ -553,9 +553,9 @@ class DistributedExecutor(concurrent.futures.Executor):
             raise self._mailbox.broken_error()
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if backends.process.pid != self._pid:
             raise ExecutorForkedError(
-                f"this executor was created in process {self._pid} and is used in {os.getpid()}; "
+                f"this executor was created in process {self._pid} and is used in {backends.process.pid}; "
                 "create one after the fork"
             )
 
