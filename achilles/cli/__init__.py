@@ -60,6 +60,7 @@ def _exit(error: Exception, code: int) -> NoReturn:
 main.add_command(broker.broker)
 main.add_command(worker.worker)
 main.add_command(control.status)
+main.add_command(control.drain)
 main.add_command(control.shutdown)
 main.add_command(keys.keys)
 main.add_command(settings.init)

@@ -1,4 +1,4 @@
-"""``achilles status`` and ``achilles shutdown``."""
+"""``achilles status``, ``achilles drain`` and ``achilles shutdown``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from achilles.cli.settings import Context, count
 from achilles.config import home
 
 if TYPE_CHECKING:
-    from achilles.core import protocol as p
+    from achilles.net.control import Answer, Question
     from achilles.net.keys import Join
 
 END_SECONDS = 10.0  # for a broker to end after a shutdown
@@ -101,6 +101,25 @@ def _with_advice(row: dict[str, Any], address: str) -> str:
 
 
 @click.command()
+@click.argument("worker")
+@click.pass_obj
+def drain(context: Context, worker: str) -> None:
+    """Have WORKER, as `achilles status` calls it, finish what it runs and end; what waits there goes elsewhere."""
+    from achilles.core import protocol as p
+    from achilles.errors import AchillesError
+
+    join, answer = _ask(context, p.DrainWorker(worker))
+    assert isinstance(answer, p.WorkerDrains)
+    if not answer.count:
+        _, values = _status(context)
+        present = ", ".join(values["workers_by_name"]) or "none"
+        raise AchillesError(
+            f"the broker at {join.address} has no worker {worker!r}; its workers: {present}"
+        )
+    click.echo(f"worker {worker} takes no more tasks, and ends when it has finished those it runs")
+
+
+@click.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_obj
 def shutdown(context: Context, yes: bool) -> None:
@@ -130,18 +149,13 @@ def _status(context: Context, client: str = "", task: int = 0) -> tuple[str, dic
     return join.address, status_dict(answer)
 
 
-def _ask(
-    context: Context, question: p.StatusRequest | p.Shutdown
-) -> tuple[Join, p.Status | p.ShuttingDown]:
-    from achilles.core import protocol as p
+def _ask(context: Context, question: Question) -> tuple[Join, Answer]:
     from achilles.net.control import request
     from achilles.net.peer import dialer_to
 
     join = context.join("admin")
     timeout = context.settings["client.connect_timeout"]
-    answer = request(dialer_to(join), question, timeout=timeout)
-    assert not isinstance(answer, p.KeysReloaded)
-    return join, answer
+    return join, request(dialer_to(join), question, timeout=timeout)
 
 
 def _has_ended(join: Join) -> bool:

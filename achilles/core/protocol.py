@@ -371,6 +371,18 @@ class Shutdown(Message, tag="shutdown"):
     """An administrator ends the cluster: the workers and the broker."""
 
 
+class DrainWorker(Message, tag="drain-worker"):
+    """An administrator wants the workers of that name to finish what they run, and end."""
+
+    name: str
+
+
+class WorkerDrains(Message, tag="worker-drains"):
+    """The broker's answer: how many workers were told."""
+
+    count: int
+
+
 class ReloadKeys(Message, tag="reload-keys"):
     """An administrator has added or revoked keys."""
 
@@ -599,14 +611,14 @@ RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied | RunnerGrown 
 FromClient: TypeAlias = Submit | Blob | Forget | Cancel | Letter | Resumed | StatusRequest | Goodbye
 FromTask: TypeAlias = Submit | Blob | Forget | Cancel | StatusRequest | Goodbye
 ToTask: TypeAlias = Running | Results | Failed | Cluster | Status
-FromAdmin: TypeAlias = StatusRequest | ReloadKeys | Shutdown | Goodbye
+FromAdmin: TypeAlias = StatusRequest | ReloadKeys | DrainWorker | Shutdown | Goodbye
 FromWorker: TypeAlias = (
     Done | Returned | Crashed | Letter | Relay | Held | Resumed | Drain | Goodbye
 )
 ToClient: TypeAlias = (
     Running | Results | Failed | Cluster | Credit | Letter | Status | ShuttingDown | Goodbye
 )
-ToAdmin: TypeAlias = Status | ShuttingDown | KeysReloaded | Goodbye
+ToAdmin: TypeAlias = Status | ShuttingDown | KeysReloaded | WorkerDrains | Goodbye
 ToWorker: TypeAlias = Run | Revoke | Blob | Forget | Lend | Relay | Letter | Drain | Goodbye
 Session: TypeAlias = ClientHello | WorkerHello | Welcome | Refused | Gone | Heartbeat | Resync
 Wire: TypeAlias = FromClient | FromAdmin | FromWorker | ToClient | ToAdmin | ToWorker | Session
@@ -771,6 +783,8 @@ def _check_fields(message: Wire) -> None:
             _check_range(blobs)
         case ClientHello() | WorkerHello():
             _check_hello(message)
+        case DrainWorker(name=text):
+            _check_text("name", text)
         case Crashed(index=index, reason=text, kind=kind):
             _check_range([index])
             _check_text("reason", text)
@@ -800,6 +814,7 @@ def _check_fields(message: Wire) -> None:
             | Shutdown()
             | ReloadKeys()
             | KeysReloaded()
+            | WorkerDrains()
             | ShuttingDown()
             | Drain()
             | Lend()

@@ -29,7 +29,7 @@ _ALWAYS = (p.Heartbeat, p.Resync, p.Goodbye)
 _OF_PEERS = (*_ALWAYS, p.Letter, p.Resumed)
 ALLOWED: dict[str, frozenset[type]] = {
     CLIENT: frozenset({*_OF_PEERS, p.Submit, p.Blob, p.Forget, p.Cancel, p.StatusRequest}),
-    ADMIN: frozenset({*_ALWAYS, p.StatusRequest, p.ReloadKeys, p.Shutdown}),
+    ADMIN: frozenset({*_ALWAYS, p.StatusRequest, p.ReloadKeys, p.DrainWorker, p.Shutdown}),
     WORKER: frozenset({*_OF_PEERS, p.Done, p.Returned, p.Crashed, p.Held, p.Relay, p.Drain}),
 }
 
@@ -353,9 +353,20 @@ class Sessions:
         elif isinstance(message, p.ReloadKeys):
             self._reloaders.append(session)
             self.events.append(Event(session.route, f"{session} has the keys read anew"))
+        elif isinstance(message, p.DrainWorker):
+            sends += self._drain(session, message.name)
         elif isinstance(message, p.Goodbye):
             sends += self._end(session, now, message.reason, charge=False)
         return sends  # of a resync, which the link has answered
+
+    def _drain(self, asker: Session, name: str) -> list[Send]:
+        """Have the workers of that name finish what they run, and answer who asked for it."""
+        self.events.append(Event(asker.route, f"{asker} drains worker {name}"))
+        workers = [
+            one for one in self._by_token.values() if one.role == WORKER and one.hello.name == name
+        ]
+        sends = [Send(one.route, one.link.wrap(p.Drain())) for one in workers]
+        return [*sends, Send(asker.route, asker.link.wrap(p.WorkerDrains(len(workers))))]
 
     def _from_scheduler(self, sends: Iterable[tuple[Hashable, p.Wire]]) -> list[Send]:
         packets = []

@@ -7,6 +7,7 @@ import secrets
 import socket
 from collections import deque
 from time import monotonic
+from typing import TypeAlias
 
 import achilles
 from achilles.core import protocol as p
@@ -15,10 +16,12 @@ from achilles.net.peer import Dial, Peer
 from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
 
+Question: TypeAlias = p.StatusRequest | p.ReloadKeys | p.DrainWorker | p.Shutdown
+Answer: TypeAlias = p.Status | p.KeysReloaded | p.WorkerDrains | p.ShuttingDown
+_ANSWERS = (p.Status, p.KeysReloaded, p.WorkerDrains, p.ShuttingDown)
 
-def request(
-    dial: Dial, question: p.StatusRequest | p.ReloadKeys | p.Shutdown, *, timeout: float
-) -> p.Status | p.KeysReloaded | p.ShuttingDown:
+
+def request(dial: Dial, question: Question, *, timeout: float) -> Answer:
     """The broker's answer to ``question``, asked in the role of an administrator.
 
     Raises:
@@ -42,7 +45,7 @@ def request(
                 message = received.popleft()
                 if isinstance(message, p.Welcome):
                     peer.send([question])
-                elif isinstance(message, p.Status | p.KeysReloaded | p.ShuttingDown):
+                elif isinstance(message, _ANSWERS):
                     peer.send([p.Goodbye("done")])
                     peer.flush(0.1)
                     return message

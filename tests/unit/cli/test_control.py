@@ -111,6 +111,20 @@ def test_a_broker_that_hangs_is_a_named_error_in_time(monkeypatch: pytest.Monkey
     assert "never spoke our protocol" in output
 
 
+def test_a_drained_worker_ends_by_itself(achilles_home: Path) -> None:
+    with commands.broker() as broker:
+        with commands.worker("--name", "alpha") as worker:
+            code, output = invoke("drain", "beta")
+            assert code == 1
+            assert "has no worker 'beta'; its workers: alpha" in output
+            assert invoke("drain", "alpha")[0] == 0
+            assert worker.wait() == 0
+        code, output = invoke("drain", "alpha")
+        assert code == 1
+        assert "its workers: none" in output
+        assert broker.stop() == 0
+
+
 def test_a_shutdown_ends_all_and_waits_for_it(achilles_home: Path) -> None:
     with commands.broker() as broker, commands.worker() as worker:
         assert invoke("shutdown", "--yes")[0] == 0

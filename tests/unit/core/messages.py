@@ -78,6 +78,8 @@ WIRE: list[p.Wire] = [
     ),
     p.Shutdown(),
     p.ShuttingDown(),
+    p.DrainWorker(name="alpha"),
+    p.WorkerDrains(count=1),
     p.ReloadKeys(),
     p.KeysReloaded(cut=2, error="damaged"),
     p.Run(

@@ -138,6 +138,21 @@ def test_nobody_joins_a_broker_that_shuts_down() -> None:
     assert bench.sent() == [("client", goodbye), ("admin", goodbye)]
 
 
+def test_an_administrator_drains_the_workers_of_a_name() -> None:
+    """And is told how many there are; they give back what waits, and say goodbye themselves."""
+    bench = SessionsBench()
+    admin = bench.join("admin", "admin")
+    for peer in ("one", "two"):
+        bench.join(peer, "worker")
+    bench.sent()
+    bench.say(admin, p.DrainWorker(bench.core._by_number[2].hello.name))
+    (who, drain), answer = bench.sent()
+    assert (who, drain) == ("one", p.Drain())
+    assert answer == ("admin", p.WorkerDrains(count=1))
+    bench.say(admin, p.DrainWorker("nobody"))
+    assert bench.sent() == [("admin", p.WorkerDrains(count=0))]
+
+
 # --- Tokens and routes ----------------------------------------------------------------------------
 
 

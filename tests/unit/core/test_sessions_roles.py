@@ -16,7 +16,7 @@ ALWAYS: set[type] = {p.Heartbeat, p.Resync, p.Goodbye}
 BOTH = ALWAYS | {p.Letter, p.Resumed}
 MAY: dict[str, set[type]] = {
     "client": BOTH | {p.Submit, p.Blob, p.Forget, p.Cancel, p.StatusRequest},
-    "admin": ALWAYS | {p.StatusRequest, p.ReloadKeys, p.Shutdown},
+    "admin": ALWAYS | {p.StatusRequest, p.ReloadKeys, p.DrainWorker, p.Shutdown},
     "worker": BOTH | {p.Done, p.Returned, p.Crashed, p.Held, p.Relay, p.Drain},
 }
 KINDS = [type(m) for m in WIRE if not isinstance(m, p.ClientHello | p.WorkerHello)]
