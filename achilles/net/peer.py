@@ -13,6 +13,7 @@ import zmq
 from achilles.core import protocol as p
 from achilles.core.dialer import JOINED, Dialer
 from achilles.core.link import Packet, encoded
+from achilles.core.liveness import RATE_MIN
 from achilles.errors import (
     AuthenticationError,
     BrokerUnreachableError,
@@ -27,6 +28,9 @@ from achilles.net.transport import DealerPort, SocketLoop
 BACKOFF_FIRST, BACKOFF_MAX = 0.1, 5.0
 ACKNOWLEDGED_BYTES = 2 << 20  # after so many in large messages the broker is told at once
 WELCOME_SECONDS = 5.0  # a socket that has not led to a session by then is replaced
+SILENCE_SECONDS = (
+    6.0  # a socket of a session on which nothing was heard for so long is replaced, too
+)
 
 Dial = Callable[[], Dialed]
 
@@ -64,6 +68,7 @@ class Peer:
         self._on_message = on_message
         self._received = 0  # bytes, of large messages since the last acknowledgement
         self._backoff = BACKOFF_FIRST
+        self._busy_until = 0.0  # with what was sent
         self._since = monotonic()
         self._redial_at: float | None = None
         self._problem: BrokerUnreachableError | None = None
@@ -102,10 +107,14 @@ class Peer:
             due = self._dialer.next_deadline()
         if self._redial_at is None:
             if self._dialer.state == JOINED:
-                return inf if due is None else due
-            if now <= self._opened_at + WELCOME_SECONDS:
+                dead_at = self._dead_at()
+                if now < dead_at:
+                    return dead_at if due is None else min(due, dead_at)
+                self._redial_at = now  # what was sent is sent again, or was received
+            elif now <= self._opened_at + WELCOME_SECONDS:
                 return min(self._opened_at + WELCOME_SECONDS, inf if due is None else due)
-            self._redial_at = now + self._pause()
+            else:
+                self._redial_at = now + self._pause()
         if now >= self._redial_at:
             self._close_socket()
             self._open(now)
@@ -185,7 +194,18 @@ class Peer:
         self._backoff = min(2 * self._backoff, BACKOFF_MAX)
         return pause
 
+    def _dead_at(self) -> float:
+        """When to take the connection for dead: TCP does not tell of a peer that vanished, nor of a length that was garbled.
+
+        While large messages are under way, in either direction, nothing else can be heard.
+        """
+        heard_at = self._dialer.heard_at or self._since
+        return max(heard_at, self._opened_at, self._busy_until) + SILENCE_SECONDS
+
     def _transmit(self, packets: Iterable[Packet]) -> None:
         for packet in packets:
             for frames in encoded(packet):
                 self._port.send(frames)
+                if len(frames) > 1:
+                    size = sum(memoryview(frame).nbytes for frame in frames)
+                    self._busy_until = max(monotonic(), self._busy_until) + size / RATE_MIN

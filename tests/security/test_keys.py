@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -39,8 +40,7 @@ class Site:
     def __init__(self, home: Path) -> None:
         self.environ = {**os.environ, "ACHILLES_HOME": str(home)}
         self.processes: list[subprocess.Popen[bytes]] = []
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self.port = server.getsockname()[1]
+        self.port = _free_ports()
 
     def command(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
@@ -75,16 +75,37 @@ class Site:
         return [*json.loads(done.stdout)["workers_by_name"]] if done.returncode == 0 else []
 
 
+def _free_ports() -> int:
+    """The first of two neighbours that nobody has now."""
+    while True:
+        with socket.create_server(("0.0.0.0", 0)) as one, contextlib.suppress(OSError):
+            port: int = one.getsockname()[1]
+            socket.create_server(("0.0.0.0", port + 1)).close()
+            return port
+
+
+def _serve(site: Site, ready: Path) -> None:
+    """Start the broker; anew, on other ports, if somebody was faster to take one of them."""
+    options = ("--advertise", "127.0.0.1", "--no-ipc")
+    broker = site.start("broker", "--bind", f"tcp://0.0.0.0:{site.port}", *options)
+    wait_until(lambda: ready.exists() or broker.poll() is not None, "the broker is up")
+    if broker.poll() is not None:
+        broker.communicate()
+        site.processes.remove(broker)
+        site.port = _free_ports()
+        _serve(site, ready)
+
+
 @pytest.fixture
 def site(achilles_home: Path) -> Iterator[Site]:
     site = Site(achilles_home)
-    bind = f"tcp://0.0.0.0:{site.port}"
-    broker = site.start("broker", "--bind", bind, "--advertise", "127.0.0.1", "--no-ipc")
-    wait_until((achilles_home / "run" / "admin.join").exists, "the broker is up")
-    yield site
-    for process in [*reversed(site.processes[1:]), broker]:
-        process.terminate()
-        process.communicate(timeout=BOUND)
+    try:
+        _serve(site, achilles_home / "run" / "admin.join")
+        yield site
+    finally:
+        for process in reversed(site.processes):
+            process.terminate()
+            process.communicate(timeout=BOUND)
 
 
 def join(site: Site, name: str, exported: str, far_home: Path) -> subprocess.Popen[bytes]:

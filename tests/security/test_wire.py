@@ -18,6 +18,7 @@ from achilles import DistributedExecutor
 from achilles.core import protocol as p
 from achilles.core.link import Link
 from achilles.errors import AchillesError
+from achilles.net import peer
 from achilles.net.control import request
 from achilles.net.endpoint import Gatekeeper, bind_router, dial_dealer, parse_endpoint
 from achilles.net.keys import find_join
@@ -236,6 +237,7 @@ def test_flipped_bits_change_no_value(tmp_path: Path, monkeypatch: pytest.Monkey
             file.touch(mode=0o600)
             file.write_bytes(msgspec.structs.replace(join, address=relay.address, pid=0).encode())
             monkeypatch.setenv("ACHILLES_JOIN", str(file))
+            monkeypatch.setattr(peer, "SILENCE_SECONDS", 2.0)  # a length that is garbled is awaited
             values = [(n, os.urandom(10_000)) for n in range(20)]
             with DistributedExecutor() as executor:
                 while (

@@ -88,9 +88,13 @@ class Relay:
         while True:
             try:
                 near, _ = self._server.accept()
-                far = connect(self._endpoint)
             except OSError:
                 return  # closed, by us
+            try:
+                far = connect(self._endpoint)
+            except OSError:
+                near.close()  # as if it had been cut at once
+                continue
             ways = zip((near, far), (far, near), self._changes, strict=True)
             for one, other, change in ways:
                 one.settimeout(None)

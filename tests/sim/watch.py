@@ -280,7 +280,8 @@ class WatchedScheduler(Scheduler):
         if worker.quarantines > before and lease and task:
             self._marks["session: ready > quarantined"] += 1
             for one in (*faults, task):
-                self._oracle.pardoned(lease.client.number, one.id)
+                if one.queue is not None:  # else nobody wants it any more
+                    self._oracle.pardoned(one.queue.client.number, one.id)
         return sends
 
 

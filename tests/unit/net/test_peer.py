@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -9,10 +10,13 @@ import zmq
 
 from achilles.core import protocol as p
 from achilles.errors import AuthenticationError, BrokerUnreachableError
+from achilles.net import peer as peer_module
+from achilles.net.endpoint import parse_endpoint
 from achilles.net.keys import Join
 from achilles.net.peer import Peer, dialer_to
 from achilles.net.transport import SocketLoop
 from tests.brokers import RunningBroker, hello
+from tests.security.zmtp import Relay
 
 WAIT_SECONDS = 10.0
 
@@ -145,6 +149,26 @@ def test_a_broker_that_comes_back_is_joined_again(achilles_home: Path, drive: Dr
 
 
 @pytest.mark.bad_input(46)
+def test_a_connection_that_has_fallen_silent_is_replaced(
+    broker: RunningBroker, drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody tells of it: the network swallows what is sent. The session goes on, and nothing is lost."""
+    monkeypatch.setattr(peer_module, "SILENCE_SECONDS", 2.0)
+    is_dead = threading.Event()
+    join = broker.join("client")
+    with Relay(
+        parse_endpoint(join.address),
+        lambda number, data: b"" if number == 0 and is_dead.is_set() else data,
+    ) as relay:
+        join.address, join.ipc = relay.address, ""
+        driven = drive(join)
+        driven.until(lambda: driven.peer.is_joined)
+        is_dead.set()
+        driven.peer.send([p.StatusRequest()])
+        driven.until(lambda: any(isinstance(one, p.Status) for one in driven.received))
+        assert sum(isinstance(one, p.Welcome) for one in driven.received) == 1
+
+
 def test_nobody_there_is_a_problem_with_the_address(achilles_home: Path, drive: Drive) -> None:
     with RunningBroker(achilles_home) as broker:
         join = broker.join("client")
