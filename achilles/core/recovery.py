@@ -223,7 +223,11 @@ class Recovery:
         if client.live == 0:
             self._desk.waiting.pop(client.peer, None)
         client.doubtful.discard(task.id)
-        task.blame = queued.blame or task.blame
+        if queued.blame is not None:
+            held = 0 if task.blame is None else task.blame.earlier
+            if held < queued.blame.attempts and queued.blame.earlier:
+                queued.blame.earlier -= 1  # this very attempt, which is counted when it ends
+            task.blame = queued.blame
         payload, queued.queue, queued.payload = queued.payload, None, None
         self._take_in(task, queue, payload, now)
         return True

@@ -172,6 +172,20 @@ def test_attempts_go_on_counting() -> None:
     assert run.attempt == 4
 
 
+def test_an_attempt_that_two_workers_tell_of_counts_once() -> None:
+    """The later one comes first; its worker did not hear, as little as the other, that its report had arrived."""
+    bench = RecoveryBench(WORKER, SECOND)
+    bench.client()
+    bench.again(1)
+    for peer, lease, attempt in ((WORKER, 2, 2), (SECOND, 1, 1)):
+        bench.worker(peer)
+        bench.holds(lease, 1, worker=peer, attempt=attempt)
+        sends = bench.say(peer, p.Crashed(OLD + lease, 0, "died"))
+        sends += bench.resumed(peer)
+    (run,) = runs([*sends, *bench.tick(WINDOW)])
+    assert run.attempt == 3
+
+
 def test_a_held_lease_takes_up_its_slot() -> None:
     bench = RecoveryBench(WORKER)
     bench.client()
