@@ -77,7 +77,7 @@ class Hostile(Peer):
             p.Goodbye("for now"),
             p.Resumed(),
             p.Submit(0, 0, ids, payloads, is_again=True),
-            p.Held(number, number, ids, list(range(len(ids))), []),
+            p.Held(number, number, ids or [1], list(range(len(ids) or 1)), []),
             p.Done(number, ids, statuses, payloads, 0.0),
             p.Returned(number, ids),
             p.Crashed(number, 0, "died", chance.choice((p.CRASHED, p.TIMEOUT))),
