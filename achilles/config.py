@@ -183,8 +183,9 @@ SETTINGS = (
     Setting(
         "client.results",
         "texts",
-        (),
-        "Modules and names that results may hold beside plain data, as a worker's key is else code here; empty: any.",
+        None,
+        "Modules and names that results may hold beside plain data, as a worker's key is else code here; []: plain data alone. By default anything.",
+        sample='["numpy", "mypackage.types"]',
     ),
     _duration("client.connect_timeout", 10.0, 0.01, "How long to look for a broker at the start."),
     _duration("client.broker_timeout", 60.0, 0.01, "How long it may be away before tasks fail."),

@@ -110,7 +110,7 @@ class DistributedExecutor(concurrent.futures.Executor):
     )
 
     _prints = True  # also of one that was unpickled
-    _results: tuple[str, ...] = ()  # the same
+    _results: tuple[str, ...] | None = None  # the same
 
     _mailbox: Mailbox
     _core: Core

@@ -45,11 +45,11 @@ def connection(
     connect_timeout: float,
     broker_timeout: float,
     prints: bool = True,
-    results: Sequence[str] = (),
+    results: Sequence[str] | None = None,
 ) -> Connection:
     """A connection, not yet started, to the broker at ``address``.
 
-    ``results``: what those may name beside plain data; everything if that is empty. ``prints``: what its tasks print is printed here, else dropped. Its key is this user's, which is in ``home``, or that of the ``join`` file.
+    ``results``: what those may name beside plain data; None: everything. ``prints``: what its tasks print is printed here, else dropped. Its key is this user's, which is in ``home``, or that of the ``join`` file.
 
     Raises:
         ConfigError: ``address`` is no endpoint, or the join file is not in order.
@@ -65,7 +65,7 @@ def connection(
         broker_timeout=broker_timeout,
         prints=prints,
     )
-    if results:
+    if results is not None:
         made.mailbox.allowed = Allowed(results)
     return made
 

@@ -7,6 +7,9 @@ Unpickling calls what the pickle names. With the list it may name:
 - for a module or package, ``"mypackage.types"``: the classes that are defined in it. Whoever lists it trusts their constructors;
 - for ``"mypackage.types.make"``: just that.
 
+What makes code of data (`MAKERS`, and all else of builtins) is never allowed, listed or not: whoever has that has everything. So
+functions and classes of the program itself, which travel by value, are in no result then.
+
 Everything else fails the task's future with a `ResultUnpickleError` that names it, before it is even imported.
 """
 
@@ -48,6 +51,7 @@ _NUMPY_MODULES = {
     *("numpy.core.multiarray", "numpy._core.multiarray"),
     *("numpy.core.numeric", "numpy._core.numeric"),
 }
+MAKERS = ("achilles.runtime", "builtins", "cloudpickle", "marshal", "pickle", "types")
 
 
 class Allowed:
@@ -75,13 +79,19 @@ class Allowed:
     def permits(self, module: str, name: str) -> bool:
         """Whether the text of a name does not rule it out; classes of a listed module are still to be looked at."""
         full = f"{module}.{name}"
-        if name in PLAIN.get(module, ()) or full in self.names:
+        if name in PLAIN.get(module, ()):
             return True
         if module == "builtins":
             return name in _EXCEPTIONS
         if module in _OUR_ERRORS:
             return "." not in name
-        return self.covers(full) or ("numpy" in self.names and module.split(".")[0] == "numpy")
+        if _makes_code(module):
+            return False
+        return (
+            full in self.names
+            or self.covers(full)
+            or ("numpy" in self.names and module.split(".")[0] == "numpy")
+        )
 
     def covers(self, full: str) -> bool:
         """Whether a name is in a listed module or package other than NumPy."""
@@ -132,6 +142,15 @@ class _Unpickler(Unpickler):
             found = super().find_class(module, name)
             if self._allowed.is_fine(module, name, found):
                 return found
+        if _makes_code(module):
+            raise UnpicklingError(
+                f"it names {module}.{name}, which the setting client.results does not allow, listed or not: what makes "
+                "functions and classes makes any. Put those that results are made of into a module, and list that"
+            )
         raise UnpicklingError(
             f"it names {module}.{name}, which the setting client.results does not allow; add it there if you trust it"
         )
+
+
+def _makes_code(module: str) -> bool:
+    return any(module == one or module.startswith(f"{one}.") for one in MAKERS)

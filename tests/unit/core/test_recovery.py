@@ -177,6 +177,7 @@ def test_an_attempt_that_two_workers_tell_of_counts_once() -> None:
     bench = RecoveryBench(WORKER, SECOND)
     bench.client()
     bench.again(1)
+    sends: list[Any] = []
     for peer, lease, attempt in ((WORKER, 2, 2), (SECOND, 1, 1)):
         bench.worker(peer)
         bench.holds(lease, 1, worker=peer, attempt=attempt)

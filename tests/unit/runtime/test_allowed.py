@@ -168,3 +168,32 @@ def test_names_that_begin_alike_are_others() -> None:
 
 def test_it_says_what_it_allows() -> None:
     assert repr(Allowed(["b", "a"])) == "<Allowed a, b>"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "achilles.runtime.by_value.make_class",
+        "builtins.type",
+        "builtins.eval",
+        "cloudpickle.cloudpickle._make_function",
+        "types.FunctionType",
+    ],
+)
+def test_what_makes_code_is_not_allowed_although_it_is_listed(name: str) -> None:
+    """Else the list would be undone by following the errors' advice."""
+    module, _, attribute = name.rpartition(".")
+    allowed = Allowed([name, module, module.partition(".")[0]])
+    data = f"c{module}\n{attribute}\n.".encode()
+    with pytest.raises(pickle.UnpicklingError, match="does not allow, listed or not") as caught:
+        allowed.unpickle(data)
+    assert "add it there" not in str(caught.value)
+
+
+def test_an_empty_list_allows_plain_data_alone() -> None:
+    allowed = Allowed([])
+    assert allowed.unpickle(pickle.dumps({"a": [1, decimal.Decimal(2)]})) == {
+        "a": [1, decimal.Decimal(2)]
+    }
+    with pytest.raises(pickle.UnpicklingError, match="does not allow"):
+        allowed.unpickle(pickle.dumps(Point(1)))
