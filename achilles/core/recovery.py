@@ -202,22 +202,36 @@ class Recovery:
             if held.attempt > 1:
                 task.blame = Blame()
                 task.blame.earlier = held.attempt - 1
-            if not self._match(client, task, now):
-                unwanted.append(task)
+            spare = self._match(client, task, now)
+            if spare is not None:
+                unwanted.append(spare)
         return _revoke(unwanted)
 
-    def _match(self, client: Client, task: Task, now: float) -> bool:
-        """Whether the client wants this task from this worker, or may yet ask for it."""
+    def _match(self, client: Client, task: Task, now: float) -> Task | None:
+        """Let the client have this task from this worker, if it wants it or may yet ask for it; which task nobody wants now.
+
+        Of two workers that tell of one task, the later attempt is the one to have: the earlier one has ended somehow.
+        """
         queued = client.tasks.get(task.id)
         if queued is None:
             found = client.found
-            if found is None or task.id in found.tasks or task.id in found.results:
-                return False
+            if found is None or task.id in found.results:
+                return task
+            known = found.tasks.get(task.id)
+            if known is not None and _earlier(known) >= _earlier(task):
+                return task
             found.tasks[task.id] = task
-            return True
-        queue = queued.queue
-        if queued.lease is not None or queue is None or not self._assign(task, queue):
-            return False
+            return known
+        queue, lease = queued.queue, queued.lease
+        if lease is not None:
+            is_later = not self._desk.is_own(lease.number) and _earlier(queued) < _earlier(task)
+            if queue is None or not is_later or not self._assign(task, queue):
+                return task
+            payload, queued.queue, queued.payload = queued.payload, None, None
+            self._take_in(task, queue, payload, now)
+            return queued
+        if queue is None or not self._assign(task, queue):
+            return task
         queue.live -= 1
         client.live -= 1
         if client.live == 0:
@@ -230,7 +244,7 @@ class Recovery:
             task.blame = queued.blame
         payload, queued.queue, queued.payload = queued.payload, None, None
         self._take_in(task, queue, payload, now)
-        return True
+        return None
 
     def _assign(self, task: Task, queue: TaskQueue) -> bool:
         """Make the task's lease one of this queue, which it is not known to be of until a task of it is asked for."""
@@ -309,6 +323,11 @@ class Recovery:
                 assert task in lease.tasks, "found, and ended"
                 assert not lease.worker.is_gone, "a worker that left holds a task"
             assert self.is_open or not client.is_held_back, "a client is held back for ever"
+
+
+def _earlier(task: Task) -> int:
+    """How many attempts of it there were before the broker changed."""
+    return 0 if task.blame is None else task.blame.earlier
 
 
 def _revoke(tasks: Iterable[Task]) -> list[Send]:

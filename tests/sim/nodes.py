@@ -345,6 +345,7 @@ class Worker(Peer):
             spawn_seconds=world.spawn_seconds,
             watch=world.watch,
         )
+        self.host.is_present = lambda: self.agent._epoch == world.broker.sessions._epoch
         self._sends: list[Any] = []
         self._runs: dict[int, list[Truth]] = {}
         self.stable_number = stable_number(hello.incarnation)

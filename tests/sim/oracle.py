@@ -154,7 +154,10 @@ class Oracle:
 
     # --- What happens -----------------------------------------------------------------------------
 
-    def started(self, truth: Truth, attempt: int, where: str, now: float) -> None:
+    def started(
+        self, truth: Truth, attempt: int, where: str, now: float, *, is_fresh: bool = True
+    ) -> None:
+        """``is_fresh``: the present broker has given it, and not an earlier one whose worker has slept since."""
         if now > truth.start_by:
             late = now - truth.start_by
             raise Violation(
@@ -168,7 +171,9 @@ class Oracle:
             )
         truth.starts += 1
         truth.story.append(f"started at {where}")
-        if truth.is_held:
+        if truth.is_held and not is_fresh:
+            truth.excuses += 1
+        elif truth.is_held:
             raise Violation("what is held runs once", f"{truth} was begun again: {truth.story}")
         if truth.options.at_most_once and truth.starts > 1:
             raise Violation("at most once", f"{truth} was begun again: {truth.story}")

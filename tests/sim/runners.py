@@ -137,6 +137,7 @@ class Host:
         self.name = name
         self.runners: dict[int, Runner] = {}
         self.is_black_hole = False
+        self.is_present: Callable[[], bool] = lambda: True  # of a session with the present broker
         self._slots = slots
         self._oracle = oracle
         self._clock = clock
@@ -259,7 +260,8 @@ class Host:
         entry = runner.current = runner.queue.popleft()
         entry.started_at = self._clock()
         truth = entry.truth
-        self._oracle.started(truth, entry.attempt, self.name, entry.started_at)
+        is_fresh = self.is_present()
+        self._oracle.started(truth, entry.attempt, self.name, entry.started_at, is_fresh=is_fresh)
         if truth.is_poison or self.is_black_hole:
             self._timer(
                 min(truth.seconds / 2, BURY_SECONDS) if self.is_black_hole else truth.seconds / 2,
