@@ -148,7 +148,6 @@ def test_a_broker_that_comes_back_is_joined_again(achilles_home: Path, drive: Dr
     assert kinds[:4] == [p.Welcome, p.Goodbye, p.Gone, p.Welcome]
 
 
-@pytest.mark.bad_input(46)
 def test_a_connection_that_has_fallen_silent_is_replaced(
     broker: RunningBroker, drive: Drive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +168,7 @@ def test_a_connection_that_has_fallen_silent_is_replaced(
         assert sum(isinstance(one, p.Welcome) for one in driven.received) == 1
 
 
+@pytest.mark.bad_input(46)
 def test_nobody_there_is_a_problem_with_the_address(achilles_home: Path, drive: Drive) -> None:
     with RunningBroker(achilles_home) as broker:
         join = broker.join("client")
