@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import html
-import operator
 import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from achilles import backends
 from achilles.backends import LIVE, Backend, Core, TaskCore
@@ -24,7 +23,7 @@ from achilles.futures import Future, as_completed
 from achilles.handles import Handle, restore
 from achilles.mailbox import INIT_BLOB, Mailbox
 from achilles.maps import name_of, results
-from achilles.options import merge_options
+from achilles.options import count, default_slots, merge_options
 from achilles.runtime import context
 from achilles.runtime.arguments import ArgumentTable, Attached, join_attached
 from achilles.runtime.functions import FunctionTable, bytes_of
@@ -34,30 +33,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from achilles.core import protocol as p
+    from achilles.runtime.functions import Pickled
 
 T = TypeVar("T")
-
-
-def _default_slots() -> int:
-    count = getattr(os, "process_cpu_count", None)  # Python 3.13 on
-    if count is not None:
-        return count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _count(name: str, value: object, wanted: str) -> int | None:
-    """A number of something, at least 1; any type of integer will do, NumPy's too."""
-    if value is None:
-        return None
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be {wanted}, not {number}")
-    return number
 
 
 def _dumps_initializer(
@@ -74,6 +52,15 @@ def _dumps_initializer(
             f"{error}, and runners inherit nothing: "
             "pass those of a multiprocessing.Manager() in initargs instead, which embedded runners can use"
         ) from error
+
+
+class Known(NamedTuple):
+    """What calls of one function have in common; ``entry`` says whether that still holds, and None that it never will."""
+
+    entry: Any
+    group: p.Group
+    blob: Pickled
+    name: str
 
 
 _CONNECTED = {"_arguments", "_core", "_finalizer", "_functions", "_mailbox", "_table_lock"}
@@ -108,6 +95,7 @@ class DistributedExecutor(concurrent.futures.Executor):
     _is_pickled_by_identity = (
         True  # for the function table: it pickles as the same while it is the same
     )
+    _known: Known | None = None  # the function of the last call, which often is the next one's
 
     _prints = True  # also of one that was unpickled
     _results: tuple[str, ...] | None = None  # the same
@@ -130,8 +118,8 @@ class DistributedExecutor(concurrent.futures.Executor):
         address: str | None = None,
         config: str | os.PathLike[str] | None = None,
     ) -> None:
-        max_workers = _count("max_workers", max_workers, "greater than 0")
-        max_tasks_per_child = _count("max_tasks_per_child", max_tasks_per_child, ">= 1")
+        max_workers = count("max_workers", max_workers, "greater than 0")
+        max_tasks_per_child = count("max_tasks_per_child", max_tasks_per_child, ">= 1")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         from achilles.config import load
@@ -149,7 +137,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         self._init = INIT_BLOB if initializer is not None else 0
         self._max_tasks = max_tasks_per_child or 0
         self._is_embedded = not address
-        self._max_workers_given = max_workers or (None if address else _default_slots())
+        self._max_workers_given = max_workers or (None if address else default_slots())
         self._address = address or ""
         self._timeouts = (settings["client.connect_timeout"], settings["client.broker_timeout"])
         initargs = tuple(initargs)
@@ -259,22 +247,25 @@ class DistributedExecutor(concurrent.futures.Executor):
             RuntimeError: the executor was shut down.
             BrokenProcessPool: it is broken (a failed initializer, a broker that did not come back).
         """
-        self._check_usable()
-        name = name_of(fn)
+        core = self._core
+        if core.is_shut_down or backends.is_exiting or backends.process.pid != self._pid:
+            self._check_usable()
+        known = self._known
         try:
             payload = dumps_call(args, kwargs, fn, self._arguments)
-            with self._table_lock:
-                number, blob = self._functions.encode(fn)
+            if known is None or not known.entry.is_valid(fn):
+                known = self._know(fn)
         except Exception as error:
-            return self._failed(error, name)
-        blobs: tuple[int, ...] = ()
+            self._check_usable()
+            return self._failed(error, name_of(fn))
+        _, group, blob, name = known
         if type(blob) is not bytes or isinstance(payload, Attached):
             payload, blob, blobs = join_attached(payload, blob)
-        if not number:
+            group = self._group(group.fn, group.chunk_max, blobs)
+        if not group.fn:
             payload = join_inline(bytes_of(blob), payload)
-        group = self._group(number, self._max_tasks, blobs)
         future = self._mailbox.submit(group, blob, payload, name)
-        if not self._core.is_started:
+        if not core.is_started:
             self._start()
         return future
 
@@ -529,6 +520,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._base = self  # which must not be collected before its view
+        view._known = None  # its tasks are of other groups
         view._options = merge_options(
             self._options,
             {name: value for name, value in given.items() if value is not None},
@@ -558,6 +550,19 @@ class DistributedExecutor(concurrent.futures.Executor):
                 f"this executor was created in process {self._pid} and is used in {backends.process.pid}; "
                 "create one after the fork"
             )
+
+    def _know(self, fn: Callable[..., Any]) -> Known:
+        """All that the calls of one function have in common.
+
+        Raises:
+            ArgumentPickleError, TypeError: it cannot be sent.
+        """
+        with self._table_lock:
+            number, blob = self._functions.encode(fn)
+            entry = self._functions.entry(fn)
+        known = Known(entry, self._group(number, self._max_tasks), blob, name_of(fn))
+        self._known = known if number and entry is not None else None
+        return known
 
     def _group(self, fn: int, chunk_max: int, blobs: tuple[int, ...] = ()) -> p.Group:
         return self._mailbox.group(fn, self._init, chunk_max, self._options, blobs)

@@ -128,6 +128,7 @@ class LocalCluster:
             mailbox.close()
             self._host.close(timeout=CLOSE_SECONDS)
             self._loop.close()
+            self._leave()
 
     def _join(self) -> None:
         now = monotonic()
@@ -136,6 +137,12 @@ class LocalCluster:
         worker = p.WorkerHello(none, "", "", self._name, self._slots, os.getpid())
         self._scheduler.join(WORKER, worker, now)
         self._submission.connect(0)
+
+    def _leave(self) -> None:
+        """Let go of what was not done: the garbage collector does not look into tasks."""
+        now = monotonic()
+        for peer in (CLIENT, WORKER):
+            self._scheduler.leave(peer, now, "the executor has ended", charge=False)
 
     def _step(self) -> None:
         """Wait until there is something to do, and do it."""

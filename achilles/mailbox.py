@@ -29,6 +29,9 @@ from achilles.runtime.seal import Sealer
 from achilles.runtime.serialize import load_outcome, loads
 
 Sink: TypeAlias = "Future | tuple[MapRun, int]"
+Mail: TypeAlias = (
+    "tuple[int, Group, Pickled, p.Payload, Sink]"  # a task on its way to the I/O thread
+)
 INIT_BLOB = 1 << 31  # the initializer's number, beyond those of functions
 FAILED = -1  # a status of our own: the payload is the exception itself
 
@@ -50,7 +53,7 @@ class Mailbox:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._ids = itertools.count(1)
-        self._inbox: deque[tuple[int, Group, Pickled, p.Payload, Sink]] = deque()
+        self._inbox: deque[Mail] = deque()
         self._cancels: deque[int] = deque()
         self._sinks: dict[int, Sink] = {}
         self._running_items: set[int] = set()  # tasks of maps; a future knows it by itself
@@ -205,20 +208,27 @@ class Mailbox:
 
     def drain(self) -> tuple[list[Batch], list[int]]:
         """What was submitted since the last call, by group and in order, and what was cancelled."""
-        inbox, sinks = self._inbox, self._sinks
+        cancels = self._cancels
+        take = self._inbox.popleft
+        taken = [take() for _ in range(len(self._inbox))]
+        batches = self._batches(taken) if taken else []
+        return batches, [cancels.popleft() for _ in range(len(cancels))]
+
+    def _batches(self, taken: list[Mail]) -> list[Batch]:
+        """The tasks by group; from here on their outcomes have a place to go."""
+        ids, groups, blobs, payloads, sinks = zip(*taken)
+        self._sinks.update(zip(ids, sinks))
+        first = groups[0]
+        if groups.count(first) == len(groups):
+            return [Batch(first, blobs[0], list(ids), list(payloads))]
         batches: dict[Group, Batch] = {}
-        batch: Batch | None = None
-        for _ in range(len(inbox)):
-            id, group, blob, payload, sink = inbox.popleft()
-            if batch is None or group is not batch.group:
-                batch = batches.get(group)
-                if batch is None:
-                    batch = batches[group] = Batch(group, blob, [], [])
-            sinks[id] = sink
+        for id, group, blob, payload, _ in taken:
+            batch = batches.get(group)
+            if batch is None:
+                batch = batches[group] = Batch(group, blob, [], [])
             batch.ids.append(id)
             batch.payloads.append(payload)
-        cancels = self._cancels
-        return list(batches.values()), [cancels.popleft() for _ in range(len(cancels))]
+        return list(batches.values())
 
     def submit_to(self, submission: Submission, batch: Batch) -> list[Send]:
         """Hand a batch to the submission, which must know its blobs."""
@@ -300,7 +310,7 @@ class Mailbox:
         for id, status, payload in zip(
             results.ids, results.statuses, results.payloads, strict=True
         ):
-            if status == p.TOO_LARGE:
+            if status > p.ERROR and status == p.TOO_LARGE:
                 self._result_too_large(id, payload)
                 continue
             if self.sealer is not None:
@@ -313,7 +323,7 @@ class Mailbox:
                     continue
             if self.allowed is not None:
                 payload = self.allowed.guard(payload)
-            if status == p.INIT_FAILED:
+            if status > p.ERROR:
                 broken += self._break(payload)  # and with all others this task fails
                 continue
             sink = pop(id, None)
@@ -322,7 +332,15 @@ class Mailbox:
                 run.put(index, status, payload)
                 runs.add(run)
             elif type(sink) is Future:
-                self._resolve(sink, status, payload)
+                if status == p.VALUE and type(payload) is bytes:
+                    try:
+                        value = loads(payload)
+                    except BaseException:
+                        pass  # below, with an error that says so
+                    else:
+                        sink.resolve(value, None)
+                        continue
+                sink.resolve(*load_outcome(status, payload))
         for run in runs:
             run.notify()
         if self._running_items:
@@ -441,17 +459,6 @@ class Mailbox:
     def close(self) -> None:
         """The I/O thread ends."""
         self._callbacks.put(None)
-
-    def _resolve(self, future: Future, status: int, payload: p.Payload | Guarded) -> None:
-        if status == p.VALUE and type(payload) is bytes:
-            try:
-                value = loads(payload)
-            except BaseException:
-                pass  # below, with an error that says so
-            else:
-                future.resolve(value, None)
-                return
-        future.resolve(*load_outcome(status, payload))
 
     def _break(self, payload: p.Payload | Guarded) -> list[int]:
         """The initializer raised on a runner: nothing can run any more, as in the standard library.

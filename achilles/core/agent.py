@@ -483,12 +483,9 @@ class Agent:
             seq, open_tasks = chunk.seq, chunk.open
             rows = [row for row in message.results if row[0] == seq and row[1] in open_tasks]
             if rows:
-                indexes = [row[1] for row in rows]
-                statuses = bytes([row[2] for row in rows])
-                seconds = sum([row[3] for row in rows])
-                payloads = [row[4] for row in rows]
-                statuses, payloads = bounded(statuses, payloads, self.result_max)
-                done = p.Done(chunk.run.lease, indexes, statuses, payloads, seconds)
+                _, indexes, statuses, seconds, payloads = zip(*rows)
+                outcomes = bounded(bytes(statuses), list(payloads), self.result_max)
+                done = p.Done(chunk.run.lease, list(indexes), *outcomes, sum(seconds))
                 sends.append(Send("broker", done))
                 self._close(chunk, indexes)
         self._drop_finished(runner)

@@ -12,7 +12,7 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from achilles.core.protocol import TOO_LARGE, Payload, size_of
@@ -23,6 +23,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 FLOOR = 1 * MIB
 FIRST = 16 * MIB  # what a client begins with, where there is as much
+_BYTES = {bytes}
 
 
 class Limits(NamedTuple):
@@ -46,8 +47,10 @@ class Limits(NamedTuple):
 UNLIMITED = Limits(argument=0, result=0, client_bytes=0, memory=0)
 
 
-def bytes_of(payloads: Iterable[Payload]) -> int:
+def bytes_of(payloads: Sequence[Payload]) -> int:
     """The size of all of them."""
+    if set(map(type, payloads)) <= _BYTES:  # nearly always, and then three times as fast
+        return sum(map(len, payloads))
     total = 0
     for payload in payloads:
         total += len(payload) if type(payload) is bytes else payload.nbytes  # type: ignore[union-attr]
@@ -159,9 +162,9 @@ class Budget:
         """Assert the rules of this module; tests call it after every step."""
         clients = list(clients)
         for client in clients:
-            held = bytes_of(task.payload for task in client.tasks.values() if task.payload)
+            held = bytes_of([task.payload for task in client.tasks.values() if task.payload])
             wanted = client.blobs.keys() - client.unwanted
-            held += bytes_of(client.blobs[blob] for blob in wanted)
+            held += bytes_of([client.blobs[blob] for blob in wanted])
             assert client.bytes == held, "a client's bytes are miscounted"
             assert client.owed >= 0, "a client has taken more than it was sent"
         assert self._granted == sum(client.grant for client in clients), "grants are miscounted"

@@ -433,7 +433,6 @@ class Scheduler:
             return self._returned(worker, message.lease, message.indexes, now)
         if lease.client.found is not None:
             self._recovery.keep(lease.client, held, message.statuses, message.payloads)
-        ids: list[int] = []
         statuses = message.statuses
         payloads = message.payloads
         tasks = lease.client.tasks
@@ -446,14 +445,11 @@ class Scheduler:
             if lease.queue.options.retries
             else set()
         )
-        size = 0
-        for task in held:
-            if task.queue is not None and task not in again:
-                ids.append(task.id)
-                del tasks[task.id]
-                call = task.payload
-                size += len(call) if type(call) is bytes else call.nbytes  # type: ignore[union-attr]
-        lease.client.bytes -= size
+        over = [task for task in held if task.queue is not None and task not in again]
+        ids = [task.id for task in over]
+        for id in ids:
+            del tasks[id]
+        lease.client.bytes -= bytes_of([task.payload for task in over if task.payload is not None])
         if len(ids) != len(held):  # some were cancelled meanwhile, or run again
             wanted = [task.queue is not None and task not in again for task in held]
             statuses = bytes(itertools.compress(statuses, wanted))

@@ -15,6 +15,7 @@ Ids are the caller's, ascending from 1, and never used twice.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from itertools import repeat
 from math import inf
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -108,9 +109,7 @@ class Submission:
 
     def submit(self, group: Group, ids: list[int], payloads: list[p.Payload]) -> list[Send]:
         """New tasks, in order; their blobs must be known."""
-        tasks = self._tasks
-        for id, payload in zip(ids, payloads, strict=True):
-            tasks[id] = (group, payload)
+        self._tasks.update(zip(ids, zip(repeat(group), payloads), strict=True))
         for blob in group.needs:
             self._blobs[blob].tasks += len(ids)
             if blob in self._idle:
@@ -204,15 +203,25 @@ class Submission:
     # --- Inside -----------------------------------------------------------------------------------
 
     def _results(self, message: p.Results) -> list[Send]:
-        unsent = self._unsent  # a broken broker may have outcomes of what it never had
-        fresh = [id not in unsent and self._forget(id) for id in message.ids]
-        count = sum(fresh)
-        self._at_broker -= count
-        if count == len(fresh):
-            return [Send("user", message), *self._advance()]
-        if not count:
+        unsent, pop = self._unsent, self._tasks.pop
+        # A broken broker may have outcomes of what it never had.
+        ended = [None if id in unsent else pop(id, None) for id in message.ids]
+        fresh = [entry for entry in ended if entry is not None]
+        self._at_broker -= len(fresh)
+        if not fresh:
             return []
-        kept = [at for at, is_fresh in enumerate(fresh) if is_fresh]
+        groups, payloads = zip(*fresh)
+        self._bytes -= bytes_of(payloads)
+        if groups.count(groups[0]) == len(groups):
+            for blob in groups[0].needs:
+                self._release(blob, len(groups))
+        else:
+            for group in groups:
+                for blob in group.needs:
+                    self._release(blob)
+        if len(fresh) == len(ended):
+            return [Send("user", message), *self._advance()]
+        kept = [at for at, entry in enumerate(ended) if entry is not None]
         return [
             Send(
                 "user",
@@ -247,10 +256,10 @@ class Submission:
             self._release(blob)
         return True
 
-    def _release(self, blob: int) -> None:
-        """One task fewer names the blob."""
+    def _release(self, blob: int, tasks: int = 1) -> None:
+        """So many tasks fewer name the blob."""
         entry = self._blobs[blob]
-        entry.tasks -= 1
+        entry.tasks -= tasks
         if not entry.tasks and entry.size >= LARGE:
             self._idle[blob] = entry.size
             self._idle_bytes += entry.size

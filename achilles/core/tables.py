@@ -16,6 +16,8 @@ from collections.abc import Hashable, Iterable
 from math import inf
 from typing import NamedTuple, TypeAlias
 
+import msgspec
+
 from achilles.core import protocol as p
 from achilles.core.chunking import Estimate
 from achilles.errors import ProtocolError
@@ -56,17 +58,18 @@ class Blame:
         return self.earlier + self.crashes + self.losses + self.retries
 
 
-class Task:
-    """One call. ``queue`` is None once nobody waits for its result; ``lease`` is None while it is queued."""
+class Task(msgspec.Struct, eq=False, gc=False):
+    """One call. ``queue`` is None once nobody waits for its result; ``lease`` is None while it is queued.
 
-    __slots__ = ("blame", "id", "lease", "payload", "queue")
+    A struct, because there may be millions: it is made in a third of the time, and the garbage collector passes it over.
+    What it refers to lets go of it when it is resolved.
+    """
 
-    def __init__(self, id: int, queue: TaskQueue, payload: p.Payload) -> None:
-        self.id = id
-        self.queue: TaskQueue | None = queue
-        self.payload: p.Payload | None = payload
-        self.lease: Lease | None = None
-        self.blame: Blame | None = None
+    id: int
+    queue: TaskQueue | None
+    payload: p.Payload | None
+    lease: Lease | None = None
+    blame: Blame | None = None
 
 
 class TaskQueue:

@@ -53,7 +53,7 @@ class FunctionTable:
 
     def __init__(self, arguments: ArgumentTable | None = None) -> None:
         self.arguments = arguments  # what large parts of functions are shared with
-        self._entries: dict[int, _Entry] = {}  # by id of the function, while it lives
+        self._entries: dict[int, Entry] = {}  # by id of the function, while it lives
         self._numbers: OrderedDict[bytes, int] = OrderedDict()  # by digest of the pickle
         self._last = 0
 
@@ -77,6 +77,10 @@ class FunctionTable:
             return entry.answer
         return self._encode(fn, shared)
 
+    def entry(self, fn: Callable[..., Any]) -> Entry | None:
+        """What tells whether the last answer for a function still holds; None: it holds for no other call."""
+        return self._entries.get(id(fn))
+
     def _encode(self, fn: Callable[..., Any], shared: bool) -> tuple[int, Pickled]:
         _check(fn)
         modules = set(by_value_modules())
@@ -99,7 +103,7 @@ class FunctionTable:
         if watches is not None:
             if len(self._entries) >= ENTRIES_MAX:
                 self._entries.clear()
-            self._entries[id(fn)] = _Entry(self._entries, fn, watches, modules, answer)
+            self._entries[id(fn)] = Entry(self._entries, fn, watches, modules, answer)
         return answer
 
     def _pickle(self, fn: Callable[..., Any]) -> Pickled:
@@ -139,14 +143,14 @@ def _check(fn: object) -> None:
         )
 
 
-class _Entry:
+class Entry:
     """The answer for one function object, and what it depends on."""
 
     __slots__ = ("answer", "modules", "reference", "watches")
 
     def __init__(
         self,
-        entries: dict[int, _Entry],
+        entries: dict[int, Entry],
         fn: Callable[..., Any],
         watches: list[_Watch],
         modules: set[str],
@@ -159,7 +163,11 @@ class _Entry:
         self.answer = answer
 
     def is_valid(self, fn: Callable[..., Any]) -> bool:
-        if self.reference() is not fn or by_value_modules() != self.modules:
+        """Whether ``fn`` is that function, and its pickle would be the same."""
+        if self.reference() is not fn:
+            return False
+        modules = by_value_modules()
+        if (modules or self.modules) and modules != self.modules:
             return False
         for watch in self.watches:  # noqa: SIM110 - a generator would take as long as the rest
             if not watch.holds():

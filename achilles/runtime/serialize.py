@@ -182,10 +182,10 @@ def dumps_call(
     if table is None or not (table.is_watching and table.has_large(args, kwargs)):
         try:
             data = _dumps((args, kwargs), 5, buffer_callback=_keep_small)
-            if (len(data) < SHORT or b"__main__" not in data) and not (
+            if b"__main__" not in data and not (
                 by_value_modules() if _registered is None else _registered
             ):
-                if table is None or len(data) < SHARE_MIN or not table.has_large(args, kwargs):
+                if len(data) < SHARE_MIN or table is None or not table.has_large(args, kwargs):
                     return data
         except (Exception, SystemExit):
             pass  # the careful way says what is wrong, or does it

@@ -133,6 +133,25 @@ def test_no_condition_is_made_for_those_who_come_late(future: Future, owner: Own
     assert list(as_completed([future])) == [future]
 
 
+def test_who_only_looks_makes_no_condition_to_sleep_on(future: Future) -> None:
+    """`wait` holds thousands of them."""
+    assert concurrent.futures.wait([future], 0).not_done == {future}
+    assert future._condition._condition is None
+    with pytest.raises(concurrent.futures.TimeoutError):
+        future.result(0.001)
+    assert isinstance(future._condition._condition, threading.Condition)
+
+
+def test_two_who_ask_at_once_share_a_condition(owner: Owner) -> None:
+    """Whoever comes second, with one of his own in his hands, takes the first one's."""
+    future = Future(owner, 1, "f")
+    first = future._condition
+    del future.__dict__["_condition"]
+    assert future._condition is first
+    waiters = future._waiters
+    assert future.__dict__["_waiters"] is waiters
+
+
 def test_the_standard_setters_work_too(owner: Owner) -> None:
     done, failed = Future(owner, 1, "f"), Future(owner, 2, "f")
     done.set_result(1)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +51,21 @@ def test_runners_start_on_demand(cluster: LocalCluster) -> None:
     pid = submit(cluster, tasks.pid, number=2).result(10)
     assert list(cluster.pids().values()) == [pid]
     assert pid != os.getpid()
+
+
+def test_what_was_not_done_is_let_go() -> None:
+    cluster = LocalCluster(1)
+    cluster.start()
+    waiting = [submit(cluster, tasks.pause, 60.0, "value") for _ in range(10)]
+    wait_until(waiting[0].running)
+    seen = weakref.ref(cluster._scheduler._clients["client"])
+    cluster.kill(lambda: BrokerLostError("killed"))
+    cluster.mailbox.finish()
+    end(cluster)
+    assert all(future.done() for future in waiting)
+    del cluster
+    gc.collect()
+    assert seen() is None
 
 
 def test_it_ends_with_its_last_task() -> None:
