@@ -553,7 +553,7 @@ MUTANTS = [
     Mutant(
         "cancelled tasks get results",
         "submission",
-        "if count == len(fresh):",
+        "if len(fresh) == len(ended):",
         "if fresh:",
         ("resolved once",),
         seed=9,
