@@ -208,14 +208,17 @@ class Mailbox:
 
     def drain(self) -> tuple[list[Batch], list[int]]:
         """What was submitted since the last call, by group and in order, and what was cancelled."""
+        batches = self._batches() if self._inbox else []
         cancels = self._cancels
-        take = self._inbox.popleft
-        taken = [take() for _ in range(len(self._inbox))]
-        batches = self._batches(taken) if taken else []
         return batches, [cancels.popleft() for _ in range(len(cancels))]
 
-    def _batches(self, taken: list[Mail]) -> list[Batch]:
+    def _batches(self) -> list[Batch]:
         """The tasks by group; from here on their outcomes have a place to go."""
+        take = self._inbox.popleft
+        if len(self._inbox) == 1:
+            id, group, blob, payload, self._sinks[id] = take()
+            return [Batch(group, blob, [id], [payload])]
+        taken = [take() for _ in range(len(self._inbox))]
         ids, groups, blobs, payloads, sinks = zip(*taken)
         self._sinks.update(zip(ids, sinks))
         first = groups[0]

@@ -398,24 +398,19 @@ class Agent:
         return sends
 
     def _choose(self, tasks: int, sends: list[Send]) -> Runner | None:
-        candidates = [
-            runner
-            for runner in self._runners.values()
-            if not (runner.is_retiring or runner.condemned or runner.is_killed)
-        ]
         busy = self._busy if len(self._runners) > self._slots else 0
         if busy < self._slots:
-            for runner in candidates:
-                if not runner.chunks and self._fits(runner, tasks, sends):
+            for runner in self._runners.values():
+                if runner.is_open and not runner.chunks and self._fits(runner, tasks, sends):
                     return runner
         if len(self._runners) < self._slots + len(self._lent):
             runner = self._runners[self._next_runner] = Runner(self._next_runner)
             self._next_runner += 1
             sends.append(Send("host", p.Spawn(runner.number)))
             return runner
-        for runner in candidates:
+        for runner in self._runners.values():
             has_room = 0 < len(runner.chunks) < CHUNKS_MAX and not runner.is_lent
-            if has_room and self._fits(runner, tasks, sends):
+            if has_room and runner.is_open and self._fits(runner, tasks, sends):
                 return runner
         return None
 
@@ -495,7 +490,11 @@ class Agent:
         return [*sends, *self._assign(now), *self._goodbye_if_empty()]
 
     def _drop_finished(self, runner: Runner) -> None:
-        runner.chunks = deque(chunk for chunk in runner.chunks if chunk.open)
+        chunks = runner.chunks
+        while chunks and not chunks[0].open:
+            chunks.popleft()
+        if len(chunks) > 1 and not chunks[1].open:
+            runner.chunks = deque(chunk for chunk in chunks if chunk.open)
 
     def _execute_sentence(self, runner: Runner) -> list[Send]:
         """Kill the runner if a condemned task is all that it has; forget those that have ended by themselves.

@@ -57,18 +57,23 @@ class Dispatcher:
 
     def place(self, worker: Worker) -> None:
         """Note whether the worker has a free slot, room for a chunk in advance, or neither."""
+        tags, peer = worker.tags, worker.peer
+        wanted: Places | None = None
+        if worker.state == READY and not worker.is_gone:
+            if worker.taken < worker.slots:
+                wanted = self._idle
+            elif worker.ahead < worker.slots:
+                wanted = self._room
         for places in (self._idle, self._room):
-            group = places.get(worker.tags)
-            if group is not None and worker.peer in group:
-                del group[worker.peer]
+            group = places.get(tags)
+            if group is not None and peer in group:
+                if places is wanted and len(group) == 1:
+                    return
+                del group[peer]
                 if not group:
-                    del places[worker.tags]
-        if worker.state != READY or worker.is_gone:
-            return
-        if worker.taken < worker.slots:
-            self._idle.setdefault(worker.tags, {})[worker.peer] = worker
-        elif worker.ahead < worker.slots:
-            self._room.setdefault(worker.tags, {})[worker.peer] = worker
+                    del places[tags]
+        if wanted is not None:  # behind the others, who have waited for longer
+            wanted.setdefault(tags, {})[peer] = worker
 
     # --- Leases -----------------------------------------------------------------------------------
 

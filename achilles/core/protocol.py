@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from math import inf
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
@@ -123,16 +124,18 @@ class Options(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froze
 PLAIN = Options()
 
 
-class Group(NamedTuple):
-    """What tasks have in common, and can be sent together for."""
-
+class _Group(NamedTuple):
     fn: int
     init: int
     chunk_max: int = 0
     options: Options | None = None
     blobs: tuple[int, ...] = ()
 
-    @property
+
+class Group(_Group):
+    """What tasks have in common, and can be sent together for."""
+
+    @cached_property
     def needs(self) -> tuple[int, ...]:
         """The numbers of all blobs that a runner must have before such a task."""
         return tuple(blob for blob in (self.fn, self.init, *self.blobs) if blob)

@@ -80,6 +80,11 @@ class Runner:
         self.has_submitted = False
 
     @property
+    def is_open(self) -> bool:
+        """Whether it may be given work."""
+        return not (self.is_retiring or self.condemned or self.is_killed)
+
+    @property
     def is_lent(self) -> bool:
         """Whether its task waits for others."""
         return any(chunk.is_lent for chunk in self.chunks)

@@ -118,18 +118,24 @@ class Submission:
             self._wait(ids)
             return []
         size = bytes_of(payloads)
-        new = self._size_of_new_blobs(group)
-        is_tight = 0 < self._bytes_max < self._bytes + new + size
-        room = self._room(len(ids))
-        if self._backlog or room < len(ids) or len(ids) > p.TASKS_MAX or is_tight:
-            self._wait(ids)
-            return self._advance()
-        if 0 < self._argument_max < size + self._size_of_blobs(group):  # perhaps one of them
+        if self._backlog or len(ids) > p.TASKS_MAX or not self._has_room(group, len(ids), size):
             self._wait(ids)
             return self._advance()
         self._at_broker += len(ids)
         self._bytes += size
-        return [*self._new_blobs(group), _submit(group, ids, payloads)]
+        sends = self._new_blobs(group)
+        sends.append(_submit(group, ids, payloads))
+        return sends
+
+    def _has_room(self, group: Group, count: int, size: int) -> bool:
+        """Whether so many tasks may go at once, and none of them may be too large."""
+        if 0 < self._credit < self._at_broker + count:  # type: ignore[operator]
+            return False
+        limit = self._bytes_max
+        if limit and limit < self._bytes + self._size_of_new_blobs(group) + size:
+            return False
+        limit = self._argument_max
+        return not limit or size + self._size_of_blobs(group) <= limit
 
     def cancel(self, ids: list[int], *, kill: bool = False) -> list[Send]:
         """The user wants no outcome of these tasks; unknown ones are passed over.

@@ -63,6 +63,7 @@ RETIRE_SECONDS = 5.0  # the same where it was asked to exit, and runs atexit han
 READS_MAX = 16
 STALE_MAX = 100
 COMMAND_MAX = (1 << 31) - (1 << 20)  # marshal's limit, less what else is in a command
+_BYTES = {bytes}
 HANDOFFS_MAX = 64  # of one command: each takes a descriptor of the runner's
 
 Register: TypeAlias = Callable[..., None]
@@ -115,6 +116,8 @@ class RunnerHost:
         self.dying: set[_Runner] = set()  # killed, or their channel ended, but not seen to exit
         self.events: list[RunnerEvent] = []
         self.life_read, self.life = life_pipe()
+        # Where all reads go: a buffer of that size, made and given back for each, costs more than what is read.
+        self.buffer = memoryview(bytearray(READ_MAX))
         _hosts.add(self)
 
     def __repr__(self) -> str:
@@ -314,7 +317,7 @@ class _Runner:
 
         None for all of them: a command cannot hold what could not be handed over.
         """
-        if all(type(payload) is bytes and len(payload) < LARGE for payload in payloads):
+        if set(map(type, payloads)) == _BYTES and max(map(len, payloads)) < LARGE:
             return payloads  # type: ignore[return-value]
         left = HANDOFFS_MAX if IS_AVAILABLE else 0
         sent: list[bytes | None] = []
@@ -488,17 +491,18 @@ class _Runner:
     def _receive(self) -> tuple[bytes, bool]:
         """What the socket has, up to a bound, and whether it has ended."""
         parts: list[bytes] = []
+        buffer = self.host.buffer
         while len(parts) < READS_MAX:
             try:
-                data = self.sock.recv(READ_MAX)
+                count = self.sock.recv_into(buffer)
             except BlockingIOError:
                 break
             except OSError:
-                data = b""  # it was reset
-            if not data:
+                count = 0  # it was reset
+            if not count:
                 return b"".join(parts), True
-            parts.append(data)
-            if len(data) < READ_MAX:
+            parts.append(bytes(buffer[:count]))
+            if count < READ_MAX:
                 break
         return (parts[0] if len(parts) == 1 else b"".join(parts)), False
 
@@ -518,9 +522,10 @@ class _Runner:
 
     def _read_stream(self) -> None:
         """Take records of the stream pipe."""
+        buffer, buffers = self.host.buffer, (self.host.buffer,)
         try:
-            while data := os.read(self.process.stream, READ_MAX):
-                self.stream_rest = self._parse(self.stream_rest + data)
+            while count := os.readv(self.process.stream, buffers):
+                self.stream_rest = self._parse(self.stream_rest + bytes(buffer[:count]))
         except BlockingIOError:
             pass
 
