@@ -7,7 +7,9 @@ Theory
     slow call, which pays for an import, is soon outweighed).
 
     A chunk holds about `CHUNK_SECONDS` of work. At the tail, where there is less left than would keep
-    every slot busy, chunks shrink with what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987).
+    every slot busy, chunks shrink with what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987),
+    but not below `SHARE_SECONDS` of work: a slot that idles for so long costs less than one more dispatch. Short tasks
+    that are submitted as fast as they are done are all tail, and would otherwise travel alone.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from achilles.core.protocol import TASKS_MAX
 
 CHUNK_SECONDS = 0.005
+SHARE_SECONDS = 0.0005
 PREFETCH_SECONDS_MAX = 0.1
 _MEMORY_TASKS = 64  # the average forgets what is older than about so many tasks
 
@@ -51,5 +54,7 @@ def chunk_size(estimate: Estimate, queued: int, slots: int, chunk_max: int = 0) 
     if estimate.seconds is None:
         return 1
     by_time = int(CHUNK_SECONDS / estimate.seconds) if estimate.seconds > 1e-9 else TASKS_MAX
-    by_share = -(-queued // (2 * max(slots, 1)))
-    return max(1, min(by_time, by_share, chunk_max or TASKS_MAX, TASKS_MAX))
+    by_share = max(
+        -(-queued // (2 * max(slots, 1))), int(by_time * (SHARE_SECONDS / CHUNK_SECONDS))
+    )
+    return max(1, min(by_time, by_share, queued, chunk_max or TASKS_MAX, TASKS_MAX))

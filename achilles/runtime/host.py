@@ -113,6 +113,7 @@ class RunnerHost:
         self.captures = captures
         self.runners: dict[int, _Runner] = {}
         self.polled: set[_Runner] = set()  # those that something is awaited of which wakes nobody
+        self.poll_at = 0.0  # when to look at them: whatever else happens meanwhile, results gather
         self.dying: set[_Runner] = set()  # killed, or their channel ended, but not seen to exit
         self.events: list[RunnerEvent] = []
         self.life_read, self.life = life_pipe()
@@ -152,16 +153,24 @@ class RunnerHost:
         return self._take_events()
 
     def collect(self) -> list[RunnerEvent]:
-        """The events gathered since; reads the stream pipes and looks after the dying, too."""
-        for runner in tuple(self.polled):
-            runner.poll()
+        """The events gathered since; reads the stream pipes, when that is due, and looks after the dying, too."""
+        if self.polled:
+            now = time.monotonic()
+            is_due = now >= self.poll_at
+            if is_due:
+                self.poll_at = now + POLL_SECONDS
+            for runner in tuple(self.polled):
+                if is_due or runner.outbox:
+                    runner.poll()
         for runner in tuple(self.dying):
             runner.bury()
         return self._take_events()
 
     def next_deadline(self, now: float) -> float | None:
         """When `collect` is wanted next even if no descriptor is ready."""
-        return now + POLL_SECONDS if self.polled or self.dying else None
+        if self.dying or any(runner.outbox for runner in self.polled):
+            return now + POLL_SECONDS
+        return max(now, self.poll_at) if self.polled else None
 
     def close(self, *, timeout: float) -> None:
         """End and reap all runners; those that are idle may exit by themselves for up to ``timeout`` seconds."""

@@ -28,8 +28,16 @@ def test_a_chunk_holds_so_much_work() -> None:
 
 def test_chunks_shrink_at_the_tail() -> None:
     """What is left is shared by all slots."""
+    short = estimate(1e-4)
+    assert [chunk_size(short, queued, 4) for queued in (320, 80, 48, 40)] == [40, 10, 6, 5]
+
+
+def test_chunks_do_not_shrink_below_what_a_dispatch_is_worth() -> None:
+    """Tasks that are submitted as fast as they are done are all tail."""
     short = estimate(1e-6)
-    assert [chunk_size(short, queued, 4) for queued in (800, 80, 9, 1)] == [100, 10, 2, 1]
+    assert [chunk_size(short, queued, 4) for queued in (8000, 800, 80, 1)] == [1000, 500, 80, 1]
+    assert chunk_size(estimate(1e-4), 9, 4) == 5
+    assert chunk_size(estimate(1e-3), 9, 4) == 2
 
 
 def test_an_explicit_chunksize_is_an_upper_bound() -> None:

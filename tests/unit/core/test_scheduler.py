@@ -91,7 +91,7 @@ def test_a_charged_task_travels_alone() -> None:
     """So that the next crash is its own."""
     bench = SchedulerBench()
     (run,) = runs(bench.submit(*range(1, 101)))
-    chunk, ahead = runs(bench.done(WORKER, run, seconds=1e-6))
+    chunk, ahead = runs(bench.done(WORKER, run, seconds=1e-4))
     charged = chunk.ids[0]
     sends = bench.say(WORKER, p.Crashed(chunk.lease, 0, "died"))
     sends += bench.say(WORKER, p.Returned(chunk.lease, list(range(1, len(chunk.ids)))))
@@ -99,7 +99,7 @@ def test_a_charged_task_travels_alone() -> None:
     chunks = []
     while todo:
         chunks.append(todo[0].ids)
-        todo += runs(bench.done(WORKER, todo.pop(0), seconds=1e-6))
+        todo += runs(bench.done(WORKER, todo.pop(0), seconds=1e-4))
     assert [ids for ids in chunks if charged in ids] == [[charged]]
     assert sorted(id for ids in chunks for id in ids) == list(range(2, 101))
 
@@ -108,7 +108,7 @@ def test_a_lost_workers_first_task_is_charged_and_the_rest_is_not() -> None:
     """Only one can have been running."""
     bench = SchedulerBench(workers=1)
     (run,) = runs(bench.submit(*range(1, 41)))
-    chunk, ahead = runs(bench.done(WORKER, run, seconds=1e-6))
+    chunk, ahead = runs(bench.done(WORKER, run, seconds=1e-4))
     assert len(chunk.ids) > 1
     bench.leave(WORKER)
     alone, *_ = runs(bench.join_worker(SECOND))
