@@ -474,6 +474,7 @@ class _Runner:
                 self.host.events.append(FromRunner(self.number, chunk.client, OUTPUT, body))
             if not output.is_open:
                 self.host.unregister(output.fd)
+                self.process.printing.unregister(output.fd)
 
     def poll(self) -> None:
         """Do what no descriptor wakes the host for."""
@@ -542,7 +543,7 @@ class _Runner:
         """Take whole records off ``data``; the rest."""
         if self.fault:
             return b""  # it is as good as dead
-        if self.process.outputs:
+        if self.process.outputs and self.process.has_printed():
             self.read_output(is_all=True)  # what a task printed comes before its result
         results: list[tuple[int, int, int, float, Payload]] = []
         unpack, size = RECORD.unpack_from, RECORD.size

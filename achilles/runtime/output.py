@@ -29,6 +29,11 @@ class OutputPipe:
         self._counted_at: float | None = None
         self._dropped = 0
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether the beginning of a line was read, and not the end."""
+        return self.is_open and bool(self._line)
+
     def read(self, now: float, *, is_all: bool) -> list[bytes]:
         """What is to be sent on; ``is_all``: the beginning of a line, too."""
         pieces: list[bytes] = []

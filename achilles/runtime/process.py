@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -55,11 +56,13 @@ class RunnerProcess:
                 *(far_handoff.fileno(), far_side.fileno(), life),
             )
             self.outputs: list[OutputPipe] = []
+            self.printing = select.poll()
             ends: list[int | None] = [None, None]
             for stream in (1, 2) if captures else ():
                 read_end, ends[stream - 1] = _pipe(ours, theirs)
                 os.set_blocking(read_end, False)
                 self.outputs.append(OutputPipe(read_end, stream))
+                self.printing.register(read_end, select.POLLIN)
             self._process = _popen(fds, environ, *ends)
             self._is_reaped = False
             self.pid = self._process.pid
@@ -68,6 +71,10 @@ class RunnerProcess:
 
     def __repr__(self) -> str:
         return f"<RunnerProcess {self.pid}>"
+
+    def has_printed(self) -> bool:
+        """Whether there is output to be read, or the beginning of a line that was read before; it is asked for each result."""
+        return bool(self.printing.poll(0)) or any(output.has_rest for output in self.outputs)
 
     def has_exited(self) -> bool:
         """Whether it has; it is not reaped by asking."""
