@@ -55,7 +55,7 @@ _SIZES = {
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)\s*")
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
-_OTHER_VARIABLES = ("ACHILLES_HOME", "ACHILLES_CONFIG")
+_OTHER_VARIABLES = ("ACHILLES_HOME", "ACHILLES_CONFIG", "ACHILLES_WATCH_MEMORY")
 
 
 class Setting(NamedTuple):

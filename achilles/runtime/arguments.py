@@ -3,7 +3,8 @@
 Rules
     1. What a task gets is the value at the call of `submit`. So ``bytes`` and ``str`` are known again by their identity
        (and kept alive while they are known); what can be written to (NumPy's arrays and the like) by its place and size
-       in memory, and then its bytes are compared with those that were sent.
+       in memory, and then its bytes are compared with those that were sent, unless the kernel knows that none was
+       written since (`achilles.runtime.written`).
     2. Only what has `SHARE_MIN` bytes or more is looked at. Buffers come by themselves, from wherever they are in the
        arguments (pickle protocol 5); bytes and str are looked for near the top of them, once a large pickle was seen.
     3. A number stands for the same bytes for ever.
@@ -12,7 +13,10 @@ Rules
     5. Each task has the bytes for itself, to write to; see `achilles.runtime.shared.fresh`.
 
 Why compare: the copy that was sent is there anyway, and comparing runs at the speed of memory. For 64 MiB, memcmp takes 4.4 ms,
-SHA-256 56 ms, BLAKE2b 99 ms, and another copy into a memfd 14 to 30 ms; what has changed is known at its first page.
+SHA-256 56 ms, BLAKE2b 99 ms, and another copy into a memfd 14 to 30 ms; what has changed is known at its first page. But 200
+calls with one array are 200 comparisons, so memory is watched: what is very large from its first call on, for as long as that runs,
+the rest once it was found equal. What was found changed is not watched until it is found equal, so that whoever writes to an array
+between any two calls pays for that once.
 
 A payload that refers to others (all of the same call's function and arguments share one count of numbers)::
 
@@ -43,6 +47,7 @@ from achilles.runtime.serialize import (
     pickle_with,
 )
 from achilles.runtime.shared import Buffer, fresh, store
+from achilles.runtime.written import Watch, watch
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all the rest
 if TYPE_CHECKING:
@@ -61,6 +66,7 @@ ATTACHED_MAX = 24  # to one payload; a group of tasks has at most 64, the functi
 LOOK_DEPTH = 4  # from the pair of arguments and keywords down
 LOOK_MAX = 64  # the members of a container that is looked into
 SAMPLES = 32
+WATCH_AT_ONCE = 16 << 20  # bytes; to compare them once takes some milliseconds
 
 _COUNT = Struct("<BI")
 
@@ -113,19 +119,20 @@ def join_attached(
 class _Entry:
     """What was sent of one place in memory, or of one object (which it keeps alive, to know it by its identity)."""
 
-    __slots__ = ("__weakref__", "kept", "number", "obj", "reference", "sample")
+    __slots__ = ("__weakref__", "kept", "number", "obj", "reference", "sample", "watch")
 
     def __init__(self, number: int, payload: memoryview, obj: bytes | str | None) -> None:
         self.number = number
         self.obj = obj
         self.kept: memoryview | None = None
+        self.watch: Watch | None = None
         self.sample = _sample(payload)
         entry = weakref.ref(self)
 
         def let_go(_: object) -> None:
             this = entry()
             if this is not None:
-                this.obj = None
+                this.obj = this.watch = None
 
         self.reference = weakref.ref(payload, let_go)
 
@@ -134,12 +141,24 @@ class _Entry:
         """What was sent, if it is still there."""
         return self.kept if self.kept is not None else self.reference()
 
+    def is_same(self, address: int, view: memoryview, payload: memoryview) -> bool:
+        """Whether the memory of this entry's place still holds what was sent."""
+        watching = self.watch
+        if watching is None:
+            watching = watch(address, view.nbytes)
+        elif watching.is_untouched():
+            return _has_same_ends(view, payload, watching)
+        # What is written while they are compared counts as written since.
+        self.watch = watching if watching is not None and watching.begin() else None
+        return _is_equal(view, payload)
+
 
 class ArgumentTable:
     """What large parts the calls of one executor have. Threads may share it."""
 
     def __init__(self, bytes_kept: int = BYTES_KEPT) -> None:
         self.is_watching = False  # for bytes and str: there were large ones
+        self.expects_buffers = False  # the last call that was encoded here had some to attach
         self._bytes_kept = bytes_kept
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
         self._kept = 0
@@ -171,6 +190,7 @@ class ArgumentTable:
         else:
             data = pickle_with(obj, buffers)
         numbers = [self._attach_buffer(view, shared) for view in buffers]
+        self.expects_buffers = any(numbers)
         if not shared:
             return lay_out(data, buffers) if buffers else data
         parts = _lay_out(data, buffers, numbers)
@@ -185,11 +205,17 @@ class ArgumentTable:
         with self._lock:
             entry = self._entries.get(key)
             payload = None if entry is None else entry.payload
-            if entry is None or payload is None or not _is_equal(view, payload):
+            if entry is None or payload is None or not entry.is_same(key[0], view, payload):
                 # Gone, but it looks as if it were the same again: this time it stays.
                 is_again = entry is not None and not payload and entry.sample == _sample(view)
+                watching = None
+                if payload is None and view.nbytes >= WATCH_AT_ONCE:
+                    watching = watch(*key)
+                    if watching is not None and not watching.begin():
+                        watching = None
                 payload = memoryview(store([view]))
                 entry = self._add(key, payload, None)
+                entry.watch = watching
             else:
                 is_again = True
             return self._note(key, entry, payload, is_again, shared)
@@ -284,6 +310,12 @@ def _address(view: memoryview) -> int:
     address = c_void_p.from_buffer(raw).value
     pythonapi.PyBuffer_Release(byref(raw))
     return address or 0
+
+
+def _has_same_ends(one: memoryview, other: memoryview, watching: Watch) -> bool:
+    """Whether the bytes before and behind the watched pages are equal."""
+    head, tail = watching.head, len(one) - watching.tail
+    return bytes(one[:head]) == bytes(other[:head]) and bytes(one[tail:]) == bytes(other[tail:])
 
 
 def _is_equal(one: memoryview, other: memoryview) -> bool:

@@ -179,7 +179,10 @@ def dumps_call(
     Raises:
         ArgumentPickleError: an argument (it is named, with ``fn``) cannot be pickled.
     """
-    if table is None or not (table.is_watching and table.has_large(args, kwargs)):
+    # What probably has large parts is not tried in the way that would find that out.
+    if table is None or not (
+        table.expects_buffers or (table.is_watching and table.has_large(args, kwargs))
+    ):
         try:
             data = _dumps((args, kwargs), 5, buffer_callback=_keep_small)
             if b"__main__" not in data and not (

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from achilles.runtime import arguments, shared
+from achilles.runtime import arguments, shared, written
 from achilles.runtime.arguments import (
     ATTACHED_MAX,
     FIRST_NUMBER,
+    WATCH_AT_ONCE,
     ArgumentTable,
     Attached,
     join_attached,
@@ -160,6 +161,73 @@ def test_with_what_only_cloudpickle_takes(table: ArgumentTable) -> None:
     assert (two == 2).all()
     assert function(1) == 2
     assert same == text
+
+
+# --- Watched memory -------------------------------------------------------------------------------
+
+LARGE_COUNT = WATCH_AT_ONCE // 8 + 1000
+
+
+@pytest.fixture(params=["watched", "compared"])
+def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An array that is large enough to be watched from its first call on, and the same without the kernel's help."""
+    if request.param == "compared":
+        monkeypatch.setattr(arguments, "watch", lambda address, size: None)
+    elif written._find_kernel() is None:
+        pytest.skip("this kernel does not tell what was written to")
+    return array(1.0, LARGE_COUNT)
+
+
+@pytest.mark.parametrize("at", [0, 1, LARGE_COUNT // 2, LARGE_COUNT - 1])
+def test_each_write_is_seen_wherever_it_is(table: ArgumentTable, large: Any, at: int) -> None:
+    calls = [call(table, large), call(table, large)]
+    for value in (2.0, 3.0, 3.0, 4.0):
+        large[at] = value
+        calls += [call(table, large), call(table, large), call(table, large)]
+    loaded = [float(load(one)[0][0][at]) for one in calls]
+    assert loaded == [1.0] * 2 + [2.0] * 3 + [3.0] * 6 + [4.0] * 3
+    assert len({one.numbers for one in calls}) == 4
+
+
+def test_a_write_that_is_undone_is_no_change(table: ArgumentTable, large: Any) -> None:
+    first = call(table, large)
+    large[7] = 2.0
+    large[7] = 1.0
+    assert call(table, large).numbers == first.numbers
+
+
+def test_what_is_not_written_to_is_not_compared_again(
+    table: ArgumentTable, large: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    is_equal = arguments._is_equal
+
+    def count(one: memoryview, other: memoryview) -> bool:
+        compared.append(one.nbytes)
+        return is_equal(one, other)
+
+    monkeypatch.setattr(arguments, "_is_equal", count)
+    calls = [call(table, large) for _ in range(10)]
+    assert len({one.numbers for one in calls}) == 1
+    is_watched = arguments.watch is written.watch
+    assert len(compared) == (0 if is_watched else 9)
+    large[LARGE_COUNT // 2] = 2.0
+    calls += [call(table, large) for _ in range(10)]
+    # Once to find it changed; once more to find it equal, which has it watched again.
+    assert len(compared) == (2 if is_watched else 19)
+    assert len({one.numbers for one in calls}) == 2
+
+
+def test_what_was_given_once_is_not_watched_after_its_task(table: ArgumentTable) -> None:
+    if written._find_kernel() is None:
+        pytest.skip("this kernel does not tell what was written to")
+    large = array(1.0, LARGE_COUNT)
+    attached = call(table, large)
+    (entry,) = table._entries.values()
+    assert entry.watch is not None
+    del attached
+    gc.collect()
+    assert entry.watch is None
 
 
 # --- Bytes and str --------------------------------------------------------------------------------
