@@ -47,7 +47,8 @@ from achilles.runtime.serialize import (
     pickle_with,
 )
 from achilles.runtime.shared import Buffer, fresh, store
-from achilles.runtime.written import Watch, watch
+from achilles.runtime.written import Watch
+from achilles.runtime.written import watch as watch
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all the rest
 if TYPE_CHECKING:
