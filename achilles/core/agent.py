@@ -408,7 +408,8 @@ class Agent:
             self._next_runner += 1
             sends.append(Send("host", p.Spawn(runner.number)))
             return runner
-        for runner in self._runners.values():
+        # Behind the one that got on last: what waits behind a long task would only come back.
+        for runner in sorted(self._runners.values(), key=lambda runner: -runner.progress_at):
             has_room = 0 < len(runner.chunks) < CHUNKS_MAX and not runner.is_lent
             if has_room and runner.is_open and self._fits(runner, tasks, sends):
                 return runner

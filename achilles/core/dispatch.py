@@ -1,7 +1,8 @@
 """Who gets which slot: leases are made and ended here.
 
 Rules
-    1. A worker holds at most one lease for each slot, and one more in advance for each.
+    1. A worker holds at most one lease for each slot, and one more in advance for each that is not stuck: what waited behind a
+       long task came back from there, and would again.
     2. A slot goes to the client that holds fewest; of a client's tasks, to those of the highest priority, then to the oldest.
        A client and its nested ones are one here; among them the deepest goes first.
     3. No slot idles while a task waits that may run there (tags, and the client's own limit).
@@ -26,7 +27,7 @@ from achilles.core.tables import Send as Send
 
 ANNOUNCE_SECONDS = 0.005  # most tasks are done before anybody could ask whether they run
 LEASE_BITS = 32  # of a lease's number; above them is its broker's
-PREFETCH_PAUSE = 0.5  # after tasks came back from behind a long one, seconds
+STUCK_SECONDS = 0.04  # without a result; workers give back what has waited for 0.05
 
 Places: TypeAlias = "dict[frozenset[str], dict[PeerId, Worker]]"
 
@@ -62,7 +63,7 @@ class Dispatcher:
         if worker.state == READY and not worker.is_gone:
             if worker.taken < worker.slots:
                 wanted = self._idle
-            elif worker.ahead < worker.slots:
+            elif worker.ahead < worker.slots - worker.stuck:
                 wanted = self._room
         for places in (self._idle, self._room):
             group = places.get(tags)
@@ -90,7 +91,7 @@ class Dispatcher:
         sets = sorted(places, key=len) if len(places) > 1 else list(places)
         for tags in sets:
             while self.waiting and (group := places.get(tags)):
-                queue = self._for_slot(tags) if in_slot else self._in_advance(tags, now)
+                queue = self._for_slot(tags) if in_slot else self._in_advance(tags)
                 if queue is None:
                     break
                 self._lease(next(iter(group.values())), queue, in_slot, now, sends)
@@ -111,7 +112,7 @@ class Dispatcher:
             best = client.next_queue(tags) or best
         return best
 
-    def _in_advance(self, tags: frozenset[str], now: float) -> TaskQueue | None:
+    def _in_advance(self, tags: frozenset[str]) -> TaskQueue | None:
         best: TaskQueue | None = None
         for client in self.waiting.values():
             root = client.root
@@ -125,7 +126,7 @@ class Dispatcher:
                 elif other.root.places <= root.places:
                     continue
             queue = client.next_queue(tags)
-            if queue is not None and queue.pause_until <= now and queue.may_wait:
+            if queue is not None and queue.may_wait:
                 best = queue
         return best
 
@@ -202,6 +203,9 @@ class Dispatcher:
         while unannounced and not unannounced[0][1].left:
             unannounced.popleft()
         lease.queue.leases -= 1
+        if lease.is_stuck:
+            lease.is_stuck = False
+            worker.stuck -= 1
         if lease.is_lent:
             lease.is_lent = False
             worker.lent -= 1
@@ -216,6 +220,22 @@ class Dispatcher:
                         self.promote(other)
                         break
         self.place(worker)
+
+    def note_stuck(self, worker: Worker, now: float) -> None:
+        """Something came back that had waited there: give nothing in advance to a slot that has shown nothing for long."""
+        for lease in worker.leases.values():
+            if lease.in_slot and not lease.is_stuck and now - lease.moved_at >= STUCK_SECONDS:
+                lease.is_stuck = True
+                worker.stuck += 1
+        self.place(worker)
+
+    def note_moved(self, lease: Lease, now: float) -> None:
+        """A result came of the lease."""
+        lease.moved_at = now
+        if lease.is_stuck:
+            lease.is_stuck = False
+            lease.worker.stuck -= 1
+            self.place(lease.worker)
 
     def confirm(self, lease: Lease) -> None:
         """The lease runs, as its results show. It may have had no slot, if another's was lent meanwhile."""
@@ -294,6 +314,7 @@ class Dispatcher:
             leases = list(worker.leases.values())
             assert worker.taken == sum(lease.in_slot for lease in leases), "a slot leaks"
             assert worker.lent == sum(lease.is_lent for lease in leases), "a lent place leaks"
+            assert worker.stuck == sum(lease.is_stuck for lease in leases), "a stuck place leaks"
             assert not any(one.in_slot and one.is_lent for one in leases), "lent and in a slot"
             assert worker.ahead <= worker.slots, f"{worker.name} holds too many leases"
             if not worker.has_lent:

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from achilles.core import protocol as p
 from achilles.core.budget import UNLIMITED, Budget, Limits, bytes_of, heaviest
 from achilles.core.charges import Charges
-from achilles.core.dispatch import LEASE_BITS, PREFETCH_PAUSE, Dispatcher, Send
+from achilles.core.dispatch import LEASE_BITS, Dispatcher, Send
 from achilles.core.nesting import Nesting
 from achilles.core.recovery import Recovery, stable_number
 from achilles.core.standing import Standing
@@ -463,6 +463,7 @@ class Scheduler:
             sends.append(lease.client.tell(p.Results(ids, statuses, payloads)))
             sends += self._desk.lend(lease.client)
         self._desk.confirm(lease)
+        self._desk.note_moved(lease, now)
         self._close_if_done(lease)
         sends += self._desk.dispatch(now)
         return sends
@@ -489,7 +490,7 @@ class Scheduler:
         for index in indexes:
             lease.tasks[index] = None
         lease.left -= len(held)
-        lease.queue.pause_until = now + PREFETCH_PAUSE
+        self._desk.note_stuck(worker, now)
         self._recovery.gone(lease.client, held)
         self._charges.requeue(lease.queue, held)
         self._close_if_done(lease)

@@ -85,7 +85,6 @@ class TaskQueue:
         "live",
         "needs",
         "options",
-        "pause_until",
         "tasks",
     )
 
@@ -100,7 +99,6 @@ class TaskQueue:
         self.tasks: deque[Task] = deque()
         self.live = 0
         self.leases = 0
-        self.pause_until = 0.0
 
     @property
     def rank(self) -> Rank | None:
@@ -314,6 +312,7 @@ class Worker:
         self.avoids: Task | None = None  # which is to go elsewhere first
         self.leases: dict[int, Lease] = {}
         self.taken = 0  # slots with a lease
+        self.stuck = 0  # leases that are
         self.lent = 0  # leases that wait for tasks of their own
         self.has_lent = False
         self.blobs: set[tuple[int, int]] = set()
@@ -346,11 +345,14 @@ class Worker:
 
 
 class Lease:
-    """A chunk at a worker; a task's entry becomes None when it is accounted for, ``left`` counts the others."""
+    """A chunk at a worker; a task's entry becomes None when it is accounted for, ``left`` counts the others.
+
+    It ``is_stuck`` when something came back that had waited at its worker, perhaps behind it, and it has shown nothing for long.
+    """
 
     __slots__ = (
-        *("client", "depth", "in_slot", "is_lent", "left", "number", "queue", "since", "tasks"),
-        "worker",
+        *("client", "depth", "in_slot", "is_lent", "is_stuck", "left", "moved_at", "number"),
+        *("queue", "since", "tasks", "worker"),
     )
 
     def __init__(
@@ -370,5 +372,7 @@ class Lease:
         self.left = len(tasks)
         self.in_slot = in_slot
         self.is_lent = False
+        self.is_stuck = False
+        self.moved_at = now  # its last result
         self.depth = queue.client.urgency[0]
         self.since = now

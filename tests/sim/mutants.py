@@ -106,7 +106,7 @@ MUTANTS = [
     Mutant(
         "a worker gets too much in advance",
         "dispatch",
-        "elif worker.ahead < worker.slots:",
+        "elif worker.ahead < worker.slots - worker.stuck:",
         "elif worker.ahead < 2 * worker.slots:",
         ("a worker holds too many leases",),
         seed=12,

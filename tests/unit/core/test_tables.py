@@ -311,7 +311,7 @@ def test_who_has_just_come_has_done_nothing() -> None:
     assert worker.status(100.0) == p.WorkerStatus("node", "ready", 4, 0, 0, 0.0, 42)
     assert not worker.is_gone
     queue = bench.queue()
-    assert (queue.leases, queue.pause_until, queue.estimate.seconds) == (0, 0.0, None)
+    assert (queue.leases, queue.estimate.seconds) == (0, None)
 
 
 def test_blame_counts_attempts() -> None:
