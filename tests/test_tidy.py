@@ -125,7 +125,10 @@ UNREACHABLE = [
     ("achilles.net.broker", {"pickle", "cloudpickle", "marshal"}, "the broker never unpickles"),
     (
         "achilles.runtime.runner",
-        {"zmq", "click", "msgspec", "psutil", "cloudpickle", "asyncio", "concurrent", "logging"},
+        {
+            *("zmq", "click", "msgspec", "psutil", "cloudpickle", "asyncio", "concurrent"),
+            *("logging", "typing"),
+        },
         "a runner's start is the floor of start-up and of recovery",
     ),
     ("achilles.executor", {"zmq", "click"}, "embedded mode needs neither, and should start fast"),
