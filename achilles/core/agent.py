@@ -125,7 +125,7 @@ class Agent:
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        wanted = min(self._due.values()) if self._due else None
+        wanted = min(self._due.values(), default=None)
         if len(self._runners) > self._slots and (surplus := self._surplus()):
             at = surplus[0].progress_at + SURPLUS_SECONDS
             wanted = at if wanted is None else min(at, wanted)
@@ -408,7 +408,7 @@ class Agent:
             self._next_runner += 1
             sends.append(Send("host", p.Spawn(runner.number)))
             return runner
-        # Behind the one that got on last: what waits behind a long task would only come back.
+        # What waits behind a long task would come back.
         for runner in sorted(self._runners.values(), key=lambda runner: -runner.progress_at):
             has_room = 0 < len(runner.chunks) < CHUNKS_MAX and not runner.is_lent
             if has_room and runner.is_open and self._fits(runner, tasks, sends):
