@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from achilles import backends
 from achilles.backends import LIVE, Backend, Core, TaskCore
+from achilles.bundles import are_containers
 from achilles.core.status import status_dict
 from achilles.errors import ExecutorForkedError, TerminatedError
 from achilles.futures import Future, as_completed
@@ -292,7 +293,13 @@ class DistributedExecutor(concurrent.futures.Executor):
             concurrent.futures.TimeoutError: from the iterator, when the time is over.
         """
         return results(
-            self, fn, zip(*iterables), timeout=timeout, chunksize=chunksize, buffersize=buffersize
+            self,
+            fn,
+            zip(*iterables),
+            timeout=timeout,
+            chunksize=chunksize,
+            buffersize=buffersize,
+            is_bundled=are_containers(iterables),
         )
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -354,6 +361,7 @@ class DistributedExecutor(concurrent.futures.Executor):
             chunksize=chunksize,
             buffersize=buffersize,
             is_ordered=False,
+            is_bundled=are_containers(iterables),
         )
 
     def starmap(

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     T = TypeVar("T")
@@ -267,6 +267,17 @@ class Future(_Base):
         super()._invoke_callbacks()  # type: ignore[misc]
 
 
+BLOCK = -2  # a status of our own: a `Block`, of the items from that index on
+FAILED = -1  # another one: the payload is the exception itself
+
+
+class Block(NamedTuple):
+    """Outcomes of items in a row: ``values``, but for those whose status and payload are in ``others``, by their place."""
+
+    values: list[Any]
+    others: dict[int, tuple[int, Any]]
+
+
 class MapRun:
     """The outcomes of one `map` call by index, as they come, without a future for each.
 
@@ -280,10 +291,19 @@ class MapRun:
         self._next = 0  # of all the first that was not taken
         self._is_waited_for = False
         self.name = ""
+        self.timed = 0  # calls of which it is known how long they took
+        self.seconds = 0.0  # that a call takes, lately
 
     def put(self, index: int, status: int, payload: Any) -> None:
         """An outcome has come; `notify` must follow."""
         self._outcomes[index] = (status, payload)
+
+    def observe(self, calls: int, seconds: float) -> None:
+        """So many calls took so long together."""
+        if calls:
+            part = 1.0 if not self.timed else 0.5
+            self.seconds += (seconds / calls - self.seconds) * part
+            self.timed += calls
 
     def notify(self) -> None:
         """Wake the reader if what it waits for is there."""
@@ -316,6 +336,16 @@ class MapRun:
                 self._is_waited_for = False
         return index
 
+    def take_block(self, index: int) -> Block | None:
+        """The outcomes from the item on that `wait` has named, if they came together."""
+        status, payload = self._outcomes[index]
+        if status != BLOCK:
+            return None
+        block: Block = payload
+        self._next = index + len(block.values)
+        del self._outcomes[index]
+        return block
+
     def take(self, index: int) -> Any:
         """The value of an item that `wait` has named.
 
@@ -347,6 +377,13 @@ class UnorderedRun(MapRun):
     def peek(self) -> int | None:
         """The index of the item whose outcome came first."""
         return self._arrivals[0] if self._arrivals else None
+
+    def take_block(self, index: int) -> Block | None:
+        """The outcomes from the item on that `wait` has named, if they came together."""
+        block = super().take_block(index)
+        if block is not None:
+            self._arrivals.popleft()
+        return block
 
     def take(self, index: int) -> Any:
         """The value of the item that `wait` has named."""

@@ -211,4 +211,4 @@ class LocalCluster:
         return None if at == math.inf else max(0.0, at - now)
 
 
-_FROM_WORKER = (p.Done, p.Returned, p.Crashed, p.Drain, p.Relay)
+_FROM_WORKER = (p.Done, p.Returned, p.Crashed, p.Drain, p.Relay, p.Letter)

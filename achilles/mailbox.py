@@ -3,7 +3,7 @@
 User threads call `submit`, `submit_map`, `cancelled`; the I/O thread calls `drain`, `receive` and `close`. The two meet in
 a deque, whose ends are safe without a lock, and in a dict of sinks that only the I/O thread reads.
 
-A sink is where a task's outcome goes: a `Future`, or a place in a `MapRun`.
+A sink is where a task's outcome goes: a `Future`, or a place in a `MapRun`, or many (`bundles.BundleSink`).
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
 from typing import Any, NamedTuple, TypeAlias
 
+from achilles.bundles import BundleSink
 from achilles.core import protocol as p
 from achilles.core.protocol import Group
 from achilles.core.submission import Send, Submission
 from achilles.errors import SealError
+from achilles.futures import FAILED as FAILED
 from achilles.futures import Future, MapRun
 from achilles.runtime.allowed import Allowed, Guarded
 from achilles.runtime.arguments import Attached
+from achilles.runtime.bundle import TASK_ID
 from achilles.runtime.functions import Pickled, bytes_of
-from achilles.runtime.seal import Sealer
+from achilles.runtime.seal import ONCE_SIZE, TAG_SIZE, Sealer
+from achilles.runtime.seal import PARTS as PARTS_LETTER
 from achilles.runtime.serialize import load_outcome, loads
 
-Sink: TypeAlias = "Future | tuple[MapRun, int]"
+Sink: TypeAlias = "Future | tuple[MapRun, int] | BundleSink"
 Mail: TypeAlias = (
     "tuple[int, Group, Pickled, p.Payload, Sink]"  # a task on its way to the I/O thread
 )
 INIT_BLOB = 1 << 31  # the initializer's number, beyond those of functions
-FAILED = -1  # a status of our own: the payload is the exception itself
 
 _LOG = logging.getLogger("concurrent.futures")
 
@@ -108,6 +111,27 @@ class Mailbox:
         if not self.is_awake:
             self.is_awake = True
             self._wake()
+        return id
+
+    def submit_bundle(
+        self, id: int, group: Group, blob: Pickled, payload: p.Payload, sink: BundleSink
+    ) -> None:
+        """Enqueue many items of a map as one task, whose id is of `mark`."""
+        if self.sealer is not None:
+            payload = _seal(self.sealer, id, group, blob, payload)
+        with self._lock:
+            self._check_open()
+            self._inbox.append((id, group, blob, payload, sink))
+        self.interrupt()
+
+    def resubmit(
+        self, group: Group, blob: Pickled, payload: p.Payload, run: MapRun, index: int
+    ) -> int:
+        """In the I/O thread: enqueue an item that was in a bundle, also while no more are taken; its id."""
+        id = next(self._ids)
+        if self.sealer is not None:
+            payload = _seal(self.sealer, id, group, blob, payload)
+        self._inbox.append((id, group, blob, payload, (run, index)))
         return id
 
     def put_error(self, run: MapRun, index: int, error: BaseException) -> None:
@@ -285,6 +309,8 @@ class Mailbox:
                 self._fail(message)
             case p.Cluster(workers=workers, slots=slots):
                 self.workers, self.slots = workers, slots
+            case p.Letter(kind=p.PARTS, body=body):
+                self._take_parts(body)
             case p.Letter():
                 self.on_letter(message)
             case p.Status() | p.Credit() | p.ShuttingDown() | p.Goodbye():
@@ -297,7 +323,7 @@ class Mailbox:
         sinks = self._sinks
         for id in ids:
             sink = sinks.get(id)
-            if type(sink) is tuple:
+            if type(sink) is tuple or type(sink) is BundleSink:
                 self._running_items.add(id)
             elif type(sink) is Future and not sink.start():
                 del sinks[id]
@@ -309,6 +335,7 @@ class Mailbox:
         pop = self._sinks.pop
         runs: set[MapRun] = set()
         broken: list[int] = []
+        calls = 0  # of maps
         payload: Any
         for id, status, payload in zip(
             results.ids, results.statuses, results.payloads, strict=True
@@ -334,6 +361,7 @@ class Mailbox:
                 run, index = sink
                 run.put(index, status, payload)
                 runs.add(run)
+                calls += 1
             elif type(sink) is Future:
                 if status == p.VALUE and type(payload) is bytes:
                     try:
@@ -344,11 +372,54 @@ class Mailbox:
                         sink.resolve(value, None)
                         continue
                 sink.resolve(*load_outcome(status, payload))
+            elif type(sink) is BundleSink:
+                calls += self._take_bundle(sink, status, payload)
+                runs.add(sink.run)
         for run in runs:
+            if results.seconds:
+                run.observe(calls, results.seconds)
             run.notify()
         if self._running_items:
             self._running_items.difference_update(results.ids)
         return broken
+
+    def _take_bundle(self, sink: BundleSink, status: int, payload: Any) -> int:
+        """A bundle has ended; how many of its items have their outcome by that."""
+        if status == p.VALUE:
+            try:
+                values, others = loads(payload)
+                return sink.take(values, others, len(values))
+            except Exception:
+                pass  # not what a bundle returns: what it was to do is done again
+        sink.split()
+        return 0
+
+    def _take_parts(self, body: bytes) -> None:
+        """A bundle takes long: what came of it so far, and which of its items will not start."""
+        if self.sealer is not None:
+            once, tag = body[:ONCE_SIZE], body[ONCE_SIZE : ONCE_SIZE + TAG_SIZE]
+            body = body[ONCE_SIZE + TAG_SIZE :]
+            if not self.sealer.is_sealed(PARTS_LETTER, once, body, tag):
+                return
+        if len(body) <= TASK_ID.size or self.allowed is not None:
+            return
+        sink = self._sinks.get(TASK_ID.unpack_from(body)[0])
+        if type(sink) is BundleSink:
+            try:
+                sink.take(*loads(memoryview(body)[TASK_ID.size :]))
+            except Exception:
+                return  # not what a runner writes; the task's result will tell
+            sink.run.notify()
+
+    def _split(self, id: int) -> bool:
+        """If the task is a bundle, its items go out again, each as a task of its own."""
+        sink = self._sinks.get(id)
+        if type(sink) is not BundleSink:
+            return False
+        del self._sinks[id]
+        self._running_items.discard(id)
+        sink.split()
+        return True
 
     def deliver_error(self, id: int, error: BaseException) -> None:
         """A task will have no result."""
@@ -369,6 +440,8 @@ class Mailbox:
             WorkerLostError,
         )
 
+        if self._split(message.id):
+            return
         task = self._describe(message.id)
         if task is None:
             return
@@ -400,6 +473,8 @@ class Mailbox:
         """A worker did not send a result."""
         from achilles.errors import ResultTooLargeError
 
+        if self._split(id):
+            return
         task = self._describe(id)
         if task is not None:
             text = sizes[:100].decode("ascii", "replace") if type(sizes) is bytes else ""
@@ -413,6 +488,8 @@ class Mailbox:
             return None
         if isinstance(sink, Future):
             return f"{sink._task_name}() (task {id})"
+        if isinstance(sink, BundleSink):
+            return f"{sink.run.name}(), items of a map (task {id})"
         return f"{sink[0].name}(), item {sink[1]} of a map (task {id})"
 
     def fail_all(self, make_error: Callable[[], BaseException]) -> list[int]:
@@ -436,6 +513,8 @@ class Mailbox:
         for sink in [*self._sinks.values(), *(item[-1] for item in self._inbox)]:
             if isinstance(sink, Future):
                 sink.abandon(make_error())
+            elif isinstance(sink, BundleSink):
+                sink.put_error(make_error())
             else:
                 run, index = sink
                 run.put(index, FAILED, make_error())

@@ -14,16 +14,24 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
+from achilles.bundles import SIZE_MAX, Bundler, outcomes
+from achilles.core import protocol as p
 from achilles.futures import MapRun, UnorderedRun
 from achilles.mailbox import FAILED
+from achilles.runtime import context
 from achilles.runtime.arguments import Attached, join_attached
-from achilles.runtime.serialize import dumps_call, load_outcome
+from achilles.runtime.bundle import Bundle
+from achilles.runtime.serialize import dumps_call, is_stateless, load_outcome
 
 if TYPE_CHECKING:
     from achilles.executor import DistributedExecutor
+
+LOOKS = 64  # items, between two looks whether they take so little time that they are better bundled
+PATIENT_AT = 4 * LOOKS  # items; so many are enough to know that soon
+PAUSE, PAUSES = 0.0005, 4  # seconds for the I/O thread, which has no turn otherwise, and how often
 
 
 def read_outcome(status: int, payload: Any) -> tuple[Any, BaseException | None]:
@@ -42,7 +50,7 @@ class MapCall:
     """One call of a function on each of ``items``, which are tuples of arguments.
 
     All are submitted here, unless ``buffersize`` is given: then that many, times ``chunksize``, and one more at
-    each `advance`.
+    each `advance`. ``is_bundled``: many of them may be one task, and come out as a block.
 
     Raises:
         ValueError: ``chunksize`` or ``buffersize`` below 1.
@@ -60,6 +68,7 @@ class MapCall:
         chunksize: int = 1,
         buffersize: int | None = None,
         run: MapRun | None = None,
+        is_bundled: bool = False,
     ) -> None:
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -80,16 +89,22 @@ class MapCall:
         self._count = 0
         self._rest: Iterator[tuple[Any, ...]] = iter(())
         self._input_error: BaseException | None = None
-        self._begin(operator.index(chunksize), iter(items), buffersize)
+        self._bundler: Bundler | None = None
+        self._begin(operator.index(chunksize), iter(items), buffersize, is_bundled)
 
     def _begin(
-        self, chunksize: int, items: Iterator[tuple[Any, ...]], buffersize: int | None
+        self,
+        chunksize: int,
+        items: Iterator[tuple[Any, ...]],
+        buffersize: int | None,
+        is_bundled: bool,
     ) -> None:
         executor = self._executor
         limits = [
             limit for limit in (executor._max_tasks, chunksize if chunksize > 1 else 0) if limit
         ]
         chunk_max = min(limits, default=0)
+        blobs: tuple[int, ...] = ()
         try:
             with executor._table_lock:
                 number, self._blob = executor._functions.encode(self._fn, shared=True)
@@ -101,12 +116,50 @@ class MapCall:
         if buffersize is not None:
             self._rest = items
             items = itertools.islice(items, buffersize * chunksize)
+        elif is_bundled and self._error is None and not blobs:
+            self._bundler = self._make_bundler(chunksize)
         try:
             for args in items:
                 self._submit(args)
+                if self._bundler is not None and not self._count % LOOKS:
+                    self._bundle(self._bundler, items)
         except BaseException:
             self.cancel()
             raise
+
+    def _make_bundler(self, chunksize: int) -> Bundler | None:
+        """What bundles the items; None if each must be a task of its own."""
+        executor, fn, mailbox = self._executor, self._fn, self._mailbox
+        options = executor._options or p.PLAIN
+        is_limited = options.timeout or options.retries or options.at_most_once
+        if is_limited or executor._max_tasks or mailbox.allowed or context.side is not None:
+            return None
+        if not is_stateless(fn) or type(self._blob) is not bytes:
+            return None
+        with executor._table_lock:
+            number, blob = executor._functions.encode(Bundle(fn), shared=True)
+        if type(blob) is not bytes:
+            return None
+        group = mailbox.group(number, executor._init, 0, options.but(at_most_once=True))
+        size_max = chunksize if chunksize > 1 else SIZE_MAX
+        single = self._group, self._blob
+        return Bundler(mailbox, self.run, self._ids, single, (group, blob), size_max)
+
+    def _bundle(self, bundler: Bundler, items: Iterator[tuple[Any, ...]]) -> None:
+        """Submit many items at once for as long as that is worth it."""
+        if self._count == PATIENT_AT:
+            for _ in range(PAUSES):
+                if not bundler.is_known:
+                    sleep(PAUSE)
+        while size := bundler.size():
+            some = list(itertools.islice(items, size))
+            if not some:
+                return
+            if bundler.submit(self._count, some):
+                self._count += len(some)
+            else:
+                for args in some:
+                    self._submit(args)
 
     @property
     def is_open(self) -> bool:
@@ -135,7 +188,9 @@ class MapCall:
 
     def cancel(self) -> None:
         """Nobody takes the rest."""
-        self._mailbox.cancelled([id for id in self._ids.values() if id])
+        if self._bundler is not None:
+            self._bundler.is_cancelled = True
+        self._mailbox.cancelled([id for id in list(self._ids.values()) if id])
         self._ids.clear()
         self._rest = iter(())
 
@@ -172,11 +227,20 @@ def results(
     chunksize: int = 1,
     buffersize: int | None = None,
     is_ordered: bool = True,
+    is_bundled: bool = False,
 ) -> Iterator[Any]:
     """Submit now, as `MapCall` does, and yield the values later, in order or as they come."""
     deadline = None if timeout is None else monotonic() + timeout
     run = MapRun(read_outcome) if is_ordered else UnorderedRun(read_outcome)
-    call = MapCall(executor, fn, items, chunksize=chunksize, buffersize=buffersize, run=run)
+    call = MapCall(
+        executor,
+        fn,
+        items,
+        chunksize=chunksize,
+        buffersize=buffersize,
+        run=run,
+        is_bundled=is_bundled,
+    )
     return _take(call, deadline)
 
 
@@ -185,7 +249,17 @@ def _take(call: MapCall, deadline: float | None) -> Iterator[Any]:
     try:
         while call.is_open:
             index = run.wait(deadline)
+            block = run.take_block(index)
             call.advance(index)
+            if block is not None:
+                if block.others:
+                    yield from outcomes(block, read_outcome)
+                    continue
+                values, block = block.values, None
+                values.reverse()
+                while values:  # nothing here may keep one once it was given out
+                    yield values.pop()
+                continue
             value = [run.take(index)]  # nothing here may keep it once it was given out
             yield value.pop()
     finally:

@@ -37,6 +37,7 @@ HEIGHTS = {
     "task_errors": 0,
     "core": 1,
     "runtime": 1,
+    "bundles": 2,
     "futures": 2,
     "letters": 2,
     "mailbox": 2,
@@ -60,7 +61,7 @@ HEIGHTS = {
 }
 ONE_ROOM = [
     {"errors", "task_errors"},
-    {"futures", "mailbox"},
+    {"bundles", "futures", "mailbox"},
     {"pool", "pool_calls"},
     {"maps", "aio"},
     {"register", "joblib_backend"},

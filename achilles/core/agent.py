@@ -60,8 +60,7 @@ class Agent:
         self._blobs: dict[tuple[int, int], p.Payload] = {}
         self._next_runner = 1
         self._due: dict[int, float] = {}  # the runners that `tick` has to look at, and when
-        self._is_draining = False
-        self._said_goodbye = False
+        self._is_draining = self._said_goodbye = False
         self._lent: set[int] = set()  # leases
         self.result_max = 0  # bytes that the broker takes of one result; 0: no limit
         self._has_lent = False
@@ -292,7 +291,7 @@ class Agent:
         match letter.kind:
             case envelope.NESTED:
                 return self._from_task(runner, letter)
-            case p.IMPORT | p.OUTPUT:
+            case p.IMPORT | p.OUTPUT | p.PARTS:
                 return self._to_client(runner, letter)
             case _:
                 return []  # user code can write there what it likes

@@ -144,6 +144,7 @@ class Group(_Group):
 # Kinds of letters, as in ``runtime.side``, which must not know this module.
 IMPORT = 2
 OUTPUT = 3
+PARTS = 4
 
 
 # --- Sessions: either peer and the broker ---------------------------------------------------------
@@ -230,7 +231,7 @@ class Letter(Message, tag="letter"):
     worker: int
     runner: int
     client: int
-    kind: int  # IMPORT or OUTPUT
+    kind: int  # IMPORT, OUTPUT or PARTS
     body: bytes
 
 
@@ -291,6 +292,7 @@ class Results(Message, tag="results"):
     ids: Numbers
     statuses: bytes
     payloads: Payloads
+    seconds: float = 0.0  # that they took together; 0: not known
 
 
 class Failed(Message, tag="failed"):
@@ -797,7 +799,7 @@ def _check_fields(message: Wire) -> None:
             _check_range([task])
             _check_text("client", client)
         case Letter(kind=kind, body=body):
-            if kind not in (IMPORT, OUTPUT) or len(body) > LETTER_MAX:
+            if kind not in (IMPORT, OUTPUT, PARTS) or len(body) > LETTER_MAX:
                 raise ProtocolError("a letter of an unknown kind, or an over-long one")
             _check_range([message.worker, message.runner, message.client])
         case Relay(message=inner):

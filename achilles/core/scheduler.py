@@ -460,7 +460,7 @@ class Scheduler:
         lease.client.done += len(ids)
         sends: list[Send] = []
         if ids:
-            sends.append(lease.client.tell(p.Results(ids, statuses, payloads)))
+            sends.append(lease.client.tell(p.Results(ids, statuses, payloads, message.seconds)))
             sends += self._desk.lend(lease.client)
         self._desk.confirm(lease)
         self._desk.note_moved(lease, now)

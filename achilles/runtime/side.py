@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 NESTED = 1  # tasks of a task, and what becomes of them
 IMPORT = 2  # modules of the client's that a runner lacks
 OUTPUT = 3  # what a task printed
+PARTS = 4  # how far a bundle is that takes long; see `bundle`
 
 HEAD = Struct("<IBQ")
 BODY_MAX = (1 << 32) - 1
