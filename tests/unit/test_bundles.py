@@ -185,13 +185,13 @@ def test_a_bundle_that_runs_is_not_cancelled_by_a_shutdown(backends: list[Backen
 
 
 def test_results_as_they_come(backends: list[Backend]) -> None:
-    results = DistributedExecutor(2).map_unordered(tasks.add, range(LOOKS + 4))
+    results: Any = DistributedExecutor(2).map_unordered(tasks.add, range(LOOKS + 4))
     singles, found = sent(backends[0])
     (id,) = found
     tell(backends[0], id, (list("abcd"), {}))
     tell(backends[0], singles[3], "single")
     assert [next(results) for _ in range(5)] == ["a", "b", "c", "d", "single"]
-    results.close()  # type: ignore[attr-defined]
+    results.close()
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_what_one_raises_is_its_own() -> None:
     status, payload = others[1]
     assert status == ERROR
     _, error = load_outcome(status, payload)
+    assert error is not None
     assert repr(error) == "ValueError('bad 2')"
     assert "fail_at" in str(error.__cause__)
     assert "bundle.py" not in str(error.__cause__)
