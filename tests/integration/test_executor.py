@@ -47,11 +47,12 @@ def test_ten_thousand_tasks_of_mixed_functions(make: Maker) -> None:
         tasks.Adder(1),
         str,
     ]
+    failed = executor.status()["failed"]  # of other tests on the same cluster
     futures = [executor.submit(calls[n % len(calls)], n) for n in range(10_000)]
     for n, future in enumerate(futures):
         expected = [n + 1, n + 3, n + 2, n + 1, str(n)][n % len(calls)]
         assert future.result(30) == expected
-    assert executor.status()["failed"] == 0
+    assert executor.status()["failed"] == failed
 
 
 @of_modes(*OURS)
