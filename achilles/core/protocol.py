@@ -780,7 +780,7 @@ def _check_fields(message: Wire) -> None:
             _check_columns(ids, len(message.payloads), len(statuses))
             if not STATUSES.issuperset(statuses):
                 raise ProtocolError("an unknown status")
-            if isinstance(message, Done) and not 0 <= message.seconds < inf:
+            if not 0 <= message.seconds < inf:
                 raise ProtocolError(f"tasks that took {message.seconds} s")
         case Cancel(ids=ids) | Running(ids=ids) | Revoke(indexes=ids) | Returned(indexes=ids):
             _check_range(ids)

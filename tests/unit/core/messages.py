@@ -58,7 +58,7 @@ WIRE: list[p.Wire] = [
     p.Forget(client=1, blobs=[1, 2]),
     p.Cancel(ids=[7, 8], kill=True),
     p.Running(ids=[7, 8]),
-    p.Results(ids=[7, 8, 9], statuses=b"\0\1\2", payloads=[b"a", b"b", b""]),
+    p.Results(ids=[7, 8, 9], statuses=b"\0\1\2", payloads=[b"a", b"b", b""], seconds=0.25),
     p.Failed(id=7, kind=p.CRASHED, story=["it crashed", "again"]),
     p.Cluster(workers=2, slots=8),
     p.Credit(bytes_max=1 << 40),

@@ -47,10 +47,10 @@ def test_a_task_lends_its_slot_to_its_own() -> None:
     kinds = [type(message) for _, message in sends]
     assert kinds.index(p.Lend) < kinds.index(p.Run)
     assert bench.done(WORKER, child) == [
-        (WORKER, p.Relay(RUNNER, 1, 0, p.Results([1], b"\0", [b"v1"]))),
+        (WORKER, p.Relay(RUNNER, 1, 0, p.Results([1], b"\0", [b"v1"], 1.0))),
         (WORKER, p.Lend(parent.lease, False)),
     ]
-    assert bench.done(WORKER, parent) == [(CLIENT, p.Results([1], b"\0", [b"v1"]))]
+    assert bench.done(WORKER, parent) == [(CLIENT, p.Results([1], b"\0", [b"v1"], 1.0))]
 
 
 def test_a_nested_client_is_told_of_the_cluster_and_of_the_status() -> None:
@@ -170,7 +170,7 @@ def test_what_a_task_left_behind_goes_on() -> None:
     (child,) = runs(bench.nest(parent, 1, 2))
     bench.done(WORKER, parent)
     (second,) = runs(bench.done(WORKER, child))
-    assert told(bench.done(WORKER, second)) == [p.Results([2], b"\0", [b"v2"])]
+    assert told(bench.done(WORKER, second)) == [p.Results([2], b"\0", [b"v2"], 1.0)]
 
 
 def test_only_a_running_task_may_submit() -> None:

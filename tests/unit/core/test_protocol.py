@@ -429,8 +429,12 @@ BAD: list[tuple[p.Wire, str]] = [
     (but(p.Done, indexes=[-1, 1]), "a negative number"),
     *((but(kind, indexes=[0, -1]), "a negative number") for kind in (p.Revoke, p.Returned)),
     (but(p.Crashed, index=-1), "a negative number"),
-    *((but(p.Done, seconds=bad), "tasks that took") for bad in (-0.1, inf, nan)),
-    *((but(p.Letter, kind=kind), "a letter of an unknown kind") for kind in (0, 1, 4, -2)),
+    *(
+        (but(kind, seconds=bad), "tasks that took")
+        for kind in (p.Done, p.Results)
+        for bad in (-0.1, inf, nan)
+    ),
+    *((but(p.Letter, kind=kind), "a letter of an unknown kind") for kind in (0, 1, 5, -2)),
     (but(p.Letter, body=bytes(p.LETTER_MAX + 1)), "or an over-long one"),
     *(
         (but(p.Letter, **{whose: -1}), "a negative number")

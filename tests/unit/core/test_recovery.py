@@ -74,8 +74,8 @@ class RecoveryBench(SchedulerBench):
         return self.say(worker, p.Done(OLD + lease, [index], b"\0", [b"value"], 0.5))
 
 
-def results(*ids: int) -> tuple[str, p.Results]:
-    return CLIENT, p.Results(list(ids), bytes(len(ids)), [b"value"] * len(ids))
+def results(*ids: int, seconds: float = 0.5) -> tuple[str, p.Results]:
+    return CLIENT, p.Results(list(ids), bytes(len(ids)), [b"value"] * len(ids), seconds)
 
 
 def revoke(lease: int, *indexes: int, worker: str = WORKER) -> tuple[str, p.Revoke]:
@@ -120,7 +120,7 @@ def test_a_result_waits_for_its_client() -> None:
     bench.tick(10.0)
     bench.client()
     sends = bench.again(1, 2)
-    assert sends[0] == results(1)
+    assert sends[0] == results(1, seconds=0.0)
     assert [run.ids for run in runs(sends)] == [[2]]
     bench.resumed(CLIENT)
     assert of(bench.say(CLIENT, p.StatusRequest()), p.Status)[0].done == 1

@@ -17,7 +17,7 @@ def test_a_task_goes_to_a_worker_and_its_result_back() -> None:
     sends = bench.submit(1)
     (run,) = runs(sends)
     assert sends == [(WORKER, p.Blob(1, 1, b"f")), (WORKER, p.Run(run.lease, 1, 1, 0, [1], [b"1"]))]
-    assert bench.done(WORKER, run) == [(CLIENT, p.Results([1], b"\0", [b"v1"]))]
+    assert bench.done(WORKER, run) == [(CLIENT, p.Results([1], b"\0", [b"v1"], 1.0))]
     (again,) = runs(bench.submit(2))
     assert again.ids == [2]
 
@@ -204,7 +204,7 @@ def test_results_of_others_tasks_are_refused(indexes: list[int]) -> None:
     count = len(indexes)
     with pytest.raises(ProtocolError, match="does not hold those tasks"):
         bench.say(WORKER, p.Done(run.lease, indexes, bytes(count), [b"x"] * count, 0.0))
-    assert bench.done(WORKER, run) == [(CLIENT, p.Results([1], b"\0", [b"v1"]))]
+    assert bench.done(WORKER, run) == [(CLIENT, p.Results([1], b"\0", [b"v1"], 1.0))]
 
 
 def test_what_a_client_may_not_do_is_refused() -> None:
