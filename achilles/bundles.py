@@ -9,8 +9,8 @@ Rules
        milliseconds that a bundle takes.
     2. Arguments are immutable and plain, so that it makes no difference when, and with what else, they are pickled; and come from
        a container of the standard library, so that taking many of them runs no code of the user's, and does not wait.
-    3. A bundle runs at most once. What becomes of it other than a result (its runner crashed, its worker was lost) is charged
-       to nobody: the items that have no outcome go out again, each as a task of its own, which then is.
+    3. A bundle runs at most once. If its runner crashed, or its worker was lost, that is charged to each of its items that have no
+       outcome, for one of them was it: they go out again, each as a task of its own, with two crashes or four losses left.
     4. Calls that have options for each attempt (a timeout, retries, at_most_once) are tasks of their own, and so are those of
        tasks that submit tasks.
 """
@@ -97,9 +97,12 @@ class Bundler:
         )
         return True
 
-    def again(self, first: int, flat: Sequence[Any], width: int) -> None:
-        """In the I/O thread: submit each of these items as a task of its own."""
+    def again(self, first: int, flat: Sequence[Any], width: int, crashes: int, losses: int) -> None:
+        """In the I/O thread: submit each of these items as a task of its own, which was charged with so many already."""
         group, blob = self._single
+        if crashes or losses:
+            options = (group.options or p.PLAIN).but(crashes=crashes, losses=losses)
+            group = self._mailbox.group(*group._replace(options=options))
         for index, args in enumerate(zip(*[iter(flat)] * width), first):
             if not self.is_cancelled:
                 payload = dumps_call(args, {})
@@ -143,14 +146,15 @@ class BundleSink:
             self.run.put(first + done, BLOCK, Block(some_values, some))
         return count - done
 
-    def split(self) -> None:
-        """It has no result: what has no outcome yet goes out again."""
-        self._again(self._done, self._end)
+    def split(self, *, crashes: int = 0, losses: int = 0) -> None:
+        """It has no result: what has no outcome yet goes out again; each of it is perhaps why."""
+        self._again(self._done, self._end, crashes, losses)
         self._end = self._done
 
-    def _again(self, start: int, end: int) -> None:
+    def _again(self, start: int, end: int, crashes: int = 0, losses: int = 0) -> None:
         width = self._width
-        self._bundler.again(self._first + start, self._flat[start * width : end * width], width)
+        flat = self._flat[start * width : end * width]
+        self._bundler.again(self._first + start, flat, width, crashes, losses)
 
     def resolve(self, value: object, error: BaseException | None) -> None:
         """All that have no outcome end with an error."""

@@ -411,14 +411,14 @@ class Mailbox:
                 return  # not what a runner writes; the task's result will tell
             sink.run.notify()
 
-    def _split(self, id: int) -> bool:
+    def _split(self, id: int, *, crashes: int = 0, losses: int = 0) -> bool:
         """If the task is a bundle, its items go out again, each as a task of its own."""
         sink = self._sinks.get(id)
         if type(sink) is not BundleSink:
             return False
         del self._sinks[id]
         self._running_items.discard(id)
-        sink.split()
+        sink.split(crashes=crashes, losses=losses)
         return True
 
     def deliver_error(self, id: int, error: BaseException) -> None:
@@ -440,7 +440,8 @@ class Mailbox:
             WorkerLostError,
         )
 
-        if self._split(message.id):
+        kind = message.kind
+        if self._split(message.id, crashes=int(kind == p.CRASHED), losses=int(kind == p.LOST)):
             return
         task = self._describe(message.id)
         if task is None:

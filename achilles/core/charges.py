@@ -109,7 +109,7 @@ class Charges:
 def blame_of(task: Task) -> Blame:
     """The task's account."""
     if task.blame is None:
-        task.blame = Blame()
+        task.blame = Blame(task.queue.options if task.queue is not None else p.PLAIN)
     return task.blame
 
 

@@ -157,6 +157,8 @@ class Dispatcher:
             if (owner.number, blob) not in worker.blobs:
                 worker.blobs.add((owner.number, blob))
                 sends.append(Send(worker.peer, p.Blob(owner.number, blob, owner.blobs[blob])))
+        first, options = tasks[0].blame, queue.options
+        attempts = options.crashes + options.losses if first is None else first.attempts
         run = p.Run(
             number,
             client.number,
@@ -164,8 +166,8 @@ class Dispatcher:
             group.init,
             [task.id for task in tasks],
             [task.payload for task in tasks if task.payload is not None],
-            queue.options.timeout,
-            1 if tasks[0].blame is None else tasks[0].blame.attempts + 1,
+            options.timeout,
+            attempts + 1,
             group.blobs,
             0 if client.root is client else client.root.number,
         )

@@ -115,6 +115,8 @@ class Options(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froze
     tags: Annotated[
         tuple[str, ...], msgspec.Meta(max_length=TAGS_MAX)
     ] = ()  # of the workers that may run it
+    crashes: int = 0  # behind it: it was in a bundle whose runner ended
+    losses: int = 0  # the same of a bundle whose worker was lost
 
     def but(self, **changes: Any) -> Options:
         """The same, with other values for some."""
@@ -869,6 +871,7 @@ def _check_options(options: Options) -> None:
         raise ProtocolError(f"a timeout of {options.timeout} s")
     if options.retries < 0:
         raise ProtocolError("a negative number of retries")
+    _check_range([options.crashes, options.losses])
     _check_tags(options.tags)
 
 

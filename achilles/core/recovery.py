@@ -200,7 +200,7 @@ class Recovery:
             task = lease.tasks[index] = Task(held.ids[index], queue, b"")
             task.queue, task.lease = None, lease
             if held.attempt > 1:
-                task.blame = Blame()
+                task.blame = Blame(queue.options)
                 task.blame.earlier = held.attempt - 1
             spare = self._match(client, task, now)
             if spare is not None:

@@ -45,12 +45,12 @@ class Blame:
 
     __slots__ = ("crashes", "earlier", "losses", "retries", "story")
 
-    def __init__(self) -> None:
+    def __init__(self, options: p.Options) -> None:
         self.earlier = 0  # attempts under another broker
-        self.crashes = 0
-        self.losses = 0
+        self.crashes = options.crashes
+        self.losses = options.losses
         self.retries = 0
-        self.story: list[str] = []
+        self.story = ["it was in a bundle, which ended so"] * (self.crashes + self.losses)
 
     @property
     def attempts(self) -> int:

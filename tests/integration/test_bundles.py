@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from achilles import bundles
+from achilles import bundles, current_attempt
 from achilles.errors import TaskCrashedError
 from tests import tasks
 from tests.modes import OURS, Maker, of_modes
@@ -81,10 +81,12 @@ def test_a_long_call_holds_up_nothing_before_or_behind_it(make: Maker, tmp_path:
 @of_modes(*OURS)
 def test_a_call_that_kills_its_runner_fails_alone(make: Maker, tmp_path: Path) -> None:
     with make() as executor:
-        results = executor.map(die_at, range(COUNT), [LATE] * COUNT)
+        log = tmp_path / "attempts"
+        results = executor.map(die_at, range(COUNT), [LATE] * COUNT, repeat_of(str(log)))
         assert [next(results) for _ in range(LATE)] == list(range(LATE))
-        with pytest.raises(TaskCrashedError, match=f"item {LATE}"):
+        with pytest.raises(TaskCrashedError, match=f"item {LATE}.*attempt 3"):
             next(results)
+        assert log.read_text().split() == ["1", "2", "3"]
         results = executor.map(die_once_at, range(COUNT), repeat_of(str(tmp_path / "died")))
         assert list(results) == list(range(COUNT))
 
@@ -101,8 +103,10 @@ def repeat_of(text: str) -> list[str]:
     return list(repeat(text, COUNT))
 
 
-def die_at(value: int, bad: int) -> int:
+def die_at(value: int, bad: int, log: str) -> int:
     if value == bad:
+        with open(log, "a") as file:
+            print(current_attempt(), file=file)
         tasks.die()
     return value
 

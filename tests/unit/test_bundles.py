@@ -107,6 +107,8 @@ def test_a_bundle_without_a_result_is_done_again_item_by_item(
         tell(backend, id, (ValueError(), ""), status=p.ERROR if how == "error" else p.TOO_LARGE)
     singles, found = sent(backend)
     assert (len(singles), found) == (8, {})
+    options = backend.batches[-1].group.options
+    assert options == (p.Options(crashes=1) if how == "crashed" else None)
     for single in singles:
         tell(backend, single, single)
     assert list(results) == singles

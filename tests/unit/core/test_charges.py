@@ -38,6 +38,23 @@ def test_a_task_runs_again_until_it_has_failed_too_often(
     assert queue.client.tasks == {}
 
 
+@pytest.mark.parametrize(
+    ("behind", "is_crash", "limit"),
+    [({"crashes": 1}, True, CRASHES_MAX), ({"losses": 1}, False, LOSSES_MAX)],
+)
+def test_what_was_in_a_bundle_that_failed_has_one_attempt_less(
+    behind: dict[str, int], is_crash: bool, limit: int
+) -> None:
+    charges, queue, task = made(**behind)
+    for n in range(2, limit):
+        assert charges.charge(task, f"line {n}", is_crash=is_crash) == []
+        assert queue.take(1) == [task]
+    ((_, failed),) = charges.charge(task, "the last", is_crash=is_crash)
+    assert isinstance(failed, p.Failed)
+    assert len(failed.story) == limit
+    assert "in a bundle" in failed.story[0]
+
+
 def test_what_may_run_at_most_once_fails_at_the_first() -> None:
     charges, _, task = made(at_most_once=True)
     ((_, failed),) = charges.charge(task, "lost", is_crash=False)

@@ -120,7 +120,7 @@ def test_a_task_with_a_history_comes_alone() -> None:
     queue = bench.queue()
     bench.add(queue, 1, 2, 3, 4, 5)
     for id in (3, 4):
-        bench.client.tasks[id].blame = Blame()
+        bench.client.tasks[id].blame = Blame(p.PLAIN)
     assert [bench.take(queue, 9) for _ in range(4)] == [[1, 2], [3], [4], [5]]
 
 
@@ -316,7 +316,7 @@ def test_who_has_just_come_has_done_nothing() -> None:
 
 def test_blame_counts_attempts() -> None:
     """Of every kind."""
-    blame = Blame()
+    blame = Blame(p.PLAIN)
     assert blame.attempts == 0
     blame.crashes, blame.losses, blame.retries = 1, 2, 4
     assert blame.attempts == 7
