@@ -17,19 +17,15 @@ Theory
 
 from __future__ import annotations
 
-from collections import deque
-from typing import TypeAlias
-
+from collections import OrderedDict, deque
 from achilles.core import protocol as p
 from achilles.core.chunking import chunk_size
-from achilles.core.tables import READY, Client, Lease, PeerId, TaskQueue, Worker
+from achilles.core.tables import READY, Client, Lease, PeerId, Places, TaskQueue, Worker
 from achilles.core.tables import Send as Send
 
 ANNOUNCE_SECONDS = 0.005  # most tasks are done before anybody could ask whether they run
 LEASE_BITS = 32  # of a lease's number; above them is its broker's
 STUCK_SECONDS = 0.04  # without a result; workers give back what has waited for 0.05
-
-Places: TypeAlias = "dict[frozenset[str], dict[PeerId, Worker]]"
 
 
 class Dispatcher:
@@ -58,23 +54,29 @@ class Dispatcher:
 
     def place(self, worker: Worker) -> None:
         """Note whether the worker has a free slot, room for a chunk in advance, or neither."""
-        tags, peer = worker.tags, worker.peer
-        wanted: Places | None = None
-        if worker.state == READY and not worker.is_gone:
-            if worker.taken < worker.slots:
-                wanted = self._idle
-            elif worker.ahead < worker.slots - worker.stuck:
-                wanted = self._room
-        for places in (self._idle, self._room):
-            group = places.get(tags)
-            if group is not None and peer in group:
-                if places is wanted and len(group) == 1:
-                    return
-                del group[peer]
-                if not group:
-                    del places[tags]
-        if wanted is not None:  # behind the others, who have waited for longer
-            wanted.setdefault(tags, {})[peer] = worker
+        places: Places | None
+        if worker.state != READY or worker.is_gone:
+            places = None
+        elif worker.taken < worker.slots:
+            places = self._idle
+        elif worker.ahead < worker.slots - worker.stuck:
+            places = self._room
+        else:
+            places = None
+        tags, before = worker.tags, worker.place
+        if before is not None:
+            group = before[tags]
+            if before is places:
+                group.move_to_end(worker.peer)
+                return
+            del group[worker.peer]
+            if not group:
+                del before[tags]
+        worker.place = places
+        if places is not None:
+            if tags not in places:
+                places[tags] = OrderedDict()
+            places[tags][worker.peer] = worker
 
     # --- Leases -----------------------------------------------------------------------------------
 

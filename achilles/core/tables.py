@@ -11,7 +11,7 @@ Rules
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
 from math import inf
 from typing import NamedTuple, TypeAlias
@@ -27,6 +27,9 @@ STRAYS_MAX = 2  # answers that a worker may give for leases that it does not hol
 PeerId: TypeAlias = Hashable
 Rank: TypeAlias = "tuple[int, int]"
 Tags: TypeAlias = "tuple[str, ...]"
+# Workers by what they offer, who was served last at the end. The first is taken again and again, and what was taken put back:
+# a plain dict passes over all that was taken before to find it.
+Places: TypeAlias = "dict[frozenset[str], OrderedDict[PeerId, Worker]]"
 
 READY, SUSPECT, DRAINING = "ready", "suspect", "draining"
 QUARANTINED = "quarantined"  # everything fails there
@@ -311,6 +314,7 @@ class Worker:
         self.rests_until = now
         self.avoids: Task | None = None  # which is to go elsewhere first
         self.leases: dict[int, Lease] = {}
+        self.place: Places | None = None  # among the idle ones, or those with room for one more
         self.taken = 0  # slots with a lease
         self.stuck = 0  # leases that are
         self.lent = 0  # leases that wait for tasks of their own

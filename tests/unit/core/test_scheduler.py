@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 
 from achilles.core import protocol as p
@@ -236,3 +238,26 @@ def test_the_oldest_function_goes_first() -> None:
     bench.submit(1, fn=2)
     bench.submit(2, fn=1)
     assert [run.fn for run in runs(bench.join_worker(WORKER))] == [2, 1]
+
+
+def test_slots_go_to_workers_in_turn() -> None:
+    """The one that was served longest ago is next, so that work is spread, however many there are."""
+    bench = SchedulerBench(workers=0)
+    names = [f"worker-{number}" for number in range(5)]
+    for name in names:
+        bench.join_worker(name, slots=2)
+    served = []
+    for id in range(1, 21):
+        ((name, run),) = [send for send in bench.submit(id) if isinstance(send[1], p.Run)]
+        served.append(name)
+        if id % 2:
+            bench.done(name, run)
+    assert set(served[:5]) == set(names)
+    assert served[:5] == names
+
+
+def test_the_first_of_many_workers_is_found_at_once() -> None:
+    """A plain dict passes over all that were taken from its front: at 10,000 idle workers that was 3 µs a task."""
+    bench = SchedulerBench(workers=1)
+    places = bench.core._desk._idle
+    assert [type(group) for group in places.values()] == [OrderedDict]
