@@ -21,7 +21,7 @@ Theory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 
 from achilles.core import protocol as p
@@ -43,13 +43,13 @@ def stable_number(incarnation: bytes) -> int:
 class Recovery:
     """What one broker finds, and for how long it waits for it.
 
-    ``seconds``: how long tasks are held back at most; ``patience``: how long what is found waits for its client (both 0:
+    ``clients``: those that are there, by number; ``seconds``: how long tasks are held back at most; ``patience``: how long what is found waits for its client (both 0:
     there was no other broker); ``awaited``: the numbers of the workers that the earlier broker had; None: not known.
     """
 
     def __init__(
         self,
-        clients: dict[PeerId, Client],
+        clients: Mapping[int, Client],
         desk: Dispatcher,
         charges: Charges,
         *,
@@ -267,11 +267,9 @@ class Recovery:
 
     def _client_of(self, number: int) -> Client:
         """The client of that number: one that is there, or one that may come."""
-        for client in self._clients.values():
-            if client.number == number and client.root is client:
-                return client
-        if number in self._absent:
-            return self._absent[number]
+        known = self._clients.get(number) or self._absent.get(number)
+        if known is not None:
+            return known
         nobody = p.ClientHello(b"", "client", "", "", "not back yet")
         absent = Client(("absent", number), number, nobody)
         if self._expires_at is not None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from achilles.core import protocol as p
 from achilles.core.budget import UNLIMITED, Budget, Limits, bytes_of, heaviest
@@ -49,6 +50,13 @@ _INIT_FAILED = bytes([p.INIT_FAILED])
 EPOCHS = 1 << 29  # above which their numbers would meet the stable ones of peers
 
 
+class Change(NamedTuple):
+    """Numbers of workers that are new, and of those that are gone."""
+
+    new: set[int]
+    gone: set[int]
+
+
 class Scheduler:
     """Gives clients' tasks to workers. Sessions come by `join`, end by `leave`, speak by `receive`."""
 
@@ -72,6 +80,10 @@ class Scheduler:
         self._started_at = now
         self._clients: dict[PeerId, Client] = {}
         self._workers: dict[PeerId, Worker] = {}
+        # The same by number, of clients those that are nobody's nested ones.
+        self._client_by_number: dict[int, Client] = {}
+        self._worker_by_number: dict[int, Worker] = {}
+        self._draining = self._draining_slots = 0  # workers, and slots of theirs
         first = (epoch << LEASE_BITS) + 1
         self._desk = self._make_desk(first)
         self._charges = self._make_charges()
@@ -85,7 +97,7 @@ class Scheduler:
         )
         self._standing = Standing(self._workers, self._desk)
         self._recovery = Recovery(
-            self._clients,
+            self._client_by_number,
             self._desk,
             self._charges,
             now=now,
@@ -95,7 +107,8 @@ class Scheduler:
             end=self._root_left,
         )
         # The workers' numbers, and of those that may come back; None while that is not known.
-        self.workers = None if awaited is None and recovery else awaited or frozenset()
+        self.workers = None if awaited is None and recovery else set(awaited or ())
+        self.changes: list[Change] = []  # of these, for a shell to tell of and take out
         self._done = self._late = 0
 
     def _make_desk(self, first_lease: int) -> Dispatcher:
@@ -110,34 +123,39 @@ class Scheduler:
         """A new session begins."""
         match hello:
             case p.WorkerHello():
-                worker = Worker(peer, self._number(hello, self._workers), hello, now)
-                self._workers[peer] = worker
-                self._count_workers({worker.number}, set())
+                number = self._number(hello, self._worker_by_number)
+                worker = Worker(peer, number, hello, now)
+                self._workers[peer] = self._worker_by_number[number] = worker
+                self._note_workers({number}, set())
                 self._desk.add(worker)
                 return [*self._cluster_changed(), *self._desk.dispatch(now)]
             case p.ClientHello():
-                number = self._number(hello, self._clients)
+                number = self._number(hello, self._client_by_number)
                 client, sends = self._recovery.client(peer, number, hello)
-                self._clients[peer] = client
+                self._clients[peer] = self._client_by_number[number] = client
                 self._budget.open(client)
                 return [Send(peer, self._cluster()), *sends]
 
     def _number(
-        self, hello: p.ClientHello | p.WorkerHello, present: Mapping[PeerId, Client | Worker]
+        self, hello: p.ClientHello | p.WorkerHello, present: Mapping[int, Client | Worker]
     ) -> int:
         """A peer's number: the one that it has at each broker, unless somebody has that already."""
         number = stable_number(hello.incarnation) if any(hello.incarnation) else 0
-        is_taken = not number or any(one.number == number for one in present.values())
-        return next(self._numbers) if is_taken else number
+        return number if number and number not in present else next(self._numbers)
 
     def leave(self, peer: PeerId, now: float, reason: str, *, charge: bool = True) -> list[Send]:
         """A session has ended; ``charge`` tells whether started tasks are charged for a lost worker."""
         if worker := self._workers.pop(peer, None):
-            self._count_workers(set(), {worker.number})
+            del self._worker_by_number[worker.number]
+            self._note_workers(set(), {worker.number})
+            if worker.state == DRAINING:
+                self._draining -= 1
+                self._draining_slots -= worker.slots
             return self._worker_left(worker, now, reason, charge)
         client = self._clients.pop(peer, None)
         if client is None:
             return []
+        del self._client_by_number[client.number]
         self._budget.close(client)
         return self._root_left(client)
 
@@ -405,7 +423,10 @@ class Scheduler:
             case p.Letter():
                 return self._to_client(worker, message)
             case p.Drain():
-                worker.state = DRAINING
+                if worker.state != DRAINING:
+                    worker.state = DRAINING
+                    self._draining += 1
+                    self._draining_slots += worker.slots
                 self._desk.place(worker)
                 return self._cluster_changed()
             case p.Relay():
@@ -562,12 +583,17 @@ class Scheduler:
         was_open = self._recovery.is_open
         sends = self._recovery.tick(now)
         if was_open and not self._recovery.is_open:
-            self.workers = frozenset(worker.number for worker in self._workers.values())
+            known, self.workers = self.workers or set(), set()
+            present = set(self._worker_by_number)
+            self._note_workers(present, known - present)
         return [*sends, *self._desk.dispatch(now)]
 
-    def _count_workers(self, new: set[int], gone: set[int]) -> None:
+    def _note_workers(self, new: set[int], gone: set[int]) -> None:
+        """Workers have come or gone, or are not awaited any more."""
         if self.workers is not None:
-            self.workers = self.workers - gone | new
+            self.workers -= gone
+            self.workers |= new
+            self.changes.append(Change(new, gone))
 
     # --- Letters ----------------------------------------------------------------------------------
 
@@ -584,17 +610,18 @@ class Scheduler:
 
     def _to_runner(self, client: Client, letter: p.Letter) -> list[Send]:
         """A client's letter, to a runner of a worker that works for it."""
-        for worker in self._workers.values():
-            if worker.number == letter.worker and _served(worker, letter.client) is client:
-                letter.worker = 0
-                return [Send(worker.peer, letter)]
-        return []
+        worker = self._worker_by_number.get(letter.worker)
+        if worker is None or _served(worker, letter.client) is not client:
+            return []
+        letter.worker = 0
+        return [Send(worker.peer, letter)]
 
     # --- Telling ----------------------------------------------------------------------------------
 
     def _cluster(self) -> p.Cluster:
-        ready = [worker for worker in self._workers.values() if worker.state != DRAINING]
-        return p.Cluster(len(ready), sum(worker.slots for worker in ready))
+        return p.Cluster(
+            len(self._workers) - self._draining, self._desk.slots - self._draining_slots
+        )
 
     def _cluster_changed(self) -> list[Send]:
         message = self._cluster()
@@ -605,6 +632,12 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""
         workers = list(self._workers.values())
+        assert self._worker_by_number == {one.number: one for one in workers}, "a wrong number"
+        roots = [client for client in self._clients.values() if client.root is client]
+        assert self._client_by_number == {one.number: one for one in roots}, "a wrong number"
+        staying = [worker for worker in workers if worker.state != DRAINING]
+        slots = sum(worker.slots for worker in staying)
+        assert self._cluster() == p.Cluster(len(staying), slots), "the cluster is miscounted"
         leases = [lease for worker in workers for lease in worker.leases.values()]
         held: dict[int, int] = {}
         for lease in leases:

@@ -316,12 +316,13 @@ class Sessions:
             return ""
         if len(self._by_token) >= self._limits.sessions and not self._is_known(hello):
             return f"the broker has {len(self._by_token)} sessions, as many as it may (broker.sessions)"
-        for session in self._by_token.values():
-            if session.role != ADMIN and session.hello.python != hello.python:
-                return (
-                    f"Python {hello.python} cannot exchange pickles with Python {session.hello.python}, "
-                    f"which {session.role} {session.hello.name} of this broker runs; all of them need the same"
-                )
+        # All that are there run the same, so one of them tells.
+        session = next((one for one in self._by_token.values() if one.role != ADMIN), None)
+        if session is not None and session.hello.python != hello.python:
+            return (
+                f"Python {hello.python} cannot exchange pickles with Python {session.hello.python}, "
+                f"which {session.role} {session.hello.name} of this broker runs; all of them need the same"
+            )
         return ""
 
     def _is_known(self, hello: p.ClientHello | p.WorkerHello) -> bool:

@@ -42,7 +42,7 @@ class Broker:
         limits: what else peers may have.
         reload: reads the keys anew; then those sessions are cut whose key is gone.
         awaited: the numbers of the workers that the last broker had; None: not known.
-        on_workers: is told the numbers of the present workers before any of them gets work.
+        on_workers: is told the numbers of workers that are new and of those that are gone, before any of the new gets work.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Broker:
         limits: Limits,
         reload: Callable[[], None],
         awaited: frozenset[int] | None = None,
-        on_workers: Callable[[frozenset[int]], None] | None = None,
+        on_workers: Callable[[set[int], set[int]], None] | None = None,
     ) -> None:
         now = monotonic()
         self.loop = SocketLoop()
@@ -73,7 +73,6 @@ class Broker:
             awaited=awaited,
         )
         self._on_workers = on_workers
-        self._workers = scheduler.workers  # as they were told last
         self._sessions = Sessions(
             scheduler,
             epoch=epoch,
@@ -176,11 +175,12 @@ class Broker:
     def _transmit(self, sends: Iterable[Send]) -> None:
         if self._sessions.events:
             self._tell()
-        workers = self._sessions.scheduler.workers
-        if workers is not self._workers:
-            self._workers = workers
-            if self._on_workers is not None and workers is not None:
-                self._on_workers(workers)
+        changes = self._sessions.scheduler.changes
+        if changes:
+            if self._on_workers is not None:
+                for new, gone in changes:
+                    self._on_workers(new, gone)
+            changes.clear()
         route: Any  # a Route, as given to the sessions
         for route, packet in sends:
             for frames in encoded(packet):

@@ -54,7 +54,6 @@ class Serving:
         self.workers = workers
         self._notes = notes
         self._unsent = bytearray()
-        self._told: frozenset[int] = workers or frozenset()
 
     @property
     def is_first(self) -> bool:
@@ -65,10 +64,9 @@ class Serving:
         """It listens."""
         self._tell({"port": port})
 
-    def has_workers(self, workers: frozenset[int]) -> None:
-        """These workers are there, or may come back."""
-        self._tell({"new": list(workers - self._told), "gone": list(self._told - workers)})
-        self._told = workers
+    def has_workers(self, new: set[int], gone: set[int]) -> None:
+        """These workers are new, or may come back no more."""
+        self._tell({"new": list(new), "gone": list(gone)})
 
     def _tell(self, note: dict[str, object]) -> None:
         self._unsent += json.dumps(note).encode() + b"\n"
@@ -88,7 +86,7 @@ class Supervisor:
         self._restarts_max = restarts_max
         self._restarts: deque[float] = deque()
         self._port = 0
-        self._workers: frozenset[int] | None = None
+        self._workers: set[int] | None = None
         self._pid = 0
 
     def start(self) -> Serving:
@@ -119,7 +117,8 @@ class Supervisor:
                     os.close(end)
                 die_with(life_read)
                 os.set_blocking(notes_write, False)
-                return Serving(parent, self._port, self._workers, notes_write)
+                workers = None if self._workers is None else frozenset(self._workers)
+                return Serving(parent, self._port, workers, notes_write)
             os.close(life_read)
             os.close(notes_write)
             status = self._watch(pid, notes_read, wake_read)
@@ -160,9 +159,9 @@ class Supervisor:
             if "port" in note:
                 self._port = note["port"]
             else:
-                self._workers = (self._workers or frozenset()) - set(note["gone"]) | set(
-                    note["new"]
-                )
+                self._workers = self._workers or set()
+                self._workers.difference_update(note["gone"])
+                self._workers.update(note["new"])
 
     def _after(self, pid: int, status: int) -> None:
         """Decide what follows from the end of the serving process.

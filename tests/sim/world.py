@@ -278,7 +278,8 @@ class World:
         if not self.broker.is_up:
             self._broker_number += 1
             known = self.broker.scheduler.workers if self.plan.is_supervised else None
-            self.broker = Broker(self, self._broker_number, known)
+            awaited = None if known is None else frozenset(known)
+            self.broker = Broker(self, self._broker_number, awaited)
             if not self.broker.scheduler._recovery.is_open:
                 self.broker.on_recovered()
             self.broker.after_step()
