@@ -87,12 +87,12 @@ def obstacle(tags: Tags, workers: Collection[Worker]) -> str:
     """Why nobody who is connected may run tasks that want these tags; empty if somebody may."""
     if not workers:
         return "no worker is connected"
+    if any(worker.state == READY and worker.tags.issuperset(tags) for worker in workers):
+        return ""
     able = [worker for worker in workers if worker.tags.issuperset(tags)]
     if not able:
         offered = sorted(set().union(*(worker.tags for worker in workers)))
         return f"no worker offers {_list(tags)} (what is offered: {_list(offered)})"
-    if any(worker.state == READY for worker in able):
-        return ""
     states = ", ".join(f"{worker.name} {_state(worker)}" for worker in able[:3])
     return f"no worker that may run it takes new work ({states})"
 
