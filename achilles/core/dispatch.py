@@ -18,6 +18,8 @@ Theory
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable
+
 from achilles.core import protocol as p
 from achilles.core.chunking import chunk_size
 from achilles.core.tables import READY, Client, Lease, PeerId, Places, TaskQueue, Worker
@@ -38,6 +40,8 @@ class Dispatcher:
         self._room: Places = {}  # ready, slots taken, with room for one more in advance
         self._unannounced: deque[tuple[float, Lease]] = deque()
         self._next_lease = self._first_lease = first_lease
+        # By client's number and blob: the workers that have it, which each know that, too.
+        self._holders: dict[int, dict[int, dict[PeerId, Worker]]] = {}
 
     # --- Places -----------------------------------------------------------------------------------
 
@@ -51,6 +55,8 @@ class Dispatcher:
         self.slots -= worker.slots
         worker.is_gone = True
         self.place(worker)
+        for number, blob in worker.blobs:
+            del self._holders[number][blob][worker.peer]
 
     def place(self, worker: Worker) -> None:
         """Note whether the worker has a free slot, room for a chunk in advance, or neither."""
@@ -157,7 +163,7 @@ class Dispatcher:
         for blob in queue.needs:
             owner = client.owner(blob, group)
             if (owner.number, blob) not in worker.blobs:
-                worker.blobs.add((owner.number, blob))
+                self.note_blob(worker, owner.number, blob)
                 sends.append(Send(worker.peer, p.Blob(owner.number, blob, owner.blobs[blob])))
         first, options = tasks[0].blame, queue.options
         attempts = options.crashes + options.losses if first is None else first.attempts
@@ -189,6 +195,30 @@ class Dispatcher:
         if worker.taken < worker.slots:
             self.promote(lease)
         self.place(worker)
+
+    def note_blob(self, worker: Worker, number: int, blob: int) -> None:
+        """The worker has this blob of the client of that number."""
+        worker.blobs.add((number, blob))
+        self._holders.setdefault(number, {}).setdefault(blob, {})[worker.peer] = worker
+
+    def unload(self, number: int, blobs: Iterable[int]) -> list[Send]:
+        """Have workers forget these blobs of a client's that they have."""
+        holders = self._holders.get(number, {})
+        held: dict[PeerId, list[int]] = {}
+        for blob in blobs:
+            for peer, worker in holders.pop(blob, {}).items():
+                worker.blobs.remove((number, blob))
+                held.setdefault(peer, []).append(blob)
+        return [Send(peer, p.Forget(number, found)) for peer, found in held.items()]
+
+    def unload_all(self, number: int) -> list[Send]:
+        """Have workers forget all blobs of a client that has left."""
+        told: dict[PeerId, Send] = {}
+        for blob, workers in self._holders.pop(number, {}).items():
+            for peer, worker in workers.items():
+                worker.blobs.remove((number, blob))
+                told[peer] = Send(peer, p.Forget(number, []))
+        return list(told.values())
 
     def announce_soon(self, lease: Lease, now: float) -> None:
         """Have it told which tasks of the lease were dispatched."""
@@ -313,6 +343,14 @@ class Dispatcher:
     def check_invariants(self, workers: list[Worker]) -> None:
         """Assert the rules of this module; tests call it after every step."""
         assert self.slots == sum(worker.slots for worker in workers), "slots miscounted"
+        held = {(worker.peer, *key) for worker in workers for key in worker.blobs}
+        known = {
+            (peer, number, blob)
+            for number, blobs in self._holders.items()
+            for blob, holders in blobs.items()
+            for peer in holders
+        }
+        assert held == known, "who has which blob is miscounted"
         idle = {peer for group in self._idle.values() for peer in group}
         for worker in workers:
             leases = list(worker.leases.values())

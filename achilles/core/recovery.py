@@ -194,7 +194,8 @@ class Recovery:
         lease.tasks = [None] * len(held.ids)
         lease.left = len(held.indexes)
         self._desk.adopt(lease)
-        worker.blobs.update((client.number, blob) for blob in held.blobs)
+        for blob in held.blobs:
+            self._desk.note_blob(worker, client.number, blob)
         unwanted = []
         for index in held.indexes:
             task = lease.tasks[index] = Task(held.ids[index], queue, b"")

@@ -342,13 +342,7 @@ class Scheduler:
         for blob in blobs:
             client.blobs.pop(blob, None)
             client.unwanted.discard(blob)
-        sends = []
-        for worker in self._workers.values():
-            held = [blob for blob in blobs if (client.number, blob) in worker.blobs]
-            if held:
-                worker.blobs.difference_update((client.number, blob) for blob in held)
-                sends.append(Send(worker.peer, p.Forget(client.number, held)))
-        return sends
+        return self._desk.unload(client.number, blobs)
 
     def _is_wanted(self, queue: TaskQueue) -> bool:
         """Whether somebody waits for a task of the queue, here or at a worker."""
@@ -403,9 +397,7 @@ class Scheduler:
                 if lease.client is client:
                     everything = list(range(len(lease.tasks)))
                     sends.append(Send(worker.peer, p.Revoke(lease.number, everything, kill=True)))
-            if any(number == client.number for number, _ in worker.blobs):
-                worker.blobs = {key for key in worker.blobs if key[0] != client.number}
-                sends.append(Send(worker.peer, p.Forget(client.number, [])))
+        sends += self._desk.unload_all(client.number)
         return [*sends, *self._desk.lend(client)]
 
     # --- From workers -----------------------------------------------------------------------------

@@ -272,10 +272,10 @@ MUTANTS = [
     ),
     Mutant(
         "a forgotten blob counts as sent",
-        "scheduler",
-        "worker.blobs.difference_update",
-        "list",
-        ("right outcome",),
+        "dispatch",
+        "                worker.blobs.remove((number, blob))\n                held",
+        "                held",
+        ("right outcome", "who has which blob is miscounted"),
         seed=40,
     ),
     # --- agent: leases and runners ---
