@@ -2,6 +2,7 @@
 
 Rules
     1. Those of which nothing has come out yet, be it that they have shown no key, are few: one too many ends the oldest.
+       Processes of this user, which come over ipc, are no strangers: hundreds that start together are let in.
     2. One on which no session begins, or goes on, is ended after a while; it may shake hands for as long again.
     3. What libzmq has received and we have not is memory that no limit of its own bounds: a message of endless frames is
        handed on only when it is whole. So the bytes of each connection are compared with those that came out of it.
@@ -51,6 +52,12 @@ class Connection:
                     return max(0, int(received) - self.received)
         return None
 
+    def is_of_this_host(self) -> bool:
+        """Whether it came over ipc, where the file system has decided who may."""
+        with contextlib.suppress(OSError), _copy_of(self.fd) as copy:
+            return copy.family == sockets.AF_UNIX
+        return False
+
     def cut(self) -> None:
         """End it; libzmq will tell as of any other end."""
         with contextlib.suppress(OSError), _copy_of(self.fd) as copy:
@@ -77,7 +84,9 @@ class Connections:
     def accepted(self, fd: int, now: float) -> None:
         """A connection was made."""
         self.closed(fd)
-        connection = self.by_fd[fd] = self._strangers[fd] = Connection(fd, now)
+        connection = self.by_fd[fd] = Connection(fd, now)
+        if not connection.is_of_this_host():
+            self._strangers[fd] = connection
         self._checks.append((now + 2 * self.patience, connection))
         if len(self._strangers) > self.unauthenticated_max:
             oldest = next(iter(self._strangers.values()))

@@ -83,6 +83,25 @@ def test_descriptors_that_are_gone_or_are_no_sockets_are_passed_over(tmp_path: P
             file.close()
 
 
+def test_processes_of_this_user_are_no_strangers() -> None:
+    """Hundreds that start together would else end each other's connections, again and again."""
+    connections = Connections()
+    connections.unauthenticated_max = 1
+    pairs = [socket.socketpair(socket.AF_UNIX) for _ in range(3)]
+    try:
+        for near, _ in pairs:
+            connections.accepted(near.fileno(), 0.0)
+        for _, far in pairs:
+            far.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                far.recv(1)
+        assert connections.dropped == 0
+    finally:
+        for near, far in pairs:
+            near.close()
+            far.close()
+
+
 @attack("T22")
 def test_the_oldest_stranger_makes_room(ends: tuple[socket.socket, socket.socket]) -> None:
     near, far = ends
