@@ -28,13 +28,16 @@ from achilles.core.tables import Send as Send
 ANNOUNCE_SECONDS = 0.005  # most tasks are done before anybody could ask whether they run
 LEASE_BITS = 32  # of a lease's number; above them is its broker's
 STUCK_SECONDS = 0.04  # without a result; workers give back what has waited for 0.05
+MANY = 1 << 62  # more leases than anybody holds
 
 
 class Dispatcher:
     """The workers' places, the clients who wait for them, and the leases that bring the two together."""
 
     def __init__(self, first_lease: int = 1) -> None:
-        self.waiting: dict[PeerId, Client] = {}  # with queued tasks
+        self.waiting: OrderedDict[PeerId, Client] = OrderedDict()  # with queued tasks, in turn
+        # None of those who wait holds fewer leases in slots, or at all: who holds as few is looked for no further.
+        self._least_running = self._least_places = 0
         self.slots = 0
         self._idle: Places = {}  # ready, with a free slot
         self._room: Places = {}  # ready, slots taken, with room for one more in advance
@@ -106,8 +109,12 @@ class Dispatcher:
 
     def _for_slot(self, tags: frozenset[str]) -> TaskQueue | None:
         best: TaskQueue | None = None
+        least = MANY
         for client in self.waiting.values():
             root = client.root
+            running = root.running
+            if running < least:
+                least = running
             if root.has_all_its_slots:
                 continue
             if best is not None:
@@ -117,13 +124,22 @@ class Dispatcher:
                         continue
                 elif other.root.running <= root.running:
                     continue
-            best = client.next_queue(tags) or best
+            queue = client.next_queue(tags)
+            if queue is not None:
+                best = queue
+                if running <= self._least_running and not root.nested:
+                    return best
+        self._least_running = least
         return best
 
     def _in_advance(self, tags: frozenset[str]) -> TaskQueue | None:
         best: TaskQueue | None = None
+        least = MANY
         for client in self.waiting.values():
             root = client.root
+            places = root.running + root.prefetched
+            if places < least:
+                least = places
             if root.has_all_its_slots:
                 continue
             if best is not None:
@@ -131,11 +147,14 @@ class Dispatcher:
                 if other.root is root:
                     if client.urgency <= other.urgency:
                         continue
-                elif other.root.places <= root.places:
+                elif other.root.places <= places:
                     continue
             queue = client.next_queue(tags)
             if queue is not None and queue.may_wait:
                 best = queue
+                if places <= self._least_places and not root.nested:
+                    return best
+        self._least_places = least
         return best
 
     def _lease(
@@ -147,7 +166,7 @@ class Dispatcher:
         if client.live == 0:
             self.waiting.pop(client.peer, None)
         else:  # clients with equal claims take turns
-            self.waiting[client.peer] = self.waiting.pop(client.peer)
+            self.waiting.move_to_end(client.peer)
         number = self._next_lease
         self._next_lease += 1
         lease = worker.leases[number] = Lease(number, worker, queue, tasks, in_slot, now)
@@ -228,6 +247,14 @@ class Dispatcher:
         """The client has queued tasks."""
         if not client.is_held_back:
             self.waiting[client.peer] = client
+            self._eased(client.root)
+
+    def _eased(self, root: Client) -> None:
+        """A client waits, or holds fewer leases than before."""
+        if root.running < self._least_running:
+            self._least_running = root.running
+        if root.running + root.prefetched < self._least_places:
+            self._least_places = root.running + root.prefetched
 
     def close(self, lease: Lease) -> None:
         """End a lease; the oldest one that waited behind it moves into its slot."""
@@ -254,6 +281,7 @@ class Dispatcher:
                         self.promote(other)
                         break
         self.place(worker)
+        self._eased(lease.client.root)
 
     def note_stuck(self, worker: Worker, now: float) -> None:
         """Something came back that had waited there: give nothing in advance to a slot that has shown nothing for long."""
@@ -310,6 +338,7 @@ class Dispatcher:
             else:
                 root.prefetched -= 1
             lease.in_slot = False
+            self._eased(root)
         self.place(worker)
         return [] if worker.is_gone else [Send(worker.peer, p.Lend(lease.number, is_lent))]
 
@@ -365,6 +394,9 @@ class Dispatcher:
             assert is_idle == (worker.peer in idle), "the idle workers are not the idle ones"
         assert idle <= {worker.peer for worker in workers}, "a worker that left has a place"
         for client in self.waiting.values():
+            root = client.root
+            assert self._least_running <= root.running, "a client that holds few is passed over"
+            assert self._least_places <= root.places, "a client that holds few is passed over"
             for tags in self._idle:
                 if not client.root.has_all_its_slots and client.next_queue(tags):
                     raise AssertionError("a slot idles while a task waits")

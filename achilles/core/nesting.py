@@ -95,6 +95,7 @@ class Nesting:
             if client is None:
                 client = NestedClient(key, next(self._numbers), lease.client.root, worker)
                 self._clients[key] = self._nested[key] = client
+                client.root.nested += 1
                 sends.append(client.tell(cluster))
             if isinstance(message, p.Submit) and client.parent is not lease:
                 sends += self._desk.set_lent(client.parent, False)
@@ -129,6 +130,7 @@ class Nesting:
         for client in [client for client in self._nested.values() if is_one(client)]:
             del self._clients[client.key], self._nested[client.key]
             client.root.done += client.done
+            client.root.nested -= 1
             sends += self._end(client)
         return sends
 
@@ -158,6 +160,9 @@ class Nesting:
         """Assert the rules of this module; tests call it after every step."""
         waiting = [nested.parent for nested in self._nested.values() if nested.tasks]
         assert all(lease in waiting for lease in leases if lease.is_lent), "lent for nothing"
+        for root in {client.root for client in self._clients.values()}:
+            own = sum(nested.root is root for nested in self._nested.values())
+            assert root.nested == own, "nested clients are miscounted"
         for nested in self._nested.values():
             assert self._clients[nested.key] is nested, "a nested client is not among the clients"
             is_there = nested.root in self._clients.values() or nested.root.found is not None

@@ -172,6 +172,7 @@ class Client:
         self.slots_max = hello.slots_max
         self.root: Client = self
         self.parent: Lease | None = None
+        self.nested = 0  # clients of which it is the root
         self.tasks: dict[int, Task] = {}
         self.blobs: dict[int, p.Payload] = {}
         self.unwanted: set[int] = set()  # blobs that it has forgotten, but nested clients need

@@ -157,6 +157,28 @@ def test_it_costs_the_same_with_many_workers(name: str) -> None:
     assert 0 < many <= 1.1 * few
 
 
+def _with_clients(count: int) -> Site:
+    """So many clients wait for one slot."""
+    site = Site(1)
+    for _ in range(count):
+        client = site.join(site.client_hello())
+        site.say(client, p.Blob(0, 1, b"a function"))
+        for id in range(1, 4):
+            site.say(client, p.Submit(1, 0, [id], [PAYLOAD]))
+    return site
+
+
+def test_a_slot_costs_the_same_with_many_clients_that_wait() -> None:
+    """The one that holds fewest and was served longest ago is found at once, and not by comparing all."""
+    costs = []
+    for count in (FEW, MANY):
+        site = _with_clients(count)
+        for _ in range(3):
+            site.done()()
+        costs.append(max(work(site.done()) for _ in range(5)))
+    assert 0 < costs[1] <= 1.1 * costs[0]
+
+
 QUEUE: dict[str, Callable[[Site], Callable[[], object]]] = {
     "a submit": lambda site: site.submit,
     "a result, and the next task": lambda site: site.done(),
