@@ -17,7 +17,7 @@ import zmq
 from achilles.core import protocol as p
 from achilles.core.dialer import JOINED, Dialer
 from achilles.core.link import Packet
-from achilles.net.endpoint import Dialed, dial_dealer, parse_endpoint
+from achilles.net.endpoint import Dialed, dial_dealer, parse_endpoint, raise_descriptor_limit
 from achilles.net.keys import Join
 from tests.brokers import hello
 from tests.chaos.rig import Rig
@@ -79,7 +79,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability.storm")
     parser.add_argument("--sessions", type=int, default=1000)
     options = parser.parse_args()
-    _raise_limit()
+    raise_descriptor_limit()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     context.set(zmq.MAX_SOCKETS, 4 * options.sessions + 100)
     with measure.rig(1, 1, measure.SHIPPED) as rig:
@@ -145,13 +145,6 @@ def _load(rig: Rig) -> float:
     pid = rig.serving_pid()
     assert pid is not None
     return psutil.Process(pid).cpu_percent(2.0) / 100
-
-
-def _raise_limit() -> None:
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":
