@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test clients sim attack chaos soak reliability style format bench bench-quick profile clean
+.PHONY: help demo test clients sim attack chaos soak reliability style format bench bench-quick profile scale clean
 
 help:
 	@echo "make demo         a broker and two workers count words while one worker is killed (ROOT=DIR: of your files)"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench        speed against eight other systems, some 20 minutes (BENCH=--quick: some three)"
 	@echo "make bench-quick  speed against ProcessPoolExecutor, in one run"
 	@echo "make profile      flame graphs of client, broker, worker and runner, and where a round trip's time goes"
+	@echo "make scale        what a broker costs with many sessions and long queues, and where one ends (SCALE=--docs)"
 	@echo "make clean        remove .venv, builds and caches"
 
 demo: $(VENV)/.installed
@@ -75,6 +76,9 @@ bench-quick: $(VENV)/.installed
 
 profile: $(VENV)/.installed-profile
 	$(BIN)/python -m benchmarks.profile $(PROFILE)
+
+scale: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.scale $(SCALE)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

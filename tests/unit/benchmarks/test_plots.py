@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from benchmarks.plots import LABELS, NUMBERS, OURS, WIDTH, Bar, bars, number
+from benchmarks.plots import COLOURS, LABELS, NUMBERS, OURS, WIDTH, Bar, bars, lines, number
 from benchmarks.stats import Summary
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -52,6 +52,27 @@ def test_values_of_zero_and_no_values_are_drawn(logarithmic: bool) -> None:
     zero = Bar("zero", Summary(0.0, 0.0, 0.0, 1), False)
     assert widths(bars("title", "s", [zero], logarithmic=logarithmic)) == [1]
     ElementTree.fromstring(bars("title", "s", [], logarithmic=logarithmic))
+
+
+def test_lines_go_through_their_points() -> None:
+    """Equal factors are equal distances to the right; half the value is half the height."""
+    points = {10.0: Summary(2.0, 1.0, 3.0, 3), 100.0: Summary(4.0, 4.0, 4.0, 1)}
+    drawing = lines("a < b", "workers", "µs", {"one": points, "<other>": {1000.0: points[100.0]}})
+    root = ElementTree.fromstring(drawing)
+    (one, other) = (line.attrib for line in root.findall(f"{SVG}polyline"))
+    (x1, y1), (x2, y2) = (map(float, pair.split(",")) for pair in one["points"].split())
+    ((x3, y3),) = (map(float, pair.split(",")) for pair in other["points"].split())
+    zero = max(float(line.attrib["y2"]) for line in root.findall(f"{SVG}line"))
+    assert zero - y1 == pytest.approx((zero - y2) / 2)
+    assert x2 - x1 == pytest.approx(x3 - x2)
+    assert y3 == y2
+    assert (one["stroke"], other["stroke"]) == COLOURS[:2]
+    texts = [element.text for element in root.iter(f"{SVG}text")]
+    assert {"a < b", "<other>", "workers", "1,000"} <= set(texts)
+
+
+def test_no_lines_are_drawn() -> None:
+    assert not ElementTree.fromstring(lines("title", "n", "s", {})).findall(f"{SVG}polyline")
 
 
 @pytest.mark.parametrize(
