@@ -60,7 +60,7 @@ MUTANTS = [
         "(queue.entry is None or rank < queue.entry)",
         "queue.entry is None",
         ("oldest first",),
-        seed=157,
+        seed=196,
     ),
     Mutant(
         "a task with a history has company",
@@ -304,7 +304,7 @@ MUTANTS = [
         "            self._queue.remove(chunk)\n            return self._give_back(chunk, chunk.open)",
         "            self._queue.remove(chunk)\n            self._close(chunk, list(chunk.open))\n            return []",
         ("everything ends",),
-        seed=4,
+        seed=1008,
     ),
     Mutant(
         "what was killed is not given back",
@@ -506,7 +506,7 @@ MUTANTS = [
         "        self._by_route[route] = session\n        self._closed[session.role].forget(session.link.token)",
         "        self._by_route[route] = session",
         ("nobody is given up",),
-        seed=7,
+        seed=9,
     ),
     Mutant(
         "who was heard is given up",
