@@ -32,7 +32,7 @@ from hashlib import blake2b
 from io import BytesIO
 from pickle import PickleBuffer
 from struct import Struct
-from types import FunctionType, MemberDescriptorType, ModuleType
+from types import CodeType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any, NewType, ParamSpec
 
 from cloudpickle import Pickler as CloudPickler
@@ -42,6 +42,7 @@ from achilles.runtime import context
 from achilles.runtime.serialize import LARGE
 
 MAIN = "__main__"
+NO_FILE = "<dynamic-code>"  # cloudpickle's, in place of a file's name
 NAMESPACES_MAX = 8  # of one client: those beyond are not found again
 _LENGTH = Struct("<I")
 
@@ -129,8 +130,17 @@ def _reduce_weak_keys(mapping: weakref.WeakKeyDictionary[Any, Any]) -> tuple[Any
     return weakref.WeakKeyDictionary, (dict(mapping),)
 
 
-# These hold what cannot be pickled: a lock, and (what singledispatch has) weak references.
+def _reduce_code(code: CodeType) -> tuple[Any, ...]:
+    """As cloudpickle does it, with the file's name, which 3.1.3 and later leave out: a traceback without it shows no line."""
+    make, args = cloudpickle._code_reduce(code)
+    return make, tuple(
+        code.co_filename if type(arg) is str and arg == NO_FILE else arg for arg in args
+    )
+
+
+# The first two hold what cannot be pickled: a lock, and (what singledispatch has) weak references.
 _REDUCERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
+    CodeType: _reduce_code,
     functools.cached_property: _reduce_cached_property,
     weakref.WeakKeyDictionary: _reduce_weak_keys,
 }

@@ -170,6 +170,14 @@ def test_the_same_is_the_same_bytes() -> None:
     assert dumps(scope["count"]) != dumps(program(COUNTER)["count"])
 
 
+def test_a_function_says_in_which_file_it_is() -> None:
+    """Tracebacks show the line then; cloudpickle 3.1.3 leaves the name out."""
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile("def outer(): return lambda: 1", "program.py", "exec"), scope)
+    there = arrive(scope["outer"])
+    assert there.__code__.co_filename == there().__code__.co_filename == "program.py"
+
+
 def test_main_has_a_file_where_it_is_there(client: int) -> None:
     scope = program("def f(): return __file__")
     assert arrive(scope["f"])() == "program.py"
