@@ -72,6 +72,8 @@ class Silence(Generic[K]):
             if now < at + self.limit:  # exactly what `next_deadline` says, rounding included
                 break
             due.append(peer)
+        if not due:
+            return due
         gone = [peer for peer in due if self._excused.get(peer, now) <= now]
         for peer in gone:
             self.forget(peer)

@@ -770,9 +770,11 @@ def _check(message: Wire, frames: Sequence[Buffer]) -> None:
 
 def _check_fields(message: Wire) -> None:
     match message:
+        case Heartbeat():
+            pass  # the most frequent one
         case Submit(ids=ids) | Run(ids=ids):
             _check_columns(ids, len(message.payloads))
-            if any(blob < 1 for blob in message.blobs):
+            if min(message.blobs, default=1) < 1:
                 raise ProtocolError("a blob with a number below 1")
             if isinstance(message, Submit) and message.options is not None:
                 _check_options(message.options)
@@ -827,7 +829,6 @@ def _check_fields(message: Wire) -> None:
             | Lend()
             | Resumed()
             | Gone()
-            | Heartbeat()
             | Resync()
         ):
             pass  # their types leave nothing open

@@ -125,6 +125,10 @@ class Sessions:
             CLIENT: Silence[bytes](timings.client_grace),
             ADMIN: Silence[bytes](timings.grace),
         }
+        self._ends = (  # whose silence ends a session, and why
+            *((watch, "its connection closed") for watch in self._closed.values()),
+            *((watch, "it fell silent") for watch in self._lost.values()),
+        )
         self.refused = 0
         self.events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self.is_shutting_down = False
@@ -181,22 +185,23 @@ class Sessions:
             if session := self._by_token.get(token):
                 self.scheduler.suspect(session.number)
         sends = self._from_scheduler(self.scheduler.tick(now))
-        for watches, reason in (
-            (self._closed, "its connection closed"),
-            (self._lost, "it fell silent"),
-        ):
-            for watch in watches.values():
-                for token in watch.expired(now):
-                    if session := self._by_token.get(token):
-                        sends += self._end(session, now, reason)
+        for watch, reason in self._ends:
+            for token in watch.expired(now):
+                if session := self._by_token.get(token):
+                    sends += self._end(session, now, reason)
         return sends
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        watches = (self._suspects, *self._lost.values(), *self._closed.values())
-        deadlines = [watch.next_deadline() for watch in watches]
-        deadlines.append(self.scheduler.next_deadline())
-        return min((at for at in deadlines if at is not None), default=None)
+        due = self.scheduler.next_deadline()
+        at = self._suspects.next_deadline()
+        if at is not None and (due is None or at < due):
+            due = at
+        for watch, _ in self._ends:
+            at = watch.next_deadline()
+            if at is not None and (due is None or at < due):
+                due = at
+        return due
 
     @property
     def is_alone(self) -> bool:
@@ -455,7 +460,8 @@ class Sessions:
     def _notice_stall(self, now: float) -> None:
         """Amnesty after a sleep of our own."""
         if now - self._seen_at > STALL_SECONDS:
-            for watch in (self._suspects, *self._lost.values(), *self._closed.values()):
+            self._suspects.amnesty(now)
+            for watch, _ in self._ends:
                 watch.amnesty(now)
             self.scheduler.amnesty(now)
         self._seen_at = now

@@ -104,6 +104,8 @@ class Client(Peer):
             self.die()
 
     def act(self) -> None:
+        if not self._sends:
+            return
         outgoing: list[p.Wire] = []
         oracle = self.world.oracle
         for to, message in self._sends:

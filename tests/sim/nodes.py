@@ -61,6 +61,8 @@ class Connection:
 class Node:
     """A process: it can be stopped for a while; what comes then is handled when it goes on."""
 
+    is_cheap = False  # to be checked: it is, after each of its steps
+
     def __init__(self, world: World, name: str) -> None:
         self.world = world
         self.name = name
@@ -98,7 +100,9 @@ class Node:
     def after_step(self) -> None:
         """Check the core and set the timer."""
         self.world.count_step(self)
-        deadline = self.next_deadline()
+        self._wake_by(self.next_deadline())
+
+    def _wake_by(self, deadline: float) -> None:
         if deadline < self._wake_at:
             self._wake_at = deadline
             self.world.at(deadline, self._wake, deadline)
@@ -109,9 +113,11 @@ class Node:
         self._wake_at = NEVER
         if self.paused_until <= self.world.now:
             self.tick()
-            if self.next_deadline() <= self.world.now:
+            following = self.next_deadline()
+            if following <= self.world.now:
                 raise Violation("timers", f"{self.name} wants to be woken in the past again")
-            self.after_step()
+            self.world.count_step(self)
+            self._wake_by(following)
 
     def next_deadline(self) -> float:
         raise NotImplementedError
@@ -179,7 +185,7 @@ class Broker(Node):
             packet = Packet(*p.decode(frames))
         except ProtocolError as error:
             self.transmit(self.sessions.malformed(connection.route, str(error), world.now))
-            self._check_refused(connection, refused, str(error))
+            self._refused(connection, str(error))
             return
         self._mark(packet)
         session = self.sessions._by_token.get(packet.header.token)
@@ -192,15 +198,15 @@ class Broker(Node):
         sends = self.sessions.receive(connection.route, roles, packet, world.now, token)
         self.transmit(sends)
         self.transmit(self.sessions.tick(world.now))
-        self._check_refused(connection, refused, str(sends[-3:]))
+        if self.sessions.refused > refused:
+            self._refused(connection, str(sends[-3:]))
         if is_wrong and packet.header.token in self.sessions._by_token:
             raise Violation("a hostile peer is cut", f"{connection.peer.name} said {packet}")
 
-    def _check_refused(self, connection: Connection, before: int, text: str) -> None:
-        if self.sessions.refused > before:
-            if not connection.peer.is_hostile:
-                raise Violation("an honest peer is refused", text)
-            self.world.marks["session: > refused"] += 1
+    def _refused(self, connection: Connection, text: str) -> None:
+        if not connection.peer.is_hostile:
+            raise Violation("an honest peer is refused", text)
+        self.world.marks["session: > refused"] += 1
 
     def _mark(self, packet: Packet) -> None:
         header, message = packet
@@ -321,6 +327,8 @@ class Peer(Node):
 
 class Worker(Peer):
     """A worker's process and its runners."""
+
+    is_cheap = True
 
     def __init__(self, world: World, number: int, life: int) -> None:
         name = f"worker-{number}.{life}"
@@ -466,6 +474,8 @@ class Worker(Peer):
             self._sends += self.agent.receive(event, now)
         self._events.clear()
         self._sends += self.agent.tick(now)
+        if not self._sends and not self.agent.is_drained:
+            return
         sends, outgoing = deque(self._sends), []
         self._sends.clear()
         while sends:

@@ -168,15 +168,18 @@ class WatchedScheduler(Scheduler):
         self._charges.cause = cause
 
     def tick(self, now: float) -> list[Send]:
-        resting = [one for one in self._workers.values() if one.state == QUARANTINED]
+        resting: list[Worker] = []
+        if self._standing.next_deadline() is not None:
+            resting = [one for one in self._workers.values() if one.state == QUARANTINED]
         recovery = self._recovery
         if recovery._expires_at is not None and now >= recovery._expires_at:
             for client in recovery._absent.values():
                 self._marks["recovery: a client is not back in time"] += 1
                 self._oracle.client_lost(self._oracle.numbers[client.number])
         sends = super().tick(now)
-        back = sum(one.state == READY for one in resting)
-        self._marks["session: quarantined > ready"] += back
+        if resting:
+            back = sum(one.state == READY for one in resting)
+            self._marks["session: quarantined > ready"] += back
         return sends
 
     def leave(self, peer: Hashable, now: float, reason: str, *, charge: bool = True) -> list[Send]:

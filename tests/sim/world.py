@@ -96,7 +96,7 @@ class World:
         self.steps += 1
         if self.steps > STEPS_MAX:
             raise Violation("no circles", f"{STEPS_MAX} steps")
-        if isinstance(node, Worker) or self.steps % self._stride == 0:
+        if node.is_cheap or self.steps % self._stride == 0:
             node.check()
 
     # --- Chance -----------------------------------------------------------------------------------
@@ -199,26 +199,27 @@ class World:
         return frames
 
     def _is_dropped(self) -> bool:
-        is_dropped = self.drop > 0 and self._network.random() < self.drop
-        self.marks["fault: a message is dropped"] += is_dropped
-        return is_dropped
+        if not self.drop or self._network.random() >= self.drop:
+            return False
+        self.marks["fault: a message is dropped"] += 1
+        return True
 
     def _arrive_up(self, what: tuple[Connection, Frames, Broker]) -> None:
         connection, frames, broker = what
         if (connection.is_open or self.now <= connection.late_until) and broker.is_up:
             self._note("▲", connection, frames)
-            self.marks["fault: a message comes after its connection"] += not connection.is_open
             broker.deliver(broker.on_frames, (connection, frames))
 
     def _arrive_down(self, what: tuple[Connection, Frames]) -> None:
         connection, frames = what
         if connection.is_open or self.now <= connection.late_until:
             self._note("▼", connection, frames)
-            self.marks["fault: a message comes after its connection"] += not connection.is_open
             connection.peer.deliver(connection.peer.on_frames, (connection, frames))
 
     def _note(self, direction: str, connection: Connection, frames: Frames) -> None:
         self.trace = zlib.crc32(frames[0], zlib.crc32(_TIME.pack(self.now), self.trace))
+        if not connection.is_open:
+            self.marks["fault: a message comes after its connection"] += 1
         if self._log:
             try:
                 header, message = p.decode(frames)
