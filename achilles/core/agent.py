@@ -157,7 +157,7 @@ class Agent:
         ordered = sorted(self._chunks.values(), key=self._waits)
         held, reports = self._holding.take(ordered, self._blobs)
         draining = [p.Drain()] if self._is_draining else []
-        told = (*held, *reports, *draining, p.Resumed())
+        told = (*held, *draining, p.Resumed(), *reports)  # nobody waits for large reports
         return [*sends, *(Send("broker", one) for one in told), *self._goodbye_if_empty()]
 
     def _waits(self, chunk: Chunk) -> bool:

@@ -2,7 +2,8 @@
 
 Rules
     1. Who comes back says what it has of its earlier session: a worker each lease that it holds (`Held`), a client each task
-       that it had submitted (`Submit.is_again`); and then, that this was all (`Resumed`).
+       that it had submitted (`Submit.is_again`); and then, that this was all (`Resumed`). A worker's reports follow: they may be
+       large, and what nobody holds does not wait for them.
     2. What a worker holds and its client asks for stays with that worker. It is not given to anybody else.
     3. For a short time after the broker's start, what clients that are back have queued is held back: a worker may be on its
        way that holds it. That ends when all workers are back that the earlier broker had, if it is known which.

@@ -34,6 +34,7 @@ from achilles.errors import (
 )
 
 MAXMSGSIZE = 16 * 1024 * 1024
+RECONNECT_MAX = 2.0  # seconds between two attempts to reach a broker that is away: it is found that soon when it is back
 IPC_PATH_MAX = 103 if sys.platform == "darwin" else 107
 LOCAL_USER = "local"  # the ZAP user of a peer on an ipc socket, whom the file system has let in
 
@@ -181,7 +182,7 @@ def _prepare(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 6)
     socket.setsockopt(zmq.BACKLOG, 1024)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5_000)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, int(1000 * RECONNECT_MAX))
 
 
 class Bound(NamedTuple):

@@ -21,13 +21,13 @@ from achilles.errors import (
     NotABrokerError,
     ProtocolError,
 )
-from achilles.net.endpoint import Dialed, WatchEvent, dial_dealer
+from achilles.net.endpoint import RECONNECT_MAX, Dialed, WatchEvent, dial_dealer
 from achilles.net.keys import Join
 from achilles.net.transport import DealerPort, SocketLoop
 
-BACKOFF_FIRST, BACKOFF_MAX = 0.1, 5.0
+BACKOFF_FIRST, BACKOFF_MAX = 0.1, RECONNECT_MAX
 ACKNOWLEDGED_BYTES = 2 << 20  # after so many in large messages the broker is told at once
-WELCOME_SECONDS = 5.0  # a socket that has not led to a session by then is replaced
+WELCOME_SECONDS = 5.0  # a socket on which a session was called for in vain for so long is replaced
 SILENCE_SECONDS = (
     6.0  # a socket of a session on which nothing was heard for so long is replaced, too
 )
@@ -69,7 +69,7 @@ class Peer:
         self._received = 0  # bytes, of large messages since the last acknowledgement
         self._backoff = BACKOFF_FIRST
         self._busy_until = 0.0  # with what was sent
-        self._since = monotonic()
+        self._since = self._called_at = monotonic()  # when a session was called for first
         self._redial_at: float | None = None
         self._problem: BrokerUnreachableError | None = None
         self._open(self._since)
@@ -111,8 +111,8 @@ class Peer:
                 if now < dead_at:
                     return dead_at if due is None else min(due, dead_at)
                 self._redial_at = now  # what was sent is sent again, or was received
-            elif now <= self._opened_at + WELCOME_SECONDS:
-                return min(self._opened_at + WELCOME_SECONDS, inf if due is None else due)
+            elif now <= (in_vain_at := max(self._opened_at, self._called_at) + WELCOME_SECONDS):
+                return in_vain_at if due is None else min(due, in_vain_at)
             else:
                 self._redial_at = now + self._pause()
         if now >= self._redial_at:
@@ -150,6 +150,8 @@ class Peer:
                 self._received = 0
                 self._transmit(self._dialer.acknowledge())
         for message in step.messages:
+            if isinstance(message, p.Gone):
+                self._called_at = now
             self._on_message(message, now)
 
     def _look(self) -> None:

@@ -677,7 +677,7 @@ MUTANTS = [
     Mutant(
         "reports come before what they are about",
         "agent",
-        "told = (*held, *reports, *draining, p.Resumed())",
+        "told = (*held, *draining, p.Resumed(), *reports)",
         "told = (*reports, *held, *draining, p.Resumed())",
         ("everything ends", "what is held runs once"),
         seed=955,

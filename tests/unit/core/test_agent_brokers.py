@@ -56,7 +56,7 @@ def test_another_broker_is_told_what_runs_what_waits_and_what_is_done() -> None:
     bench.finish_away(1, (1, 1))
     bench.join(SECOND)
     told = [held(8, [13], [0]), held(7, [11, 12], [0, 1])]  # what is open stands first
-    assert bench.sent() == [*told, done(7, (1, 0)), done(7, (1, 1)), RESUMED]
+    assert bench.sent() == [*told, RESUMED, done(7, (1, 0)), done(7, (1, 1))]
     bench.finish(1, (2, 0))
     assert bench.sent() == [done(8, (2, 0))]  # it went on all the time
     bench.join(SECOND)  # which has given it up since
@@ -128,9 +128,9 @@ def test_a_drain_ends_when_the_reports_have_reached_a_broker() -> None:
     assert bench.sent() == [
         (HOST, p.Unload(runner=1, client=1, blobs=[])),
         (BROKER, p.Held(7, 1, [11], [0], [])),
-        done(7, (1, 0)),
         (BROKER, p.Drain()),
         RESUMED,
+        done(7, (1, 0)),
         (BROKER, p.Goodbye("drained")),
     ]
     assert bench.core.is_drained

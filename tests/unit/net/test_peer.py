@@ -9,6 +9,7 @@ import pytest
 import zmq
 
 from achilles.core import protocol as p
+from achilles.core.link import Packet
 from achilles.errors import AuthenticationError, BrokerUnreachableError
 from achilles.net import peer as peer_module
 from achilles.net.endpoint import parse_endpoint
@@ -146,6 +147,38 @@ def test_a_broker_that_comes_back_is_joined_again(achilles_home: Path, drive: Dr
         driven.until(lambda: sum(isinstance(m, p.Welcome) for m in driven.received) == 2)
     kinds = [type(message) for message in driven.received if not isinstance(message, p.Cluster)]
     assert kinds[:4] == [p.Welcome, p.Goodbye, p.Gone, p.Welcome]
+
+
+def test_a_session_that_is_gone_is_called_for_on_the_same_connection(
+    broker: RunningBroker, drive: Drive
+) -> None:
+    """However old it is: what was sent on it since is not to be sent again."""
+    driven = drive(broker.join("client"))
+    driven.until(lambda: driven.peer.is_joined)
+    peer, dialed = driven.peer, driven.peer._dialed
+    peer._opened_at -= 2 * peer_module.WELCOME_SECONDS
+    peer._called_at -= 2 * peer_module.WELCOME_SECONDS
+    peer._transmit([Packet(p.Header(b"?" * 16, 1, 0), p.Heartbeat())])  # is answered by Gone
+    peer._dialer._link.token = b"?" * 16
+    driven.until(lambda: any(isinstance(one, p.Gone) for one in driven.received))
+    driven.until(lambda: peer.is_joined)
+    now = monotonic()
+    assert peer.tick(now + peer_module.BACKOFF_MAX) > now
+    assert peer._dialed is dialed
+
+
+def test_a_connection_on_which_nobody_answers_is_replaced(
+    broker: RunningBroker, drive: Drive
+) -> None:
+    driven = drive(broker.join("client"))
+    peer, dialed = driven.peer, driven.peer._dialed
+    now = monotonic()
+    assert peer.tick(now) <= now + peer_module.WELCOME_SECONDS
+    assert peer._dialed is dialed
+    late = now + 2 * peer_module.WELCOME_SECONDS
+    peer.tick(late)
+    peer.tick(late + peer_module.BACKOFF_MAX)
+    assert peer._dialed is not dialed
 
 
 def test_a_connection_that_has_fallen_silent_is_replaced(
