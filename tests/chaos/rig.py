@@ -65,7 +65,9 @@ class Started:
 
 
 class Rig:
-    """A context manager. ``timings``: variables of the environment; ``is_full``: what broker and workers log goes to a full disk."""
+    """A context manager. ``timings``: variables of the environment; ``is_full``: what broker and workers log goes to a full disk;
+    ``worker_level``: what workers log.
+    """
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class Rig:
         timings: dict[str, str] | None = None,
         is_full: bool = False,
         clock: Path | None = None,
+        worker_level: str = "error",
     ) -> None:
         self.folder = private_directory(folder)
         self.home = private_directory(folder / "home")
@@ -85,10 +88,11 @@ class Rig:
         self.broker: subprocess.Popen[bytes] | None = None
         self.no_status = "there is no join file"  # why there was none, last time
         self._is_watched = False  # whether the process that serves is another one's child
-        self.restarts = 0  # of the broker, by us
+        self.restarted_at: list[float] = []  # the broker, by us: when that was begun
         self.respawns = 0  # of workers, that ended by themselves
         self._counts = (workers, slots)
         self._is_full = is_full
+        self._worker_level = "debug" if is_full else worker_level
         self._files: list[IO[bytes]] = []
         self._all: list[subprocess.Popen[bytes]] = []
         self._names = 0
@@ -252,8 +256,8 @@ class Rig:
 
     def _spawn_worker(self, name: str, slots: int) -> subprocess.Popen[bytes]:
         words = ["worker", "--join", str(self.folder / f"{name}.join"), "--slots", str(slots)]
-        level = "debug" if self._is_full else "error"
-        return self._spawn(name, "achilles", "--log-level", level, *words, "--name", name)
+        words = ["--log-level", self._worker_level, *words, "--name", name]
+        return self._spawn(name, "achilles", *words)
 
     def tend(self, now: float) -> None:
         """Start workers and a broker anew that have ended, as whoever runs a cluster has it done."""
@@ -267,7 +271,7 @@ class Rig:
                 worker.respawn_at = None
                 worker.process = self._spawn_worker(worker.name, self._counts[1])
         if self.broker is not None and self.broker.poll() is not None:
-            self.restarts += 1
+            self.restarted_at.append(now)
             self.start_broker()
 
     def add_client(self, load: str, seed: int, life: float) -> Started:

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ DRAIN_SECONDS = (
     100.0  # until all that is open when the faults end must be resolved, on a busy machine
 )
 LIFE_SECONDS = 150.0  # a client's, beyond the time of the faults
+IN_FLIGHT_SECONDS = 0.25  # results within it after a broker's death may be its own
 VALUES_MIN = 50  # a run with fewer has not shown much
 LOOK_SECONDS = 2.0
 STEP = 0.02
@@ -48,7 +50,7 @@ class Report:
     recovery_seconds: float = 0.0  # from the end of the faults until each client had something new
     first_after_kill: list[float] = field(
         default_factory=list
-    )  # a result, after each kill of the broker
+    )  # the first result of any client, after each kill of the broker
 
     @property
     def is_well(self) -> bool:
@@ -103,6 +105,7 @@ class _Run:
         self.nemeses = Nemeses(rig, plan.seed, self._next_victim)
         self._seeds = itertools.count(plan.seed)
         self._seen: Counter[str] = Counter()  # numbers of the present broker, as last seen
+        self._done_at: list[float] = []  # when clients had what results
         self._ended_at = 0.0
 
     def carry_out(self) -> None:
@@ -208,13 +211,16 @@ class _Run:
         for name in ("delayed", "flipped", "accepted"):
             effects[name] = self.nemeses.counts[name]
         effects.update(history.repeated(runs))
-        effects["broker restarts"], effects["worker respawns"] = rig.restarts, rig.respawns
+        effects["broker restarts"] = len(rig.restarted_at)
+        effects["worker respawns"] = rig.respawns
         for client in rig.clients:
             killed = client.was_killed
             records = list(history.lines_of(client.history, may_be_cut=killed))
             report.buckets.add(history.judge(records, runs, was_killed=killed))
             if not killed:
                 self._time(records)
+        kills = [at for at, kind in self.nemeses.times if kind == "kill broker"]
+        report.first_after_kill = first_after(kills, sorted(self._done_at), rig.restarted_at)
         if not report.buckets.is_well:
             report.problems.append(f"promises about tasks: {report.buckets}")
         report.problems += _forbidden(report)
@@ -228,10 +234,23 @@ class _Run:
         after = [at - self._ended_at for at in done if at > self._ended_at]
         if after:
             self.report.recovery_seconds = max(self.report.recovery_seconds, after[0])
-        for killed_at, kind in self.nemeses.times:
-            if kind == "kill broker":
-                later = [at - killed_at for at in done if at > killed_at]
-                self.report.first_after_kill += later[:1]
+        self._done_at += done
+
+
+def first_after(kills: list[float], done: list[float], restarts: list[float]) -> list[float]:
+    """Seconds from each kill of a broker to the first result of the next one; all times are sorted.
+
+    From the time that another one was started by hand, where its parent had given up by then. If a broker was killed before
+    there was any, only the next kill counts.
+    """
+    found = []
+    for killed_at, next_at in zip(kills, [*kills[1:], inf]):
+        first = next((at for at in done if at > killed_at + IN_FLIGHT_SECONDS), None)
+        if first is None or first > next_at:
+            continue
+        by_hand = [at for at in restarts if killed_at < at < first]
+        found.append(first - max(by_hand, default=killed_at))
+    return found
 
 
 def _forbidden(report: Report) -> list[str]:

@@ -1,7 +1,9 @@
 """`python -m tests.reliability.alarms`: no live worker is declared lost, and long calls into C run once (R5, R6).
 
 Shipped timings: a worker is lost after 15 s of silence. Tasks hold the interpreter for four times as long (or, ``--quick``,
-all times are a fifth), beside values of up to a gibibyte and processes that take all cores.
+all times are a fifth), beside values of up to a gibibyte and processes that take all cores. Two hours of workers are 24 of them
+for five minutes. In the end one is frozen until it is given up, and must be the only one whose alarm is heard: that it is
+heard at all is what makes silence worth something.
 """
 
 from __future__ import annotations
@@ -9,14 +11,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
 
 from tests.chaos import work
+from tests.chaos.rig import Rig
 from tests.reliability import measure
 
-WORKERS, SLOTS = 4, 6
+WORKERS, SLOTS = 24, 1
+MINUTES_MIN = 120  # of workers
 HOLDERS = 20  # the slots beyond are for large values
 HOLD_SECONDS = 60.0
 GIBIBYTE = 1 << 30
@@ -26,7 +31,7 @@ BUSY = "import os, time\nos.nice(5)\nt = time.monotonic() + {}\nwhile time.monot
 def main() -> int:
     """Measure; 1 if a worker was given up, or a task ran twice."""
     parser = argparse.ArgumentParser(prog="python -m tests.reliability.alarms")
-    parser.add_argument("--seconds", type=float, default=70.0)
+    parser.add_argument("--seconds", type=float, default=60.0 * MINUTES_MIN / WORKERS)
     parser.add_argument("--largest", type=int, default=GIBIBYTE, help="value, in bytes")
     parser.add_argument("--quick", action="store_true", help="a fifth of all times")
     options = parser.parse_args()
@@ -34,7 +39,10 @@ def main() -> int:
     timings = None if options.quick else measure.SHIPPED
     numbers = itertools.count(1)
     failures = []
-    with measure.rig(WORKERS, SLOTS, timings) as rig, measure.executor(rig) as executor:
+    with (
+        measure.rig(WORKERS, SLOTS, timings, worker_level="warning") as rig,
+        measure.executor(rig) as executor,
+    ):
         log = str(rig.log)
         began = time.monotonic()
         program = BUSY.format(options.seconds)
@@ -42,9 +50,8 @@ def main() -> int:
             subprocess.Popen([sys.executable, "-c", program]) for _ in range(os.cpu_count() or 1)
         ]
         try:
-            held = 0
-            fat = 0
-            while held < 20 or time.monotonic() - began < options.seconds:
+            held = fat = 0
+            while not held or time.monotonic() - began < options.seconds:
                 holders = list(itertools.islice(numbers, HOLDERS))
                 held += len(holders)
                 futures = [executor.submit(work.hold_gil, n, log, hold_seconds) for n in holders]
@@ -63,10 +70,8 @@ def main() -> int:
                 process.wait()
         minutes = (time.monotonic() - began) / 60 * WORKERS
         again = sum(sum(r.is_begin for r in runs) - 1 for runs in measure.runs_of(rig).values())
-        alarms = sum(
-            (rig.folder / f"{worker.name}.err").read_text().count("given this session up")
-            for worker in rig.workers
-        )
+        alarms = _alarms(rig)
+        _freeze_one(rig)
     if alarms or again:
         failures.append(f"{alarms} workers were declared lost, {again} tasks ran again")
     return measure.finish(
@@ -74,6 +79,24 @@ def main() -> int:
         f"{again} ran again; {fat} values of up to {options.largest >> 20} MiB",
         failures,
     )
+
+
+def _alarms(rig: Rig) -> int:
+    """How often a worker was told that it had been given up."""
+    texts = [(rig.folder / f"{worker.name}.err").read_text() for worker in rig.workers]
+    return sum(text.count("given this session up") for text in texts)
+
+
+def _freeze_one(rig: Rig) -> None:
+    """Have a worker given up for good reason: that is heard."""
+    before = _alarms(rig)
+    process = rig.workers[0].process
+    process.send_signal(signal.SIGSTOP)
+    try:
+        rig.await_status(lambda status: status["workers"] < WORKERS, "a frozen worker is given up")
+    finally:
+        process.send_signal(signal.SIGCONT)
+    rig.wait_until(lambda: _alarms(rig) == before + 1, "its alarm is heard")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ SHIPPED: dict[str, str] = {}  # timings: the defaults
 
 
 @contextlib.contextmanager
-def rig(workers: int, slots: int, timings: dict[str, str] | None = None) -> Iterator[Rig]:
+def rig(
+    workers: int, slots: int, timings: dict[str, str] | None = None, **options: Any
+) -> Iterator[Rig]:
     """A rig whose folder goes with it; ``timings``: None for the quick ones."""
     with (
         tempfile.TemporaryDirectory(prefix="ach-rel-") as folder,
-        Rig(Path(folder) / "rig", workers=workers, slots=slots, timings=timings) as made,
+        Rig(Path(folder) / "rig", workers=workers, slots=slots, timings=timings, **options) as made,
     ):
         yield made
 

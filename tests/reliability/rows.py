@@ -222,7 +222,7 @@ ROWS = (
         10,
         "The broker may be killed at any time: nothing lost, a result within 5 s",
         CHAOS,
-        chaos(_broker, "N3", soon=lambda run: max(run["first_after_kill"], default=0) <= 5),
+        chaos(_broker, "N3", soon=lambda run: 0 < max(run["first_after_kill"], default=0) <= 5),
     ),
     Row(
         11,
