@@ -9,7 +9,7 @@ import signal
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -28,6 +28,7 @@ DRAIN_SECONDS = (
     100.0  # until all that is open when the faults end must be resolved, on a busy machine
 )
 LIFE_SECONDS = 150.0  # a client's, beyond the time of the faults
+TURNS_MAX = 3  # of the plan's faults, where a busy machine let too few of them befall anybody
 IN_FLIGHT_SECONDS = 0.25  # results within it after a broker's death may be its own
 VALUES_MIN = 50  # a run with fewer has not shown much
 LOOK_SECONDS = 2.0
@@ -125,7 +126,7 @@ class _Run:
         self._judge()
 
     def _add_client(self, load: str) -> Started:
-        life = self.plan.seconds + LIFE_SECONDS
+        life = TURNS_MAX * self.plan.seconds + LIFE_SECONDS
         return self.rig.add_client(load, next(self._seeds), life)
 
     def _next_victim(self) -> Started | None:
@@ -139,13 +140,20 @@ class _Run:
     # --- Faults -----------------------------------------------------------------------------------
 
     def _befall(self) -> None:
-        """The faults, each at its time, and what heals them; all are healed in the end."""
+        """The faults, each at its time, and what heals them; all are healed in the end.
+
+        They come again if they have not yet had the effects that the run needs.
+        """
         began = looked_at = time.monotonic()
+        over_at = self.plan.seconds
         faults = deque(self.plan.faults)
         ticks = itertools.count()
         heals: list[tuple[float, int, Heal]] = []
         try:
-            while (now := time.monotonic()) - began < self.plan.seconds:
+            while (now := time.monotonic()) - began < over_at or self._is_vacuous(over_at):
+                if now - began >= over_at:
+                    faults.extend(one._replace(at=one.at + over_at) for one in self.plan.faults)
+                    over_at += self.plan.seconds
                 while heals and heals[0][0] <= now - began:
                     heapq.heappop(heals)[2]()
                 while faults and faults[0].at <= now - began:
@@ -166,6 +174,18 @@ class _Run:
             for proxy in self.rig.proxies():
                 proxy.clear()
             self._ended_at = time.monotonic()
+
+    def _is_vacuous(self, seconds: float) -> bool:
+        """Whether faults of so many seconds have done too little, and there is time for more."""
+        if seconds >= TURNS_MAX * self.plan.seconds:
+            return False
+        runs = history.by_number(history.executions(self.rig.log))
+        return bool(history.vacuous(self.plan.needs, self._effects(runs)))
+
+    def _effects(self, runs: Mapping[int, list[history.Execution]]) -> Counter[str]:
+        """What the faults have done so far."""
+        self.nemeses.count_network()
+        return self.nemeses.counts + history.repeated(runs)
 
     def _look(self) -> None:
         """Add up what brokers have counted; each begins at nothing."""
@@ -206,11 +226,7 @@ class _Run:
         report, rig = self.report, self.rig
         runs = history.by_number(history.executions(rig.log))
         effects = report.effects
-        effects.update(self.nemeses.counts)
-        self.nemeses.count_network()
-        for name in ("delayed", "flipped", "accepted"):
-            effects[name] = self.nemeses.counts[name]
-        effects.update(history.repeated(runs))
+        effects.update(self._effects(runs))
         effects["broker restarts"] = len(rig.restarted_at)
         effects["worker respawns"] = rig.respawns
         for client in rig.clients:
