@@ -145,9 +145,11 @@ class ClientModules:
         return body
 
     def _take(self, client: int, body: bytes) -> None:
-        """In the reading thread: an answer has come."""
-        answer = self._waiting.get(body[:_NUMBER_SIZE])
-        if answer is not None and client == context.client:
+        """In the reading thread: an answer has come, perhaps the second one, as a question is asked again when nobody answers."""
+        if client != context.client:
+            return
+        answer = self._waiting.pop(body[:_NUMBER_SIZE], None)
+        if answer is not None:
             answer.body = body[_NUMBER_SIZE:]
             answer.is_awaited.release()
 
