@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 from tests.chaos import work
 from tests.chaos.rig import Rig
@@ -33,7 +34,7 @@ BUSY = "import os, time\nos.nice(5)\nt = time.monotonic() + {}\nwhile time.monot
 def main() -> int:
     """Measure; 1 if a worker was given up, or a task ran twice."""
     parser = argparse.ArgumentParser(prog="python -m tests.reliability.alarms")
-    parser.add_argument("--seconds", type=float, default=60.0 * MINUTES_MIN / WORKERS)
+    parser.add_argument("--seconds", type=float, default=60.0 * MINUTES_MIN / WORKERS + 5.0)
     parser.add_argument("--largest", type=int, default=GIBIBYTE, help="value, in bytes")
     parser.add_argument("--quick", action="store_true", help="a fifth of all times")
     options = parser.parse_args()
@@ -53,25 +54,30 @@ def main() -> int:
         ]
         try:
             held = fat = 0
-            while not held or time.monotonic() - began < options.seconds:
-                holders = list(itertools.islice(numbers, HOLDERS))
-                held += len(holders)
-                futures = [executor.submit(work.hold_gil, n, log, hold_seconds) for n in holders]
-                while not all(future.done() for future in futures):
+            holding: dict[int, Future[int]] = {}
+            while holding or time.monotonic() - began < options.seconds:
+                for number in [n for n, future in holding.items() if future.done()]:
+                    if holding.pop(number).result() != work.mix(number):
+                        failures.append("a value is wrong")
+                left = options.seconds - (time.monotonic() - began)
+                while len(holding) < HOLDERS and (left > hold_seconds or held < HOLDERS):
                     number = next(numbers)
-                    size = options.largest if fat % 8 == 0 else options.largest // 16
-                    value = executor.submit(work.fat, number, log, b"", size)
-                    if value.result(measure.WAIT_SECONDS) != work.blob(number + 1, size):
-                        failures.append("a large value is wrong")
-                    fat += 1
-                wrong = sum(f.result() != work.mix(n) for n, f in zip(holders, futures))
-                failures += ["a value is wrong"] * wrong
+                    holding[number] = executor.submit(work.hold_gil, number, log, hold_seconds)
+                    held += 1
+                number = next(numbers)
+                size = options.largest if fat % 8 == 0 else options.largest // 16
+                value = executor.submit(work.fat, number, log, b"", size)
+                if value.result(measure.WAIT_SECONDS) != work.blob(number + 1, size):
+                    failures.append("a large value is wrong")
+                fat += 1
         finally:
             for process in busy:
                 process.kill()
                 process.wait()
         minutes = (time.monotonic() - began) / 60 * WORKERS
         again = sum(sum(r.is_begin for r in runs) - 1 for runs in measure.runs_of(rig).values())
+        if minutes < MINUTES_MIN and not options.quick:
+            failures.append(f"{minutes:.0f} worker-minutes are too few")
         alarms = _alarms(rig)
         _freeze_one(rig)
     if alarms or again:
