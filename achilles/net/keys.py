@@ -298,7 +298,17 @@ def write_joins(
             far_address,
             far_worker_address,
         )
-        write_private(join_path(base, role), join.encode(), replace=True)
+        path, data = join_path(base, role), join.encode()
+        if not _has(path, data):  # as a broker's next process finds them, and the disk may be full
+            write_private(path, data, replace=True)
+
+
+def _has(path: Path, data: bytes) -> bool:
+    """Whether the file is there, in order, and holds just that."""
+    try:
+        return read_private(path) == data
+    except (FileNotFoundError, KeyFileError):
+        return False
 
 
 def remove_joins(base: Path) -> None:

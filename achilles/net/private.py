@@ -132,8 +132,12 @@ class BrokerLock:
             if self._is_in_place():
                 break
             os.close(self._fd)  # its last holder removed it while we waited to open it
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(pid or os.getpid()).encode(), 0)
+        holder = str(pid or os.getpid()).encode()
+        if (
+            os.pread(self._fd, 32, 0) != holder
+        ):  # a broker's next process finds it so, and the disk may be full
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, holder, 0)
 
     def release(self) -> None:
         """Give it up, and remove the file."""

@@ -109,7 +109,8 @@ class Supervisor:
             notes_read, notes_write = os.pipe()
             parent = os.getpid()
             for stream in (sys.stdout, sys.stderr):
-                stream.flush()
+                with contextlib.suppress(OSError):  # a full disk
+                    stream.flush()
             pid = os.fork()
             if not pid:
                 self._stop.wake = None

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 
@@ -169,6 +170,34 @@ def test_a_log_that_cannot_be_written(achilles_home: Path) -> None:
         assert broker.poll() is None
         assert commands.run("shutdown", "--yes").returncode == 0
         assert broker.wait(commands.WAIT_SECONDS) in (0, 120), "120: what was to be said is lost"
+    finally:
+        if broker.poll() is None:
+            broker.kill()
+        broker.wait(commands.WAIT_SECONDS)
+
+
+@pytest.mark.bad_input(59)
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of others are Linux's")
+def test_a_broker_that_dies_while_the_disk_is_full(achilles_home: Path) -> None:
+    """Another process serves at the same place: for that, nothing has to be written."""
+    with open("/dev/full", "w") as full:
+        broker = subprocess.Popen(
+            [*commands.ACHILLES, "broker", "--bind", "tcp://127.0.0.1:0"],
+            stdin=subprocess.DEVNULL,
+            stderr=full,
+            text=True,
+        )
+    try:
+        wait_until(lambda: commands.run("status").returncode == 0, "it serves")
+        resource.prlimit(broker.pid, resource.RLIMIT_FSIZE, (0, 0))
+        (first,) = psutil.Process(broker.pid).children()
+        first.kill()
+        psutil.wait_procs([first], commands.WAIT_SECONDS)
+        wait_until(lambda: commands.run("status").returncode == 0, "another one serves")
+        assert psutil.Process(broker.pid).children() != [first]
+        assert commands.run("shutdown", "--yes").returncode == 0
+        assert broker.wait(commands.WAIT_SECONDS) in (0, 120), "120: what was to be said is lost"
+        assert not list((achilles_home / "run").iterdir())
     finally:
         if broker.poll() is None:
             broker.kill()
