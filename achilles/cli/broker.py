@@ -60,6 +60,7 @@ def broker(
         is_stopping=lambda: stop.count > 0,
         serving=serving,
     )
+    serving.is_over()
     if lost and stop.count:
         say(f"achilles broker: {count(lost, 'task')} had no result yet")
         sys.exit(stop.exit_code)

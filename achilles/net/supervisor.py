@@ -64,6 +64,10 @@ class Serving:
         """It listens."""
         self._tell({"port": port})
 
+    def is_over(self) -> None:
+        """It ends because it was asked to, whatever its exit code will be: what it said last may find no room."""
+        self._tell({"over": True})
+
     def has_workers(self, new: set[int], gone: set[int]) -> None:
         """These workers are new, or may come back no more."""
         self._tell({"new": list(new), "gone": list(gone)})
@@ -88,6 +92,7 @@ class Supervisor:
         self._port = 0
         self._workers: set[int] | None = None
         self._pid = 0
+        self._is_over = False
 
     def start(self) -> Serving:
         """Fork. Returns in each serving process; the parent exits from here, with the last one's exit code.
@@ -159,6 +164,8 @@ class Supervisor:
             note = json.loads(line)
             if "port" in note:
                 self._port = note["port"]
+            elif "over" in note:
+                self._is_over = True
             else:
                 self._workers = self._workers or set()
                 self._workers.difference_update(note["gone"])
@@ -171,7 +178,7 @@ class Supervisor:
             SystemExit: there shall be no other one.
         """
         code = os.waitstatus_to_exitcode(status)
-        if code == 0 or self._stop.count or not self._port:
+        if code == 0 or self._is_over or self._stop.count or not self._port:
             _exit_like(code)
         how = f"was killed by {_name(-code)}" if code < 0 else f"exited with code {code}"
         now = monotonic()

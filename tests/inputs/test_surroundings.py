@@ -158,6 +158,7 @@ def test_a_log_that_cannot_be_written(achilles_home: Path) -> None:
     with open("/dev/full", "w") as full:
         broker = subprocess.Popen(
             [*commands.ACHILLES, "--log-level", "debug", "broker", "--bind", "tcp://127.0.0.1:0"],
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # what cannot be said stays in a buffer
             stdin=subprocess.DEVNULL,
             stderr=full,
             text=True,
@@ -170,6 +171,7 @@ def test_a_log_that_cannot_be_written(achilles_home: Path) -> None:
         assert broker.poll() is None
         assert commands.run("shutdown", "--yes").returncode == 0
         assert broker.wait(commands.WAIT_SECONDS) in (0, 120), "120: what was to be said is lost"
+        assert not list(joins.iterdir())  # and no other process has taken its place
     finally:
         if broker.poll() is None:
             broker.kill()
@@ -183,6 +185,7 @@ def test_a_broker_that_dies_while_the_disk_is_full(achilles_home: Path) -> None:
     with open("/dev/full", "w") as full:
         broker = subprocess.Popen(
             [*commands.ACHILLES, "broker", "--bind", "tcp://127.0.0.1:0"],
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # what cannot be said stays in a buffer
             stdin=subprocess.DEVNULL,
             stderr=full,
             text=True,
