@@ -36,12 +36,12 @@ from achilles.errors import ProtocolError
 
 VERSION = 1
 
-# Fragments keep a frame below the sockets' MAXMSGSIZE of 16 MiB, so that a heartbeat never waits
-# behind a whole large payload; below INLINE_MAX a copy is cheaper than a frame of its own.
+# Parts keep a frame below the sockets' MAXMSGSIZE of 16 MiB, and small: libzmq's one thread encrypts a frame as a whole (2 ms a MiB),
+# and all other peers wait for that. Below INLINE_MAX a copy is cheaper than a frame of its own.
 INLINE_MAX = 64 * 1024
-PART_MAX = 8 * 1024 * 1024
+PART_MAX = 1024 * 1024
 BODY_MAX = 4 * 1024 * 1024  # payloads in one body, of however many tasks
-PARTS_MAX = 4096
+PARTS_MAX = 16_384
 TASKS_MAX = 10_000
 FRAMES_MAX = 1 + TASKS_MAX + PARTS_MAX  # of one message, whatever it is
 BLOBS_MAX = 64  # of one group
