@@ -30,6 +30,7 @@ DRAIN_SECONDS = (
 LIFE_SECONDS = 150.0  # a client's, beyond the time of the faults
 TURNS_MAX = 3  # of the plan's faults, where a busy machine let too few of them befall anybody
 IN_FLIGHT_SECONDS = 0.25  # results within it after a broker's death may be its own
+LOSERS = ("stop worker", "partition", "flap", "reset")  # may cost a worker its session, too
 VALUES_MIN = 50  # a run with fewer has not shown much
 LOOK_SECONDS = 2.0
 STEP = 0.02
@@ -271,8 +272,7 @@ def first_after(kills: list[float], done: list[float], restarts: list[float]) ->
 
 def _forbidden(report: Report) -> list[str]:
     """What must not happen under that nemesis alone."""
-    kills = sum(report.effects[kind] for kind in KILLS) + report.effects["stop worker"]
-    kills += report.effects["partition"]
+    kills = sum(report.effects[kind] for kind in (*KILLS, *LOSERS))
     if report.buckets.excused * CRASHES_MAX > kills * SLOTS:
         return [
             f"{report.buckets.excused} tasks were given up, and only {kills} faults can have been to blame"
