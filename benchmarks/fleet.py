@@ -89,6 +89,7 @@ class Fleet:
         self.loop = FdLoop()
         self.peers: list[Peer] = []
         self._tick_at = 0.0
+        self._is_whole = False  # all have had a session, and none may lose it
 
     def add(self, join: Join, role: str, answer: Callable[[p.Wire], list[p.Wire]]) -> Peer:
         """One more session."""
@@ -97,6 +98,8 @@ class Fleet:
             return dial_dealer(self._context, join.endpoint(), join.keys)
 
         def on_message(message: p.Wire, _: float) -> None:
+            if isinstance(message, p.Gone) and not self._is_whole:
+                return  # its connection was one of too many at once; it says hello again
             answers = answer(message)
             if answers:
                 peer.send(answers)
@@ -127,6 +130,7 @@ class Fleet:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{left} of {len(self.peers)} sessions have no broker")
             self.step()
+        self._is_whole = True
 
     def __enter__(self) -> Fleet:
         return self

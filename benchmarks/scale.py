@@ -55,7 +55,7 @@ class Size(NamedTuple):
     rounds: int = 3
     fleet: tuple[int, ...] = (1, 10, 100, 500)
     payloads: tuple[int, ...] = (1, 64)
-    seconds: float = 2.0
+    seconds: float = 1.0
 
 
 TINY = Size((100, 200), (1, 3), (1, 2), 50, 1, (1, 3), (1,), 0.05)
@@ -275,9 +275,12 @@ def say(what: str, figure: Summary, unit: str) -> None:
 
 def growth(line: Mapping[float, Summary]) -> float:
     """How much more the largest costs than the smallest of those that are at least ten, in their best rounds."""
+    return line[max(line)].low / line[_smallest(line)].low
+
+
+def _smallest(line: Mapping[float, Summary]) -> float:
     sizes = sorted(line)
-    smallest = next((size for size in sizes if size >= 10), sizes[0])
-    return line[sizes[-1]].low / line[smallest].low
+    return next((size for size in sizes if size >= 10), sizes[0])
 
 
 def verdicts(found: Found) -> list[Verdict]:
@@ -294,7 +297,7 @@ def verdicts(found: Found) -> list[Verdict]:
     told = []
     for what, line in flat.items():
         times = growth(line)
-        low, high = (f"{value:,.0f}" for value in (min(line), max(line)))
+        low, high = (f"{value:,.0f}" for value in (_smallest(line), max(line)))
         told.append(
             Verdict(
                 f"{what}: {low} to {high}",
