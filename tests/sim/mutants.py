@@ -28,7 +28,7 @@ MUTANTS = [
         "<= self.places",
         "<= self.running",
         ("slots_max",),
-        seed=55,
+        seed=80,
     ),
     Mutant(
         "priorities are ignored",
