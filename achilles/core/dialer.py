@@ -61,6 +61,11 @@ class Dialer:
             return self.start(now)
         return [self._link.wrap(p.Heartbeat())] if self.state == JOINED else []
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the broker is known to have all that was sent."""
+        return self.state == JOINED and not self._link.unacknowledged
+
     def send(self, messages: Iterable[p.Wire]) -> list[Packet]:
         """Messages of the core above; only while joined."""
         if self.state != JOINED:
@@ -68,7 +73,7 @@ class Dialer:
         return [self._link.wrap(message) for message in messages]
 
     def acknowledge(self) -> list[Packet]:
-        """Much has come: the broker may want to know that it is here, before it sends more."""
+        """Say what has come, at once; the broker does the same."""
         return [self._link.wrap(p.Heartbeat())] if self.state == JOINED else []
 
     def receive(self, packet: Packet, now: float) -> Step:

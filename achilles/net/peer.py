@@ -79,6 +79,20 @@ class Peer:
         """Whether there is a session."""
         return self._dialer.state == JOINED
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the broker is known to have all that was sent."""
+        return self._dialer.is_settled
+
+    def is_deaf(self, now: float) -> bool:
+        """Whether nothing has been heard for so long that nobody is thought to be there, on whichever socket."""
+        heard_at = self._dialer.heard_at or self._since
+        return now > max(heard_at, self._busy_until) + SILENCE_SECONDS
+
+    def inquire(self) -> None:
+        """Have the broker say what it has."""
+        self._transmit(self._dialer.acknowledge())
+
     def take_unacknowledged(self) -> list[p.Wire]:
         """What the last session's broker has perhaps not got."""
         messages, self._dialer.unacknowledged = self._dialer.unacknowledged, []

@@ -79,6 +79,8 @@ class Worker:
         self._was_joined = False
         self._cut_off_at: float | None = None
         self._on_joined: Callable[[], None] = lambda: None
+        self._farewell: p.Goodbye | None = None  # waits until the broker has all reports
+        self._has_asked = False  # whether it has them
         self._is_over = False
 
     def run(self, wanted_end: Callable[[], int], on_joined: Callable[[], None]) -> int:
@@ -192,14 +194,26 @@ class Worker:
             if to == "host":
                 for event in self._host.apply(message):  # type: ignore[arg-type]
                     sends += self._agent.receive(event, now)
+            elif isinstance(message, p.Goodbye):
+                self._farewell, self._has_asked = message, False
             else:
                 outgoing.append(message)  # type: ignore[arg-type]
         if outgoing and self._peer.is_joined:
             self._peer.send(outgoing)
         elif outgoing:
             self._agent.hold(outgoing, now)
-        if self._agent.is_drained:
+        if self._agent.is_drained and not self._is_over:
+            self._leave(now, has_sent=bool(outgoing))
+
+    def _leave(self, now: float, *, has_sent: bool) -> None:
+        """A drain is over: say so and end, when the broker has all reports. They may be large, and a closed socket drops them."""
+        peer = self._peer
+        if self._farewell is None or peer.is_settled or peer.is_deaf(now):
+            peer.send([] if self._farewell is None else [self._farewell])
             self._is_over = True
+        elif has_sent or not self._has_asked:
+            self._has_asked = True
+            peer.inquire()
 
 
 def _size(count: int) -> str:
