@@ -35,7 +35,7 @@ class Limits(NamedTuple):
     client_bytes: int = 256 * MIB  # of one client's unresolved tasks
     memory: int = 2 * GIB  # of the whole process
     sessions: int = 10_000
-    unauthenticated: int = 256  # connections that have not shown a key yet
+    unauthenticated: int = 2048  # connections that have not shown a key yet
     hello_timeout: float = 5.0  # for a session to begin on a connection
 
     @property

@@ -69,7 +69,7 @@ class Connections:
     """All connections of one ROUTER. ``unauthenticated_max`` and ``patience`` (seconds without a session) can be set."""
 
     def __init__(self) -> None:
-        self.unauthenticated_max = 256
+        self.unauthenticated_max = 2048
         self.patience = 5.0
         self.dropped = 0  # for one of these limits
         self.on_refused: Callable[[str, str], object] | None = None  # called with source and reason

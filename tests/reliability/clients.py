@@ -24,6 +24,7 @@ WAITING = 2000
 PROGRAM = """
 import os, sys
 from achilles import DistributedExecutor
+from tests.chaos import work
 executor = DistributedExecutor(address="auto")
 log, base = sys.argv[1], int(sys.argv[2])
 futures = [executor.submit(work.sleep, base + n, log, float(sys.argv[3])) for n in range(2)]
