@@ -124,7 +124,7 @@ SETTINGS = (
     Setting(
         "broker.unauthenticated",
         "integer",
-        2048,
+        2_048,
         "Connections at once that have not shown a key yet.",
         1,
     ),
