@@ -22,6 +22,7 @@ from achilles.core import protocol as p
 from achilles.core.protocol import Group
 from achilles.core.submission import Send, Submission
 from achilles.errors import SealError
+from achilles.failures import failure, result_too_large
 from achilles.futures import FAILED as FAILED
 from achilles.futures import Future, MapRun
 from achilles.runtime.allowed import Allowed, Guarded
@@ -432,55 +433,22 @@ class Mailbox:
 
     def _fail(self, message: p.Failed) -> None:
         """The broker gives a task up."""
-        from achilles.errors import (
-            ArgumentTooLargeError,
-            TaskCrashedError,
-            TaskMemoryError,
-            TaskTimeoutError,
-            WorkerLostError,
-        )
-
         kind = message.kind
         if self._split(message.id, crashes=int(kind == p.CRASHED), losses=int(kind == p.LOST)):
             return
         task = self._describe(message.id)
         if task is None:
             return
-        story = "; ".join(f"attempt {n}: {line}" for n, line in enumerate(message.story, 1))
-        error: BaseException
-        if message.kind == p.CRASHED:
-            error = TaskCrashedError(
-                f"{task} ended the process that ran it too often; the executor goes on without it. {story}"
-            )
-        elif message.kind == p.REFUSED:
-            error = RuntimeError(f"cannot schedule {task}: {'; '.join(message.story)}")
-        elif message.kind == p.OVERSIZED:
-            error = ArgumentTooLargeError(
-                _too_large(f"the arguments of {task} hold", message.story[0], "argument_max")
-            )
-        elif message.kind == p.TIMEOUT:
-            error = TaskTimeoutError(f"{task} took longer than it may. {story}")
-        elif message.kind == p.MEMORY:
-            error = TaskMemoryError(
-                f"{task} needs more memory than its worker allows (worker.memory_limit). {story}"
-            )
-        else:
-            error = WorkerLostError(
-                f"{task} was on too many workers that vanished; the executor goes on without it. {story}"
-            )
-        self.deliver_error(message.id, error)
+        self.deliver_error(message.id, failure(message, task))
 
     def _result_too_large(self, id: int, sizes: p.Payload) -> None:
         """A worker did not send a result."""
-        from achilles.errors import ResultTooLargeError
-
         if self._split(id):
             return
         task = self._describe(id)
         if task is not None:
             text = sizes[:100].decode("ascii", "replace") if type(sizes) is bytes else ""
-            about = _too_large(f"the result of {task} holds", text, "result_max")
-            self.deliver_error(id, ResultTooLargeError(about))
+            self.deliver_error(id, result_too_large(text, task))
 
     def _describe(self, id: int) -> str | None:
         """The task as errors call it; None if nobody waits for it."""
@@ -574,17 +542,6 @@ def _behind(payload: Any, seal: bytes) -> p.Payload:
     if type(payload) is bytes and len(payload) <= p.INLINE_MAX:
         return payload + seal
     return p.Parts((payload, seal))
-
-
-def _too_large(what: str, sizes: str, setting: str) -> str:
-    """Says which limit was passed; ``sizes`` are the bytes and the limit, as a worker or the submission wrote them."""
-    size, _, limit = sizes.partition(" ")
-    if not (size.isdigit() and limit.isdigit()):
-        size, limit = "more bytes", "fewer"
-    return (
-        f"{what} {size} bytes, and the broker takes {limit} at most: broker.{setting} in its achilles.toml. "
-        "Raise that, or pass the name of a file that both sides can read"
-    )
 
 
 def _wake_nobody() -> None:

@@ -38,6 +38,7 @@ HEIGHTS = {
     "core": 1,
     "runtime": 1,
     "bundles": 2,
+    "failures": 2,
     "futures": 2,
     "letters": 2,
     "mailbox": 2,
@@ -61,7 +62,7 @@ HEIGHTS = {
 }
 ONE_ROOM = [
     {"errors", "task_errors"},
-    {"bundles", "futures", "mailbox"},
+    {"bundles", "failures", "futures", "mailbox"},
     {"pool", "pool_calls"},
     {"maps", "aio"},
     {"register", "joblib_backend"},

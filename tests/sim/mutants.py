@@ -98,8 +98,8 @@ MUTANTS = [
     Mutant(
         "suspects and those who drain get work",
         "dispatch",
-        "if worker.state == READY and not worker.is_gone:",
-        "if not worker.is_gone:",
+        "if worker.state != READY or worker.is_gone:",
+        "if worker.is_gone:",
         ("ready workers only",),
         seed=15,
     ),

@@ -1,0 +1,53 @@
+"""What a task fails with that was given up: the words of broker and worker as exceptions, for whoever waits for it."""
+
+from __future__ import annotations
+
+from achilles.core import protocol as p
+from achilles.errors import (
+    ArgumentTooLargeError,
+    ResultTooLargeError,
+    TaskCrashedError,
+    TaskMemoryError,
+    TaskTimeoutError,
+    WorkerLostError,
+)
+
+
+def failure(message: p.Failed, task: str) -> BaseException:
+    """The error of a task that the broker, or the submission, gives up; ``task`` is what errors call it."""
+    story = "; ".join(f"attempt {n}: {line}" for n, line in enumerate(message.story, 1))
+    if message.kind == p.CRASHED:
+        return TaskCrashedError(
+            f"{task} ended the process that ran it too often; the executor goes on without it. {story}"
+        )
+    if message.kind == p.REFUSED:
+        return RuntimeError(f"cannot schedule {task}: {'; '.join(message.story)}")
+    if message.kind == p.OVERSIZED:
+        return ArgumentTooLargeError(
+            _too_large(f"the arguments of {task} hold", message.story[0], "argument_max")
+        )
+    if message.kind == p.TIMEOUT:
+        return TaskTimeoutError(f"{task} took longer than it may. {story}")
+    if message.kind == p.MEMORY:
+        return TaskMemoryError(
+            f"{task} needs more memory than its worker allows (worker.memory_limit). {story}"
+        )
+    return WorkerLostError(
+        f"{task} was on too many workers that vanished; the executor goes on without it. {story}"
+    )
+
+
+def result_too_large(sizes: str, task: str) -> BaseException:
+    """The error of a task whose result a worker did not send; ``sizes`` are its bytes and the limit, as the worker wrote them."""
+    return ResultTooLargeError(_too_large(f"the result of {task} holds", sizes, "result_max"))
+
+
+def _too_large(what: str, sizes: str, setting: str) -> str:
+    """Says which limit was passed; ``sizes`` are the bytes and the limit, as a worker or the submission wrote them."""
+    size, _, limit = sizes.partition(" ")
+    if not (size.isdigit() and limit.isdigit()):
+        size, limit = "more bytes", "fewer"
+    return (
+        f"{what} {size} bytes, and the broker takes {limit} at most: broker.{setting} in its achilles.toml. "
+        "Raise that, or pass the name of a file that both sides can read"
+    )
