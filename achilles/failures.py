@@ -46,7 +46,7 @@ def _too_large(what: str, sizes: str, setting: str) -> str:
     """Says which limit was passed; ``sizes`` are the bytes and the limit, as a worker or the submission wrote them."""
     size, _, limit = sizes.partition(" ")
     if not (size.isdigit() and limit.isdigit()):
-        size, limit = "more bytes", "fewer"
+        size, limit = "more", "fewer"
     return (
         f"{what} {size} bytes, and the broker takes {limit} at most: broker.{setting} in its achilles.toml. "
         "Raise that, or pass the name of a file that both sides can read"

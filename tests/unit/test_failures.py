@@ -54,4 +54,4 @@ def test_what_is_too_large_names_both_sizes_and_the_setting() -> None:
 
 def test_sizes_that_are_none_are_not_shown() -> None:
     """A worker can write there what it likes."""
-    assert "more bytes bytes, and the broker takes fewer" in str(result_too_large("\x1b[2J", TASK))
+    assert "holds more bytes, and the broker takes fewer" in str(result_too_large("\x1b[2J", TASK))
