@@ -25,7 +25,7 @@ from achilles.core.chunking import chunk_size
 from achilles.core.tables import READY, Client, Lease, PeerId, Places, TaskQueue, Worker
 from achilles.core.tables import Send as Send
 
-ANNOUNCE_SECONDS = 0.005  # most tasks are done before anybody could ask whether they run
+ANNOUNCE_SECONDS = 0.02  # most tasks, and a chunk that waited behind another, are done by then
 LEASE_BITS = 32  # of a lease's number; above them is its broker's
 STUCK_SECONDS = 0.04  # without a result; workers give back what has waited for 0.05
 MANY = 1 << 62  # more leases than anybody holds

@@ -31,7 +31,7 @@ WATCH_SECONDS = 0.5
 OBSTACLE_SECONDS = WARN_SECONDS  # that nobody may run a task, before it is said
 SILENCE_SECONDS = WARN_SECONDS  # the same of a broker that says nothing
 FLUSH_SECONDS = 2.0
-ANNOUNCED_SECONDS = 0.02  # within it the broker tells what it has dispatched of what it was sent
+ANNOUNCED_SECONDS = 0.05  # within it the broker tells what it has dispatched of what it was sent
 
 _LOG = logging.getLogger("achilles.client")
 
@@ -107,6 +107,7 @@ class Connection:
         self._failure: AchillesError | None = None
         self._next_watch = 0.0
         self._cancel_at: float | None = None  # when to cancel what is not running by then
+        self._killing: Callable[[], BaseException] | None = None  # and what the rest fails with
         self._curiosity = Curiosity()
         self._obstacles = Conditions(OBSTACLE_SECONDS)
         self._silence = Conditions(SILENCE_SECONDS)
@@ -190,13 +191,13 @@ class Connection:
         self.call(cancel_soon)
 
     def kill(self, make_error: Callable[[], BaseException]) -> None:
-        """Fail what is unresolved now; what runs of it is ended where it runs."""
+        """Fail what is unresolved, as soon as the broker has told what runs of it, which is ended where it runs."""
 
-        def kill() -> None:
-            self._cancel_pending(kill=True)  # one of them may run, and not have been announced
-            self._cancel(self.mailbox.fail_all(make_error), kill=True)
+        def kill_soon() -> None:
+            self._killing = make_error
+            self._cancel_at = monotonic() + ANNOUNCED_SECONDS
 
-        self.call(kill)
+        self.call(kill_soon)
 
     def __repr__(self) -> str:
         return self._address
@@ -278,10 +279,13 @@ class Connection:
             self._sends += self.mailbox.submit_to(self._submission, batch)
         self._cancel(cancels)
 
-    def _cancel_pending(self, *, kill: bool = False) -> None:
-        self._cancel_at = None
+    def _cancel_pending(self) -> None:
+        make_error, self._cancel_at = self._killing, None
+        is_killing = make_error is not None
         self._take_mail()
-        self._cancel(self.mailbox.cancel_pending(), kill=kill)
+        self._cancel(self.mailbox.cancel_pending(), kill=is_killing)
+        if make_error is not None:
+            self._cancel(self.mailbox.fail_all(make_error), kill=True)
 
     def _from_broker(self, message: p.Wire, now: float) -> None:
         match message:

@@ -57,7 +57,8 @@ from achilles.runtime.serialize import ERROR, INIT_FAILED, LARGE
 from achilles.runtime.shared import IS_AVAILABLE
 from achilles.runtime.side import OUTPUT
 
-POLL_SECONDS = 0.005  # how long a result may lie in a stream pipe
+LOOK_SECONDS = 0.005  # between looks after the dying, and after what a runner had no room for
+POLL_SECONDS = 0.01  # how long a result may lie in a stream pipe, behind a task that takes long
 EXIT_SECONDS = 0.5  # from the end of a runner's channel to its exit
 RETIRE_SECONDS = 5.0  # the same where it was asked to exit, and runs atexit handlers
 READS_MAX = 16
@@ -113,7 +114,6 @@ class RunnerHost:
         self.captures = captures
         self.runners: dict[int, _Runner] = {}
         self.polled: set[_Runner] = set()  # those that something is awaited of which wakes nobody
-        self.poll_at = 0.0  # when to look at them: whatever else happens meanwhile, results gather
         self.dying: set[_Runner] = set()  # killed, or their channel ended, but not seen to exit
         self.events: list[RunnerEvent] = []
         self.life_read, self.life = life_pipe()
@@ -156,11 +156,8 @@ class RunnerHost:
         """The events gathered since; reads the stream pipes, when that is due, and looks after the dying, too."""
         if self.polled:
             now = time.monotonic()
-            is_due = now >= self.poll_at
-            if is_due:
-                self.poll_at = now + POLL_SECONDS
             for runner in tuple(self.polled):
-                if is_due or runner.outbox:
+                if runner.outbox or now >= runner.poll_at:
                     runner.poll()
         for runner in tuple(self.dying):
             runner.bury()
@@ -169,8 +166,8 @@ class RunnerHost:
     def next_deadline(self, now: float) -> float | None:
         """When `collect` is wanted next even if no descriptor is ready."""
         if self.dying or any(runner.outbox for runner in self.polled):
-            return now + POLL_SECONDS
-        return max(now, self.poll_at) if self.polled else None
+            return now + LOOK_SECONDS
+        return max(now, min(runner.poll_at for runner in self.polled)) if self.polled else None
 
     def close(self, *, timeout: float) -> None:
         """End and reap all runners; those that are idle may exit by themselves for up to ``timeout`` seconds."""
@@ -260,6 +257,7 @@ class _Runner:
         self.is_write_watched = False
         self.is_unwatched = False
         self.is_gone = False
+        self.poll_at = 0.0  # when to look for results that it did not wake the host for
         self.last_seq = 0
         self.fault = ""  # what it did, or suffered, that made us kill it
         self.deadline: float | None = None  # when it is killed if it has not exited by then
@@ -299,6 +297,8 @@ class _Runner:
         if self.host.seal is not None:
             chunk.root = names_of(effect.payloads[0])[1]
         if count > 1:
+            if self not in self.host.polled:
+                self.poll_at = time.monotonic() + POLL_SECONDS
             self.host.polled.add(self)
         command = (
             "run",
@@ -532,6 +532,7 @@ class _Runner:
 
     def _read_stream(self) -> None:
         """Take records of the stream pipe."""
+        self.poll_at = time.monotonic() + POLL_SECONDS
         buffer, buffers = self.host.buffer, (self.host.buffer,)
         try:
             while count := os.readv(self.process.stream, buffers):
@@ -627,7 +628,7 @@ class _Runner:
             if left <= 0 and not self.is_killed:
                 self.kill()
             is_sure = self.process.pidfd >= 0 and left > 0
-            ready.poll(1000 * min(left, 1.0) if is_sure else 1000 * POLL_SECONDS)
+            ready.poll(1000 * min(left, 1.0) if is_sure else 1000 * LOOK_SECONDS)
             self.poll()
             self.bury()
 

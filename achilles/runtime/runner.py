@@ -65,6 +65,10 @@ QUIET_SECONDS = (
 )
 READ_MAX = 1 << 16
 HOT_SECONDS = 0.001  # a shorter wait for a token than this is worth a core that nobody wants
+LATE_SECONDS = 0.005  # how long it is taken not to be worth it, when no token came for so long
+CROWDED_MAX = (
+    200  # waits in a row in which others took the core; the kernel needs about as many to part them
+)
 COLD_SECONDS = 0.05  # how long a core is taken to be wanted, or not worth it, once it was
 ALIVE_SECONDS = 60.0  # for so long a client is taken to live that has shown it
 BY_VALUE = "achilles.runtime.by_value"  # imported when the first function of a program comes
@@ -87,6 +91,7 @@ class Runner:
         self.poll = poll.poll
         self.is_hot = False  # the last wait for a token was short
         self.cold_until = 0.0  # until then others want the core
+        self.crowded = 0  # how often in a row they did
         self.stream = stream
         self.handoff_fd = handoff
         self.handoff: Handoff | None = None  # made on first use: large payloads are rare
@@ -144,7 +149,8 @@ class Runner:
         intervals, the runner looks for the next one for a moment before it sleeps. And where it keeps a core busy, the
         other threads that the next task passes through share the other cores, and are not sent to sleep and woken
         so often: that takes a third off the round trip through a broker on two cores. It offers the core to
-        others all the while. Where they take it, or no token comes, it does not try again for some time.
+        others all the while. Where they take it again and again, or no token comes, it does not try again for some time; but
+        not at the first time: a thread that was last on this core is woken here until the kernel has seen that it is busy.
         """
         started = perf_counter()
         if self.is_hot and started > self.cold_until:
@@ -153,8 +159,15 @@ class Runner:
             while not (is_found := is_there(0)) and perf_counter() - started < HOT_SECONDS:
                 _offer_core()
             looked = perf_counter() - started
-            if not is_found or thread_time() - ran < 0.8 * looked:
-                self.cold_until = started + COLD_SECONDS
+            if not is_found:
+                self.cold_until = started + LATE_SECONDS
+            elif thread_time() - ran >= 0.8 * looked:
+                self.crowded = 0
+            else:
+                self.crowded += 1
+                if self.crowded > CROWDED_MAX:
+                    self.crowded = 0
+                    self.cold_until = started + COLD_SECONDS
         token = os.read(self.tokens, 1)
         self.is_hot = perf_counter() - started < HOT_SECONDS
         return token
