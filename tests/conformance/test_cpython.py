@@ -51,11 +51,19 @@ def deviations(mode: str) -> dict[str, str]:
 
 
 def installed_tests(module: str) -> str | None:
-    """ "" if this interpreter has its tests, or a directory with them by a package `test`; None if there are none."""
+    """ "" if this interpreter has its tests, or a directory with them by a package `test`; None if there are none.
+
+    Debian's libpython3.X-testsuite has those of the system's own Python, which are those of this version, too.
+    """
     if find_spec("test") is not None and find_spec(module) is not None:
         return ""
-    extra = os.environ.get("CPYTHON_TESTS", "")
-    return extra if extra and Path(extra, f"{module.partition('.')[2]}.py").exists() else None
+    for extra in (
+        os.environ.get("CPYTHON_TESTS", ""),
+        f"/usr/lib/python{VERSION.rpartition('.')[0]}/test",
+    ):
+        if extra and Path(extra, f"{module.partition('.')[2]}.py").exists():
+            return extra
+    return None
 
 
 @pytest.fixture(scope="module")

@@ -61,8 +61,7 @@ ROWS: dict[int, Row] = {
     ),
     19: Row(
         "a task takes more memory than it may",
-        "an error names the limit and what it took",
-        untested="there is no limit of memory yet: such a task is ended by the kernel (18)",
+        "TaskMemoryError names the limit and what it took; it is not tried again unasked",
     ),
     20: Row("a task runs longer than with_options(timeout=)", "TaskTimeoutError; the slot is free"),
     21: Row("a task recurses without end", "RecursionError"),
@@ -102,13 +101,11 @@ ROWS: dict[int, Row] = {
     ),
     39: Row(
         "an argument beyond a limit of bytes",
-        "an error names the limit, before anything is sent",
-        untested="executors have no limit of bytes yet; frames of the wire have one (70)",
+        "ArgumentTooLargeError names the limit, before anything is sent",
     ),
     40: Row(
         "a result beyond a limit of bytes",
-        "the same, on the worker",
-        untested="executors have no limit of bytes yet; frames of the wire have one (70)",
+        "ResultTooLargeError, on the worker; the runner lives",
     ),
     41: Row(
         "an argument of 2 GiB and a byte",

@@ -34,6 +34,7 @@ def some_of(payload: bytes) -> bytes:
     return payload if payload[0] == 0 else payload[-8:]
 
 
+@pytest.mark.bad_input(39, 40)
 @attack("T25")
 def test_what_is_too_large_fails_alone_and_names_the_limit(broker: commands.Command) -> None:
     with commands.worker() as worker, DistributedExecutor(address="auto") as executor:

@@ -24,6 +24,7 @@ def take(path: str, size: int) -> int:
     return len(data)
 
 
+@pytest.mark.bad_input(19)
 def test_a_task_that_takes_too_much(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "notes"
     with Cluster(0) as cluster:
