@@ -208,9 +208,9 @@ ROWS = (
     ),
     Row(
         8,
-        "A worker that fails everything at once is quarantined",
-        f"{PYTEST} tests/unit/core/test_standing.py",
-        tests("tests of the cores"),
+        "A worker that fails everything at once takes 20 tasks of 10,000 at most, and fails none",
+        "python -m tests.reliability.blackhole",
+        figure_line,
     ),
     Row(
         9,
