@@ -104,6 +104,8 @@ class Charges:
         if queue is not None:
             queue.live -= 1
             queue.client.live -= 1
+            task.queue = None
+            queue.client.enqueue(queue)  # it may have stood before an older one: see `TaskQueue`
 
 
 def blame_of(task: Task) -> Blame:

@@ -162,8 +162,7 @@ class Dispatcher:
     ) -> None:
         client, group = queue.client, queue.group
         tasks = queue.take(chunk_size(queue.estimate, queue.live, self.slots, queue.chunk_max))
-        if queue.live:  # one that was put back may have stood before an older one
-            client.enqueue(queue)
+        client.enqueue(queue)  # they may have stood before an older one: see `TaskQueue`
         client.live -= len(tasks)
         if client.live == 0:
             self.waiting.pop(client.peer, None)

@@ -358,15 +358,12 @@ class Scheduler:
 
     def _cancel(self, client: Client, ids: Iterable[int], kill: bool) -> list[Send]:
         sends = []
-        shorter: dict[TaskQueue, None] = {}
         for id in ids:
             task = client.tasks.pop(id, None)
             if task is None:
                 continue
             lease = task.lease
             if lease is None:
-                if task.queue is not None:
-                    shorter[task.queue] = None
                 self._charges.unqueue(task)
             else:
                 index = lease.tasks.index(task)
@@ -375,8 +372,6 @@ class Scheduler:
                 client.bytes -= p.size_of(task.payload)
             task.queue = None
             task.payload = None
-        for queue in shorter:  # one that was put back may have stood before an older one
-            client.enqueue(queue)
         if client.live == 0:
             self._desk.waiting.pop(client.peer, None)
         return [*sends, *self._desk.lend(client)]

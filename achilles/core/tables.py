@@ -76,7 +76,11 @@ class Task(msgspec.Struct, eq=False, gc=False):
 
 
 class TaskQueue:
-    """A client's tasks of one group, oldest first. ``live`` counts those that are not cancelled."""
+    """A client's tasks of one group, oldest first. ``live`` counts those that are not cancelled.
+
+    One that was put back stands in front again, and may be younger than another that had been: whoever takes the first
+    away has the client `enqueue` it.
+    """
 
     __slots__ = (
         "client",
