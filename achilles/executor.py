@@ -24,7 +24,7 @@ from achilles.futures import Future, as_completed
 from achilles.handles import Handle, restore
 from achilles.mailbox import INIT_BLOB, Mailbox
 from achilles.maps import name_of, results
-from achilles.options import count, default_slots, merge_options
+from achilles.options import count, merge_options
 from achilles.runtime import context
 from achilles.runtime.arguments import ArgumentTable, Attached, join_attached
 from achilles.runtime.functions import FunctionTable, bytes_of
@@ -123,7 +123,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         max_tasks_per_child = count("max_tasks_per_child", max_tasks_per_child, ">= 1")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        from achilles.config import load
+        from achilles.config import cores, load
 
         settings = load(config)
         if max_workers is None:
@@ -138,7 +138,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         self._init = INIT_BLOB if initializer is not None else 0
         self._max_tasks = max_tasks_per_child or 0
         self._is_embedded = not address
-        self._max_workers_given = max_workers or (None if address else default_slots())
+        self._max_workers_given = max_workers or (None if address else cores())
         self._address = address or ""
         self._timeouts = (settings["client.connect_timeout"], settings["client.broker_timeout"])
         initargs = tuple(initargs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,16 +11,6 @@ from achilles.core.protocol import PLAIN, TAGS_MAX, Options
 
 PRIORITY_MAX = 1 << 31
 RETRIES_MAX = 1 << 31
-
-
-def default_slots() -> int:
-    """As many runners as this process may use cores."""
-    count = getattr(os, "process_cpu_count", None)  # Python 3.13 on
-    if count is not None:
-        return count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def count(name: str, value: object, wanted: str) -> int | None:
