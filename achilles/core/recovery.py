@@ -92,12 +92,13 @@ class Recovery:
 
     def claim(
         self, client: Client, found: Found, queue: TaskQueue, message: p.Submit, now: float
-    ) -> p.Results:
-        """A client asks for tasks of this queue: those that workers have go on where they are. The results that there are.
+    ) -> tuple[p.Results, list[Send]]:
+        """A client asks for tasks of this queue: those that workers have go on where they are. The results that there are, and failures.
 
-        Both are taken out of the message.
+        All these are taken out of the message.
         """
         results = p.Results([], b"", [])
+        sends: list[Send] = []
         ids: list[int] = []
         payloads: list[p.Payload] = []
         for id, payload in zip(message.ids, message.payloads, strict=True):
@@ -112,13 +113,17 @@ class Recovery:
                 results.statuses += bytes([status])
                 results.payloads.append(result)
                 client.bytes -= p.size_of(payload)
+            elif id in found.ended:
+                kind, text, _ = found.ended.pop(id)
+                task = client.tasks[id] = Task(id, queue, payload)
+                sends += self._charges.exceeded(task, kind, text)
             elif id in found.tasks and self._assign(found.tasks[id], queue):
                 self._take_in(found.tasks.pop(id), queue, payload, now)
             else:
                 ids.append(id)
                 payloads.append(payload)
         message.ids, message.payloads = ids, payloads
-        return results
+        return results, sends
 
     def give_up_doubtful(self, client: Client) -> list[Send]:
         """Fail the queued tasks that may run at most once, and that were perhaps begun under an earlier broker."""
@@ -163,6 +168,13 @@ class Recovery:
                 if found.tasks.get(task.id) is task:
                     del found.tasks[task.id]
                     found.results[task.id] = status, payload
+
+    def keep_end(self, client: Client, task: Task, kind: str, text: str) -> None:
+        """A task took more time or memory than it may: its client may still ask for it, and says then whether it has retries."""
+        found = client.found
+        if found is not None and found.tasks.get(task.id) is task:
+            del found.tasks[task.id]
+            found.ended[task.id] = kind, text, _earlier(task)
 
     def keep_letter(self, client: Client, letter: p.Letter) -> None:
         """What a task has printed, whose client is not back. What it asks, it asks again."""
@@ -219,6 +231,10 @@ class Recovery:
             found = client.found
             if found is None or task.id in found.results:
                 return task
+            if task.id in found.ended:
+                if found.ended[task.id][2] >= _earlier(task):
+                    return task
+                del found.ended[task.id]
             known = found.tasks.get(task.id)
             if known is not None and _earlier(known) >= _earlier(task):
                 return task
@@ -234,8 +250,7 @@ class Recovery:
             return queued
         if queue is None or not self._assign(task, queue):
             return task
-        queue.live -= 1
-        client.live -= 1
+        self._charges.unqueue(queued)
         if client.live == 0:
             self._desk.waiting.pop(client.peer, None)
         client.doubtful.discard(task.id)
@@ -244,7 +259,7 @@ class Recovery:
             if held < queued.blame.attempts and queued.blame.earlier:
                 queued.blame.earlier -= 1  # this very attempt, which is counted when it ends
             task.blame = queued.blame
-        payload, queued.queue, queued.payload = queued.payload, None, None
+        payload, queued.payload = queued.payload, None
         self._take_in(task, queue, payload, now)
         return None
 
@@ -314,7 +329,8 @@ class Recovery:
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""
         for client in (*self._absent.values(), *self._clients.values()):
-            for id, task in client.found.tasks.items() if client.found else ():
+            found = client.found or Found()
+            for id, task in found.tasks.items():
                 lease = task.lease
                 assert task.queue is None, "found, and asked for"
                 assert id not in client.tasks, "found, and queued"
@@ -322,6 +338,7 @@ class Recovery:
                 assert lease.client is client, "found of another client"
                 assert task in lease.tasks, "found, and ended"
                 assert not lease.worker.is_gone, "a worker that left holds a task"
+                assert id not in found.ended, "found, and took too much"
             assert self.is_open or not client.is_held_back, "a client is held back for ever"
 
 

@@ -298,10 +298,11 @@ class Scheduler:
             queue = client.queues[group] = TaskQueue(client, group)
         sends: list[Send] = []
         if client.found is not None:
-            results = self._recovery.claim(client, client.found, queue, message, now)
+            results, sends = self._recovery.claim(client, client.found, queue, message, now)
             self._done += len(results.ids)
             client.done += len(results.ids)
-            sends = [client.tell(results)] if results.ids else []
+            if results.ids:
+                sends.append(client.tell(results))
         was_empty = queue.live == 0
         tasks = client.tasks
         append = queue.tasks.append
@@ -517,12 +518,13 @@ class Scheduler:
         (task,) = self._held(lease, [message.index])
         lease.tasks[message.index] = None
         lease.left -= 1
-        self._recovery.gone(lease.client, [task])
         if message.kind != p.CRASHED:
             text = f"{message.reason} on worker {worker.name}"
+            self._recovery.keep_end(lease.client, task, message.kind, text)
             sends = self._charges.exceeded(task, message.kind, text)
         else:
             text = f"its runner {message.reason} on worker {worker.name}"
+            self._recovery.gone(lease.client, [task])
             if self._standing.crashed(worker, task, now) and task.queue is not None:
                 sends = self._charges.pardon(task, text)
             else:

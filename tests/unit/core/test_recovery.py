@@ -138,6 +138,41 @@ def test_a_result_that_raised_has_its_retries_yet() -> None:
     assert (run.ids, run.attempt) == ([1], 2)
 
 
+@pytest.mark.parametrize("kind", [p.TIMEOUT, p.MEMORY])
+@pytest.mark.parametrize("retries", [0, 1])
+def test_what_took_too_much_before_its_client_is_back_has_its_retries_and_no_more(
+    kind: str, retries: int
+) -> None:
+    bench = RecoveryBench(WORKER)
+    bench.worker()
+    bench.holds(1, 1)
+    bench.resumed(WORKER)
+    assert bench.say(WORKER, p.Crashed(OLD + 1, 0, "took too much", kind)) == []
+    bench.client()
+    sends = bench.again(1, options=p.Options(timeout=5.0, retries=retries))
+    assert [run.ids for run in runs(sends)] == [[1]] * retries
+    assert [(failed.id, failed.kind) for failed in of(sends, p.Failed)] == [(1, kind)] * (
+        1 - retries
+    )
+    bench.resumed(CLIENT)
+
+
+def test_a_later_attempt_is_the_one_to_have_also_where_the_earlier_took_too_long() -> None:
+    """It was charged by the broker that is gone, and the task has gone on elsewhere."""
+    bench = RecoveryBench(WORKER, SECOND)
+    bench.worker()
+    bench.holds(1, 1)
+    bench.say(WORKER, p.Crashed(OLD + 1, 0, "took too long", p.TIMEOUT))
+    bench.worker(SECOND)
+    assert bench.holds(2, 1, worker=SECOND, attempt=2) == []
+    for name in (WORKER, SECOND):
+        bench.resumed(name)
+    bench.client()
+    sends = bench.again(1, options=p.Options(timeout=5.0, retries=1))
+    assert (runs(sends), of(sends, p.Failed)) == ([], [])
+    assert bench.value(2, worker=SECOND)[0] == results(1)
+
+
 def test_what_crashes_before_its_client_is_back_runs_again_for_it() -> None:
     bench = RecoveryBench(WORKER)
     bench.worker()

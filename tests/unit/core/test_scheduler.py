@@ -231,6 +231,22 @@ def test_the_same_task_twice_is_one_task() -> None:
     assert bench.core.status(bench.now).running == 1
 
 
+def test_the_oldest_task_goes_first_also_from_behind_one_that_was_put_back() -> None:
+    """A queue's place is that of its first task, which is younger than the second here for a while."""
+    bench = SchedulerBench()
+    bench.say(CLIENT, p.Blob(0, 2, b"another function"))
+    (five,) = runs(bench.submit(5))
+    bench.core.suspect(WORKER)
+    bench.submit(1, 6)
+    bench.submit(3, 4, fn=2)
+    bench.say(WORKER, p.Returned(five.lease, [0]))  # it stands in front of 1
+    (three,) = runs(bench.core.resume(WORKER, bench.now))
+    assert three.ids == [3]
+    bench.say(CLIENT, p.Cancel([5], False))
+    (behind, *_) = runs(bench.done(WORKER, three))
+    assert behind.ids == [1]
+
+
 def test_the_oldest_function_goes_first() -> None:
     """Across functions the order of submission holds."""
     bench = SchedulerBench(workers=0)
