@@ -9,8 +9,9 @@ Rules
        milliseconds that a bundle takes.
     2. Arguments are immutable and plain, so that it makes no difference when, and with what else, they are pickled; and come from
        a container of the standard library, so that taking many of them runs no code of the user's, and does not wait.
-    3. A bundle runs at most once. If its runner crashed, or its worker was lost, that is charged to each of its items that have no
-       outcome, for one of them was it: they go out again, each as a task of its own, with two crashes or four losses left.
+    3. A bundle fails where another task is charged (`Options.is_bundle`). If its runner crashed, or its worker was lost, that is charged
+       to each of its items that have no outcome, for one of them was it: they go out again, each as a task of its own, with two crashes or
+       four losses left. When the broker changes, a bundle goes on, or begins again, as any task.
     4. Calls that have options for each attempt (a timeout, retries, at_most_once) are tasks of their own, and so are those of
        tasks that submit tasks.
 """

@@ -140,7 +140,7 @@ class MapCall:
             number, blob = executor._functions.encode(Bundle(fn), shared=True)
         if type(blob) is not bytes:
             return None
-        group = mailbox.group(number, executor._init, 0, options.but(at_most_once=True))
+        group = mailbox.group(number, executor._init, 0, options.but(is_bundle=True))
         size_max = chunksize if chunksize > 1 else SIZE_MAX
         single = self._group, self._blob
         return Bundler(mailbox, self.run, self._ids, single, (group, blob), size_max)

@@ -3,7 +3,8 @@
 Rules
     1. Only what befell a task itself is put on its account: its runner's crash, its worker's loss, or a retry that it took.
     2. A task that ended its runner, or was on a worker that vanished, runs again, until it has done so too often: then it is
-       the task. One that may run at most once is given up as soon as nobody knows whether it ran.
+       the task. One that may run at most once is given up as soon as nobody knows whether it ran; a bundle, as soon as it would be
+       charged, because one of its calls is to be, and its client knows them.
     3. What raised, or took too long, has its retries.
 """
 
@@ -59,6 +60,8 @@ class Charges:
         kind = p.CRASHED if is_crash else p.LOST
         if queue.options.at_most_once:
             return self.give_up(task, queue, kind, f"{text}; it may run at most once")
+        if queue.options.is_bundle:
+            return self.give_up(task, queue, kind, text)
         if blame.crashes >= CRASHES_MAX or blame.losses >= LOSSES_MAX:
             return self.give_up(task, queue, kind, text)
         blame.story.append(text[: p.TEXT_MAX])
@@ -81,7 +84,10 @@ class Charges:
         if task.payload is not None:
             queue.client.bytes -= p.size_of(task.payload)
         del queue.client.tasks[task.id]
-        self.failed += 1
+        if queue.options.is_bundle:
+            self.reassigned += 1
+        else:
+            self.failed += 1
         return [queue.client.tell(p.Failed(task.id, kind, story)), *self._desk.lend(queue.client)]
 
     def requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:

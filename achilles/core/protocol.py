@@ -115,6 +115,7 @@ class Options(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froze
     tags: Annotated[
         tuple[str, ...], msgspec.Meta(max_length=TAGS_MAX)
     ] = ()  # of the workers that may run it
+    is_bundle: bool = False  # many calls in one task: fails where another is charged, for its client to take apart
     crashes: int = 0  # behind it: it was in a bundle whose runner ended
     losses: int = 0  # the same of a bundle whose worker was lost
 

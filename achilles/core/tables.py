@@ -116,7 +116,8 @@ class TaskQueue:
     @property
     def chunk_max(self) -> int:
         """At most so many tasks may travel together; 0: no limit."""
-        return 1 if self.options.at_most_once or self.does_lend else self.group.chunk_max
+        is_alone = self.options.at_most_once or self.options.is_bundle or self.does_lend
+        return 1 if is_alone else self.group.chunk_max
 
     @property
     def may_wait(self) -> bool:

@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant(
         "tasks that may run at most once share a chunk",
         "tables",
-        "return 1 if self.options.at_most_once or self.does_lend else self.group.chunk_max",
+        "return 1 if is_alone else self.group.chunk_max",
         "return self.group.chunk_max",
         ("at most once",),
         seed=8,

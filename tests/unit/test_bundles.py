@@ -35,9 +35,9 @@ def sent(backend: Backend) -> tuple[list[int], dict[int, list[Any]]]:
     singles: list[int] = []
     found: dict[int, list[Any]] = {}
     for batch in backend.batches[start:]:
-        is_once = batch.group.options is not None and batch.group.options.at_most_once
+        is_bundle = batch.group.options is not None and batch.group.options.is_bundle
         for id, payload in zip(batch.ids, batch.payloads, strict=True):
-            if not is_once:
+            if not is_bundle:
                 singles.append(id)
                 continue
             (flat, width, number), _ = loads(payload)

@@ -55,6 +55,20 @@ def test_what_was_in_a_bundle_that_failed_has_one_attempt_less(
     assert "in a bundle" in failed.story[0]
 
 
+@pytest.mark.parametrize(("is_crash", "kind"), [(True, p.CRASHED), (False, p.LOST)])
+def test_a_bundle_fails_where_another_is_charged_and_is_no_failure(
+    is_crash: bool, kind: str
+) -> None:
+    """Its client takes it apart."""
+    charges, queue, task = made(is_bundle=True)
+    assert charges.pardon(task, "the worker's fault") == []
+    assert queue.take(1) == [task]
+    ((_, failed),) = charges.charge(task, "the last", is_crash=is_crash)
+    assert isinstance(failed, p.Failed)
+    assert failed.kind == kind
+    assert (charges.failed, charges.reassigned) == (0, 2)
+
+
 def test_what_may_run_at_most_once_fails_at_the_first() -> None:
     charges, _, task = made(at_most_once=True)
     ((_, failed),) = charges.charge(task, "lost", is_crash=False)
