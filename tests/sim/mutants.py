@@ -225,8 +225,8 @@ MUTANTS = [
     Mutant(
         "a task that failed is still known",
         "charges",
-        "        del queue.client.tasks[task.id]\n        self.failed += 1",
-        "        self.failed += 1",
+        "        del queue.client.tasks[task.id]\n        if queue.options.is_bundle",
+        "        if queue.options.is_bundle",
         ("a leased task is not held",),
         seed=4,
     ),
@@ -620,9 +620,9 @@ MUTANTS = [
     ),
     Mutant(
         "a held task stays in its queue, too",
-        "recovery",
-        "        queue.live -= 1\n        client.live -= 1\n        if",
-        "        if",
+        "charges",
+        "            queue.live -= 1\n            queue.client.live -= 1\n            task.queue = None",
+        "            task.queue = None",
         ("a client miscounts its queue",),
         seed=197,
     ),
