@@ -37,6 +37,11 @@ def burn(index: int, seconds: float) -> tuple[int, int, float, float]:
     return index, os.getpid(), start, time.monotonic()
 
 
+def burn_pair(pair: tuple[int, float]) -> tuple[int, int, float, float]:
+    """`burn` for a `map` of one argument."""
+    return burn(*pair)
+
+
 def tell_and_wait(directory: str, seconds: float) -> int:
     """Leave a file named by this process and the moment, then sleep: shows when and where a task began."""
     path = os.path.join(directory, f"{os.getpid()}-{time.monotonic_ns()}")

@@ -210,16 +210,12 @@ def skew(bench: Measurement) -> None:
     random.Random(SEED).shuffle(lengths)
     items = list(enumerate(lengths))
     since = time.monotonic()
-    results = bench.system.map(_burn_pair, items)
+    results = bench.system.map(work.burn_pair, items)
     total = time.monotonic() - since
     bench.check([result[0] for result in results] == list(range(len(items))), "skewed results")
     spans = [Span(start, end) for _, _, start, end in results]
     bench.figures["skew_ratio"] = total / ideal_seconds(lengths, SLOTS)
     bench.figures["skew_idle_ms"] = longest_idle(spans, SLOTS, since) * 1e3
-
-
-def _burn_pair(pair: tuple[int, float]) -> tuple[int, int, float, float]:
-    return work.burn(*pair)
 
 
 def transfers(bench: Measurement) -> None:

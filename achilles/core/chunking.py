@@ -6,9 +6,10 @@ Theory
     they are measured per function, as a moving average over tasks (not over chunks, so that one early
     slow call, which pays for an import, is soon outweighed).
 
-    A chunk holds about `CHUNK_SECONDS` of work. At the tail, where there is less left than would keep
-    every slot busy, chunks shrink with what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987),
-    but not below `SHARE_SECONDS` of work: a slot that idles for so long costs less than one more dispatch. Short tasks
+    A chunk holds about `CHUNK_SECONDS` of work; or `BACKLOG_PART` of what is queued for a slot where that is more, up
+    to `CHUNK_SECONDS_MAX`: who has that much queued does not miss a result for so long, and on busy cores what a
+    chunk costs is taken from the tasks. At the tail, where there is less left than would keep every slot busy, chunks
+    shrink with what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987), but not below `SHARE_SECONDS` of work: a slot that idles for so long costs less than one more dispatch. Short tasks
     that are submitted as fast as they are done are all tail, and would otherwise travel alone.
 """
 
@@ -17,8 +18,10 @@ from __future__ import annotations
 from achilles.core.protocol import TASKS_MAX
 
 CHUNK_SECONDS = 0.005
+CHUNK_SECONDS_MAX = 0.02
+BACKLOG_PART = 0.05
 SHARE_SECONDS = 0.0005
-PREFETCH_SECONDS_MAX = 0.1
+PREFETCH_SECONDS_MAX = 0.03  # what waits behind a longer task is given back: `runners.STUCK_SECONDS`
 _MEMORY_TASKS = 64  # the average forgets what is older than about so many tasks
 
 
@@ -53,8 +56,9 @@ def chunk_size(estimate: Estimate, queued: int, slots: int, chunk_max: int = 0) 
     """How many of ``queued`` tasks to dispatch together where ``slots`` slots share them; at least 1."""
     if estimate.seconds is None:
         return 1
-    by_time = int(CHUNK_SECONDS / estimate.seconds) if estimate.seconds > 1e-9 else TASKS_MAX
-    by_share = max(
-        -(-queued // (2 * max(slots, 1))), int(by_time * (SHARE_SECONDS / CHUNK_SECONDS))
-    )
+    slots = max(slots, 1)
+    each = max(estimate.seconds, 1e-9)
+    seconds = max(CHUNK_SECONDS, min(BACKLOG_PART * queued * each / slots, CHUNK_SECONDS_MAX))
+    by_time = int(seconds / each)
+    by_share = max(-(-queued // (2 * slots)), int(SHARE_SECONDS / each))
     return max(1, min(by_time, by_share, queued, chunk_max or TASKS_MAX, TASKS_MAX))

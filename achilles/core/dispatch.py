@@ -27,7 +27,7 @@ from achilles.core.tables import Send as Send
 
 ANNOUNCE_SECONDS = 0.02  # most tasks, and a chunk that waited behind another, are done by then
 LEASE_BITS = 32  # of a lease's number; above them is its broker's
-STUCK_SECONDS = 0.04  # without a result; workers give back what has waited for 0.05
+STUCK_SECONDS = 0.02  # without a result; workers give back what has waited for 0.03
 MANY = 1 << 62  # more leases than anybody holds
 
 

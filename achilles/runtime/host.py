@@ -58,7 +58,7 @@ from achilles.runtime.shared import IS_AVAILABLE
 from achilles.runtime.side import OUTPUT
 
 LOOK_SECONDS = 0.005  # between looks after the dying, and after what a runner had no room for
-POLL_SECONDS = 0.01  # how long a result may lie in a stream pipe, behind a task that takes long
+POLL_SECONDS = 0.02  # how long a result may lie in a stream pipe, behind a task that takes long
 EXIT_SECONDS = 0.5  # from the end of a runner's channel to its exit
 RETIRE_SECONDS = 5.0  # the same where it was asked to exit, and runs atexit handlers
 READS_MAX = 16

@@ -230,7 +230,8 @@ class Oracle:
     def _excuse_retry(self, truth: Truth, why: str) -> None:
         truth.story.append(why)
         truth.is_held = False
-        tries = (1 + truth.options.retries) * (1 + truth.ends)  # with each new session all again
+        # With each new session all again; and of one the broker may not have heard, because the worker's session ended.
+        tries = (1 + truth.options.retries) * (1 + truth.ends) + truth.losses
         if truth.raises + truth.timeouts < tries:
             truth.excuses += 1
 

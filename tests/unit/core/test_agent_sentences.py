@@ -92,7 +92,7 @@ def test_a_runner_that_starts_has_more_time_for_its_first_task() -> None:
 def test_each_task_of_a_chunk_has_its_own_time() -> None:
     """From the end of the one before; being called back for those behind it gives none of them more."""
     bench = warm(1, 2, 3, timeout=TIMEOUT)
-    bench.tick(0.04)
+    bench.tick(0.02)
     bench.finish(1, (2, 0))
     bench.sent()
     limit = bench.now + TIMEOUT

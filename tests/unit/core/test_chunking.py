@@ -1,4 +1,4 @@
-"""Chunks hold about 5 ms of work, and fewer tasks at the tail."""
+"""Chunks hold 5 to 20 ms of work by what is queued, and fewer tasks at the tail."""
 
 from __future__ import annotations
 
@@ -21,9 +21,17 @@ def test_an_unknown_duration_means_one_task() -> None:
 
 def test_a_chunk_holds_so_much_work() -> None:
     """Short tasks share a dispatch, long ones do not."""
-    assert chunk_size(estimate(CHUNK_SECONDS / 50), 100_000, 2) == 50
+    assert chunk_size(estimate(CHUNK_SECONDS / 50), 1_000, 2) == 50
     assert chunk_size(estimate(1.0), 100_000, 2) == 1
     assert chunk_size(estimate(0.0), 10_000_000, 2) == TASKS_MAX
+
+
+def test_a_chunk_holds_more_where_much_is_queued() -> None:
+    """A twentieth of a slot's share, and never so much that a result is missed."""
+    short = estimate(1e-3)
+    assert [chunk_size(short, queued, 2) for queued in (200, 400, 800, 80_000)] == [5, 10, 20, 20]
+    assert chunk_size(short, 80_000, 2_000) == 5
+    assert chunk_size(short, 80_000, 2, 7) == 7
 
 
 def test_chunks_shrink_at_the_tail() -> None:
@@ -56,7 +64,7 @@ def test_one_slow_first_call_is_soon_outweighed() -> None:
 
 
 def test_long_tasks_are_not_prefetched() -> None:
-    """Above 100 ms a cancel must stay useful."""
-    assert estimate(0.09).is_short
-    assert not estimate(0.2).is_short
+    """Where what waits behind them would be given back before they end."""
+    assert estimate(0.025).is_short
+    assert not estimate(0.04).is_short
     assert repr(Estimate()) == "<Estimate unknown>"

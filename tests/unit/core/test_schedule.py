@@ -17,7 +17,8 @@ from achilles.core.scheduler import Scheduler
 from benchmarks.stats import Span, ideal_seconds, longest_idle
 from tests.unit.core.bench import crossed
 
-POLL_SECONDS = 0.005  # how long the result of a short task may lie in a pipe
+QUIET_SECONDS = 0.02  # a runner wakes its host before a chunk's end at most so often
+POLL_SECONDS = 0.02  # how long a result that woke nobody may lie in a pipe
 CLIENT = "client"
 
 
@@ -27,6 +28,7 @@ class Runner:
     def __init__(self) -> None:
         self.waiting: deque[tuple[int, int, int, bool]] = deque()
         self.is_busy = False
+        self.woken_at = 0.0
         self.results: list[tuple[int, int, int, float, bytes]] = []
 
 
@@ -129,7 +131,10 @@ class Cluster:
         def end() -> None:
             self.spans[id] = Span(start, self.now)
             runner.results.append((seq, index, 0, seconds, b""))
-            self._after(0.0 if is_last else POLL_SECONDS, lambda: self._read(name, number))
+            is_seen = is_last or self.now - runner.woken_at >= QUIET_SECONDS
+            if is_seen:
+                runner.woken_at = self.now
+            self._after(0.0 if is_seen else POLL_SECONDS, lambda: self._read(name, number))
             self._start(name, number)
 
         self._after(seconds, end)
