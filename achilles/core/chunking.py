@@ -21,7 +21,7 @@ CHUNK_SECONDS = 0.005
 CHUNK_SECONDS_MAX = 0.02
 BACKLOG_PART = 0.05
 SHARE_SECONDS = 0.0005
-PREFETCH_SECONDS_MAX = 0.03  # what waits behind a longer task is given back: `runners.STUCK_SECONDS`
+PREFETCH_SECONDS_MAX = 0.03  # behind a longer one it would be given back (`runners`)
 _MEMORY_TASKS = 64  # the average forgets what is older than about so many tasks
 
 
