@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 from _struct import Struct
 from time import monotonic
 
@@ -218,5 +219,8 @@ class RunnerSide:
         for kind, client, body in self._reader.feed(data):
             handler = self._handlers.get(kind)
             if handler is not None:
-                handler(client, body)
+                try:
+                    handler(client, body)
+                except Exception as error:  # the letters behind this one are other tasks'
+                    sys.excepthook(type(error), error, error.__traceback__)
         return bool(data)

@@ -86,6 +86,33 @@ def test_a_runner_reads_by_kind(ends: tuple[socket.socket, socket.socket]) -> No
     near.shutdown(socket.SHUT_WR)  # ends the reading thread
 
 
+def test_a_handler_that_raises_makes_nobody_deaf(
+    ends: tuple[socket.socket, socket.socket], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither for the letters that came with its own, nor for those after."""
+    near, far = ends
+    heard: list[bytes] = []
+    is_heard = threading.Event()
+
+    def handler(client: int, body: bytes) -> None:
+        if body == b"bad":
+            raise LookupError("nobody knows it")
+        heard.append(body)
+        is_heard.set()
+
+    runner, host = RunnerSide(far.fileno()), HostSide(near.fileno())
+    os.write(near.fileno(), pack(NESTED, 1, b"bad") + pack(NESTED, 1, b"good"))
+    runner.handle(NESTED, handler)
+    assert is_heard.wait(BOUND)
+    is_heard.clear()
+    host.send(NESTED, 1, b"bad")
+    host.send(NESTED, 1, b"better")
+    assert is_heard.wait(BOUND)
+    assert heard == [b"good", b"better"]
+    assert capsys.readouterr().err.count("LookupError: nobody knows it") == 2
+    near.shutdown(socket.SHUT_WR)  # ends the reading thread
+
+
 def test_many_threads_write(ends: tuple[socket.socket, socket.socket]) -> None:
     near, far = ends
     host, runner = HostSide(near.fileno()), RunnerSide(far.fileno())
