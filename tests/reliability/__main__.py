@@ -50,9 +50,10 @@ def main() -> int:
             failed.append(f"R{row.number}")
         lines.append(line_of(row, figure))
     table = "\n".join([*head(), *lines])
-    print(f"{machine()}\n\n{table}\n")
+    where = f"{machine()}, {time.monotonic() - began:,.0f} s in all"
+    print(f"{where}\n\n{table}\n")
     if options.write:
-        write(table, only=None if options.rows is None else {f"R{n}" for n in options.rows})
+        write(table, where, only=None if options.rows is None else {f"R{n}" for n in options.rows})
     left_out = sum(not row.command for row in rows)
     print(
         f"{len(rows)} rows, {len(failed)} do not hold ({', '.join(failed) or 'none'}), {left_out} not to be had yet, "
@@ -138,14 +139,14 @@ def machine() -> str:
     )
 
 
-def write(table: str, only: set[str] | None) -> None:
-    """Replace the table of the page; of ``only`` some rows, those lines."""
+def write(table: str, where: str, only: set[str] | None) -> None:
+    """Replace the table of the page, and where and when it was measured; of ``only`` some rows, those lines."""
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)
     old, _, after = rest.partition(END)
     if only is not None:
         table = merged(old.strip().splitlines(), table.splitlines(), only)
-    PAGE.write_text(f"{before}{BEGIN}\n\nLast run: {machine()}.\n\n{table}\n\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n\nLast run: {where}.\n\n{table}\n\n{END}{after}")
 
 
 def merged(old: list[str], new: list[str], only: set[str]) -> str:
