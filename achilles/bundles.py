@@ -34,6 +34,7 @@ BUNDLE_SECONDS = 0.003  # of work in one
 SHORT_SECONDS = 5e-5  # a call that takes longer is a task of its own
 KNOWN_MIN = 32  # so many calls must have been timed
 FIRST_SIZE, SIZE_MAX = 64, 16384
+TRIALS = 6  # bundles, after which one shows how long a call takes among others: a fifth of what it takes alone
 BYTES_MAX = 96 << 10  # of arguments
 _KINDS = PLAIN | TEXTS
 _CONTAINERS = frozenset((list, tuple, range, str, bytes, set, frozenset, dict))
@@ -66,6 +67,8 @@ class Bundler:
         self._bundle = bundle
         self._size_max = size_max
         self._size = FIRST_SIZE
+        self.sent = 0  # bundles
+        self.is_tried = False  # something came of one
         self.is_cancelled = False
 
     @property
@@ -92,6 +95,7 @@ class Bundler:
             self._size = max(1, len(items) // 2)
         elif self._size < SIZE_MAX and self._size <= len(items):
             self._size *= 2
+        self.sent += 1
         self.ids[first] = id
         self._mailbox.submit_bundle(
             id, *self._bundle, payload, BundleSink(self, id, first, flat, width)
@@ -133,6 +137,7 @@ class BundleSink:
     def take(self, values: list[Any], others: dict[int, tuple[int, Any]], end: int) -> int:
         """The first items have ended so, and those from ``end`` on will not start; how many have an outcome now."""
         first, done = self._first, self._done
+        self._bundler.is_tried = True
         end = max(end, done)
         if end < self._end:
             self._again(end, self._end)

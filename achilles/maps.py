@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
-from achilles.bundles import SIZE_MAX, Bundler, outcomes
+from achilles.bundles import SIZE_MAX, TRIALS, Bundler, outcomes
 from achilles.core import protocol as p
 from achilles.futures import MapRun, UnorderedRun
 from achilles.mailbox import FAILED
@@ -31,7 +31,17 @@ if TYPE_CHECKING:
 
 LOOKS = 64  # items, between two looks whether they take so little time that they are better bundled
 PATIENT_AT = 4 * LOOKS  # items; so many are enough to know that soon
-PAUSE, PAUSES = 0.0005, 4  # seconds for the I/O thread, which has no turn otherwise, and how often
+PAUSE, PATIENCE = (
+    0.0005,
+    0.02,
+)  # seconds for the I/O thread, which has no turn otherwise, and in all
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    """Let the I/O thread work until that is so, or for `PATIENCE`: runners have enough to do meanwhile."""
+    end = monotonic() + PATIENCE
+    while not is_so() and monotonic() < end:
+        sleep(PAUSE)
 
 
 def read_outcome(status: int, payload: Any) -> tuple[Any, BaseException | None]:
@@ -148,15 +158,15 @@ class MapCall:
     def _bundle(self, bundler: Bundler, items: Iterator[tuple[Any, ...]]) -> None:
         """Submit many items at once for as long as that is worth it."""
         if self._count == PATIENT_AT:
-            for _ in range(PAUSES):
-                if not bundler.is_known:
-                    sleep(PAUSE)
+            _wait_until(lambda: bundler.is_known)
         while size := bundler.size():
             some = list(itertools.islice(items, size))
             if not some:
                 return
             if bundler.submit(self._count, some):
                 self._count += len(some)
+                if bundler.sent == TRIALS:
+                    _wait_until(lambda: bundler.is_tried)
             else:
                 for args in some:
                     self._submit(args)

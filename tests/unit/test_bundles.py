@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from achilles import bundles
-from achilles.bundles import KNOWN_MIN, SHORT_SECONDS, are_containers
+from achilles import bundles, maps
+from achilles.bundles import KNOWN_MIN, SHORT_SECONDS, TRIALS, are_containers
 from achilles.core import protocol as p
 from achilles.errors import AchillesError
 from achilles.executor import DistributedExecutor
-from achilles.maps import LOOKS
+from achilles.maps import LOOKS, PATIENCE, PAUSE
 from achilles.runtime.bundle import TASK_ID
 from achilles.runtime.serialize import dumps, loads
 from tests import tasks
@@ -269,6 +269,48 @@ def test_bundles_grow_with_what_fits(
     assert sizes[:3] == [8, 16, 32]
     assert max(sizes) <= 128
     del results
+
+
+TRIED = sum(8 << n for n in range(TRIALS))  # items of the first bundles
+
+
+def test_the_first_bundles_show_how_long_calls_take(
+    backends: list[Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before most of the items are cut by what calls take alone, the I/O thread has time to hear of one bundle."""
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        _, found = sent(backends[-1])
+        assert sum(map(len, found.values())) == TRIED
+        id, items = next(iter(found.items()))
+        tell(backends[-1], id, ([0] * len(items), {}), seconds=len(items) * 2 * SHORT_SECONDS)
+
+    monkeypatch.setattr(maps, "sleep", pause)
+    DistributedExecutor(2).map(tasks.add, range(2000))
+    singles, found = sent(backends[-1])
+    assert pauses == [PAUSE]
+    assert not found, "calls that are long after all go on being bundled"
+    assert len(singles) == 2000 - LOOKS - TRIED
+
+
+def test_nobody_waits_for_a_bundle_for_long(
+    backends: list[Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runners may be busy with other things: the map goes on as before."""
+    now = 0.0
+
+    def pause(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(maps, "sleep", pause)
+    monkeypatch.setattr(maps, "monotonic", lambda: now)
+    DistributedExecutor(2).map(tasks.add, range(2000))
+    singles, found = sent(backends[-1])
+    assert PATIENCE <= now < PATIENCE + 2 * PAUSE
+    assert (len(singles), sum(map(len, found.values()))) == (LOOKS, 2000 - LOOKS)
 
 
 def test_only_containers_are_taken_at_once() -> None:
