@@ -19,7 +19,7 @@ from achilles.core.protocol import TASKS_MAX
 
 CHUNK_SECONDS = 0.005
 CHUNK_SECONDS_MAX = 0.02
-BACKLOG_PART = 0.05
+BACKLOG_PART = 0.1
 SHARE_SECONDS = 0.0005
 PREFETCH_SECONDS_MAX = 0.03  # behind a longer one it would be given back (`runners`)
 _MEMORY_TASKS = 64  # the average forgets what is older than about so many tasks

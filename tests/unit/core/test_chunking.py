@@ -27,9 +27,9 @@ def test_a_chunk_holds_so_much_work() -> None:
 
 
 def test_a_chunk_holds_more_where_much_is_queued() -> None:
-    """A twentieth of a slot's share, and never so much that a result is missed."""
+    """A tenth of a slot's share, and never so much that a result is missed."""
     short = estimate(1e-3)
-    assert [chunk_size(short, queued, 2) for queued in (200, 400, 800, 80_000)] == [5, 10, 20, 20]
+    assert [chunk_size(short, queued, 2) for queued in (100, 200, 400, 80_000)] == [5, 10, 20, 20]
     assert chunk_size(short, 80_000, 2_000) == 5
     assert chunk_size(short, 80_000, 2, 7) == 7
 
