@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 
 LOOKS = 64  # items, between two looks whether they take so little time that they are better bundled
 PATIENT_AT = 4 * LOOKS  # items; so many are enough to know that soon
-PAUSE, PATIENCE = (
-    0.0005,
-    0.02,
-)  # seconds for the I/O thread, which has no turn otherwise, and in all
+PAUSE = 0.0005  # seconds in which the I/O thread has its turn
+PATIENCE = 0.02  # seconds that such pauses take in all
 
 
 def _wait_until(is_so: Callable[[], bool]) -> None:

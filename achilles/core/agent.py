@@ -29,10 +29,10 @@ from typing import Literal, NamedTuple, TypeAlias
 from achilles.core import envelope
 from achilles.core import protocol as p
 from achilles.core.budget import bounded
+from achilles.core.chunking import STUCK_SECONDS as STUCK_SECONDS
 from achilles.core.holding import Holding
 from achilles.core.runners import CHUNKS_MAX, Chunk, Runner, crossed, without_first
 from achilles.core.runners import START_SECONDS as START_SECONDS
-from achilles.core.runners import STUCK_SECONDS as STUCK_SECONDS
 from achilles.errors import ProtocolError
 
 SURPLUS_SECONDS = 5.0  # a runner beyond the slots may be idle for so long

@@ -9,8 +9,12 @@ Theory
     A chunk holds about `CHUNK_SECONDS` of work; or `BACKLOG_PART` of what is queued for a slot where that is more, up
     to `CHUNK_SECONDS_MAX`: who has that much queued does not miss a result for so long, and on busy cores what a
     chunk costs is taken from the tasks. At the tail, where there is less left than would keep every slot busy, chunks
-    shrink with what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987), but not below `SHARE_SECONDS` of work: a slot that idles for so long costs less than one more dispatch. Short tasks
-    that are submitted as fast as they are done are all tail, and would otherwise travel alone.
+    shrink with what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987), but not below `SHARE_SECONDS` of
+    work: a slot that idles for so long costs less than one more dispatch. Short tasks that are submitted as fast as they
+    are done are all tail, and would otherwise travel alone.
+
+    A worker gives back what has waited for `STUCK_SECONDS` behind a task. So nothing is sent ahead, to wait behind
+    a running chunk, where a task takes longer than that.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ CHUNK_SECONDS = 0.005
 CHUNK_SECONDS_MAX = 0.02
 BACKLOG_PART = 0.1
 SHARE_SECONDS = 0.0005
-PREFETCH_SECONDS_MAX = 0.03  # behind a longer one it would be given back (`runners`)
+STUCK_SECONDS = 0.03  # since the last known result; later ones may lie in a runner's pipe for 0.02
 _MEMORY_TASKS = 64  # the average forgets what is older than about so many tasks
 
 
@@ -46,7 +50,7 @@ class Estimate:
     @property
     def is_short(self) -> bool:
         """Whether a chunk may wait behind a running one of this function."""
-        return self.seconds is not None and self.seconds <= PREFETCH_SECONDS_MAX
+        return self.seconds is not None and self.seconds <= STUCK_SECONDS
 
     def __repr__(self) -> str:
         return f"<Estimate {'unknown' if self.seconds is None else f'{self.seconds:.6f} s'}>"

@@ -21,13 +21,13 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 
 from achilles.core import protocol as p
-from achilles.core.chunking import chunk_size
+from achilles.core.chunking import STUCK_SECONDS, chunk_size
 from achilles.core.tables import READY, Client, Lease, PeerId, Places, TaskQueue, Worker
 from achilles.core.tables import Send as Send
 
 ANNOUNCE_SECONDS = 0.02  # most tasks, and a chunk that waited behind another, are done by then
 LEASE_BITS = 32  # of a lease's number; above them is its broker's
-STUCK_SECONDS = 0.02  # without a result; workers give back what has waited for 0.03
+SILENT_SECONDS = STUCK_SECONDS - 0.01  # by its lease, when something comes back from a stuck slot
 MANY = 1 << 62  # more leases than anybody holds
 
 
@@ -287,7 +287,7 @@ class Dispatcher:
     def note_stuck(self, worker: Worker, now: float) -> None:
         """Something came back that had waited there: give nothing in advance to a slot that has shown nothing for long."""
         for lease in worker.leases.values():
-            if lease.in_slot and not lease.is_stuck and now - lease.moved_at >= STUCK_SECONDS:
+            if lease.in_slot and not lease.is_stuck and now - lease.moved_at >= SILENT_SECONDS:
                 lease.is_stuck = True
                 worker.stuck += 1
         self.place(worker)

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Iterable
 
 from achilles.core import protocol as p
+from achilles.core.chunking import STUCK_SECONDS
 
 CHUNKS_MAX = 2  # the one that runs, and one behind it
-STUCK_SECONDS = 0.03  # since the last known result; later ones may lie in a pipe for 0.02
 START_SECONDS = 0.2  # a runner that has shown nothing yet is perhaps still starting
 
 
