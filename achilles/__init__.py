@@ -7,6 +7,13 @@ Everything here is loaded on first use: the runners, which import this package t
 
 from __future__ import annotations
 
+import sys
+
+if not getattr(sys, "_is_gil_enabled", lambda: True)():  # Python 3.13 on
+    raise ImportError(
+        "achilles needs the GIL, which is off in this Python: start it with PYTHON_GIL=1, or use the ordinary build"
+    )
+
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes half of a runner's start
 if TYPE_CHECKING:
     from typing import Any

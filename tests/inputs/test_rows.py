@@ -21,7 +21,7 @@ def test_each_row_has_a_test_or_says_why_not() -> None:
 def test_what_is_not_run_is_counted() -> None:
     """Whoever adds to these takes something from what is promised."""
     untested = [number for number, row in ROWS.items() if row.untested]
-    assert untested == [41, 77]
+    assert untested == []
     page = " ".join((TESTS.parent / "RELIABILITY.md").read_text("utf-8").split())
     assert f"a register of {len(ROWS)} rows" in page
-    assert f"(at present {len(untested)}: " in page
+    assert f"(at present {len(untested)})" in page

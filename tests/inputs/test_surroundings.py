@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import importlib.util
+import operator
 import os
 import resource
 import subprocess
@@ -25,6 +26,51 @@ from tests import commands, tasks
 from tests.modes import EMBEDDED, Maker, of_modes, wait_until
 
 PACKAGE = Path(achilles.__file__).parent
+
+
+@pytest.mark.bad_input(41)
+@pytest.mark.skipif(psutil.virtual_memory().available < 8 << 30, reason="it takes 6 GiB of memory")
+@of_modes(EMBEDDED)
+def test_an_argument_of_two_gib_and_a_byte(make: Maker) -> None:
+    data = bytearray((1 << 31) + 1)
+    data[0], data[-1] = 7, 9
+    with make(1) as executor:
+        future = executor.submit(operator.itemgetter(0, 1 << 31), bytes(data))
+        assert future.result(timeout=50) == (7, 9)
+
+
+@pytest.mark.bad_input(77)
+def test_a_python_without_the_gil_is_refused() -> None:
+    program = "import sys; sys._is_gil_enabled = lambda: False; import achilles"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: achilles needs the GIL, which is off in this Python: "
+        "start it with PYTHON_GIL=1, or use the ordinary build"
+    )
+
+
+@pytest.mark.bad_input(77)
+def test_a_subinterpreter_is_refused() -> None:
+    """By Python, or by a library of ours: no program waits for anything there."""
+    program = """
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+end = interpreters.run_string(
+    interpreters.create(),
+    "from achilles import DistributedExecutor; print(DistributedExecutor(1).submit(abs, -3).result())",
+)
+raise SystemExit(str(end))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "subinterpreter" in done.stderr
 
 
 @pytest.mark.bad_input(44)
