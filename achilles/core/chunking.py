@@ -22,10 +22,10 @@ from __future__ import annotations
 from achilles.core.protocol import TASKS_MAX
 
 CHUNK_SECONDS = 0.005
-CHUNK_SECONDS_MAX = 0.02
-BACKLOG_PART = 0.1
+CHUNK_SECONDS_MAX = 0.03
+BACKLOG_PART = 0.2
 SHARE_SECONDS = 0.0005
-STUCK_SECONDS = 0.03  # since the last known result; later ones may lie in a runner's pipe for 0.02
+STUCK_SECONDS = 0.04  # since the last known result; later ones may lie in a runner's pipe for 0.034
 _MEMORY_TASKS = 64  # the average forgets what is older than about so many tasks
 
 
@@ -58,7 +58,7 @@ class Estimate:
 
 def chunk_size(estimate: Estimate, queued: int, slots: int, chunk_max: int = 0) -> int:
     """How many of ``queued`` tasks to dispatch together where ``slots`` slots share them; at least 1."""
-    if estimate.seconds is None:
+    if estimate.seconds is None or queued == 1:
         return 1
     slots = max(slots, 1)
     each = max(estimate.seconds, 1e-9)

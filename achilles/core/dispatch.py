@@ -19,16 +19,23 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from typing import TypeAlias
 
 from achilles.core import protocol as p
-from achilles.core.chunking import STUCK_SECONDS, chunk_size
+from achilles.core.chunking import CHUNK_SECONDS_MAX, STUCK_SECONDS, chunk_size
 from achilles.core.tables import READY, Client, Lease, PeerId, Places, TaskQueue, Worker
 from achilles.core.tables import Send as Send
 
-ANNOUNCE_SECONDS = 0.02  # most tasks, and a chunk that waited behind another, are done by then
+ANNOUNCE_SECONDS = 0.02  # most tasks are done by then
+ANNOUNCE_CHUNK_SECONDS = (
+    2 * CHUNK_SECONDS_MAX + 0.01
+)  # one that waited behind another is done by then
+ANNOUNCE_TOGETHER = 0.005  # seconds before their time, with others, for a message less
 LEASE_BITS = 32  # of a lease's number; above them is its broker's
 SILENT_SECONDS = STUCK_SECONDS - 0.01  # by its lease, when something comes back from a stuck slot
 MANY = 1 << 62  # more leases than anybody holds
+
+Unannounced: TypeAlias = "deque[tuple[float, Lease]]"
 
 
 class Dispatcher:
@@ -41,7 +48,8 @@ class Dispatcher:
         self.slots = 0
         self._idle: Places = {}  # ready, with a free slot
         self._room: Places = {}  # ready, slots taken, with room for one more in advance
-        self._unannounced: deque[tuple[float, Lease]] = deque()
+        # Single tasks and chunks, and when they are due; each in order.
+        self._unannounced: tuple[Unannounced, Unannounced] = (deque(), deque())
         self._next_lease = self._first_lease = first_lease
         # By client's number and blob: the workers that have it, which each know that, too.
         self._holders: dict[int, dict[int, dict[PeerId, Worker]]] = {}
@@ -242,7 +250,9 @@ class Dispatcher:
 
     def announce_soon(self, lease: Lease, now: float) -> None:
         """Have it told which tasks of the lease were dispatched."""
-        self._unannounced.append((now + ANNOUNCE_SECONDS, lease))
+        is_chunk = len(lease.tasks) > 1
+        at = now + (ANNOUNCE_CHUNK_SECONDS if is_chunk else ANNOUNCE_SECONDS)
+        self._unannounced[is_chunk].append((at, lease))
 
     def wait(self, client: Client) -> None:
         """The client has queued tasks."""
@@ -261,9 +271,9 @@ class Dispatcher:
         """End a lease; the oldest one that waited behind it moves into its slot."""
         worker = lease.worker
         del worker.leases[lease.number]
-        unannounced = self._unannounced
-        while unannounced and not unannounced[0][1].left:
-            unannounced.popleft()
+        for unannounced in self._unannounced:
+            while unannounced and not unannounced[0][1].left:
+                unannounced.popleft()
         lease.queue.leases -= 1
         if lease.is_stuck:
             lease.is_stuck = False
@@ -356,17 +366,30 @@ class Dispatcher:
     def announce(self, now: float) -> list[Send]:
         """Tell clients which of their tasks were dispatched a moment ago and are not done yet."""
         sends: list[Send] = []
-        unannounced = self._unannounced
-        while unannounced and unannounced[0][0] <= now:
-            _, lease = unannounced.popleft()
-            ids = [task.id for task in lease.tasks if task is not None and task.queue is not None]
-            if lease.left and ids:
-                sends.append(lease.client.tell(p.Running(ids)))
-        return sends
+        running: dict[Client, list[int]] = {}
+        for unannounced in self._unannounced:
+            if not unannounced or unannounced[0][0] > now:
+                continue
+            until = now + ANNOUNCE_TOGETHER
+            while unannounced and unannounced[0][0] <= until:
+                _, lease = unannounced.popleft()
+                tasks = lease.tasks
+                ids = [task.id for task in tasks if task is not None and task.queue is not None]
+                others = running.get(lease.client)
+                if others is None:
+                    running[lease.client] = ids
+                elif len(others) + len(ids) <= p.TASKS_MAX:
+                    others += ids
+                else:
+                    sends.append(lease.client.tell(p.Running(ids)))
+        return sends + [client.tell(p.Running(ids)) for client, ids in running.items() if ids]
 
     def next_deadline(self) -> float | None:
         """When `announce` wants to be called."""
-        return self._unannounced[0][0] if self._unannounced else None
+        singles, chunks = self._unannounced
+        if not singles or (chunks and chunks[0][0] < singles[0][0]):
+            return chunks[0][0] if chunks else None
+        return singles[0][0]
 
     # --- Invariants -------------------------------------------------------------------------------
 

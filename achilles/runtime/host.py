@@ -43,6 +43,7 @@ from achilles.core.protocol import (
     Unload,
     size_of,
 )
+from achilles.runtime.output import print_own
 from achilles.runtime.process import (
     READ_MAX,
     RunnerProcess,
@@ -50,7 +51,7 @@ from achilles.runtime.process import (
     life_pipe,
     which_limit,
 )
-from achilles.runtime.runner import LENGTH, LETTERS, RECORD, SHARED
+from achilles.runtime.runner import LENGTH, LETTERS, QUIET_SECONDS, RECORD, SHARED
 from achilles.runtime.seal import OUTPUT as OUTPUT_LETTER
 from achilles.runtime.seal import Seal, names_of, seal_result
 from achilles.runtime.serialize import ERROR, INIT_FAILED, LARGE
@@ -58,7 +59,6 @@ from achilles.runtime.shared import IS_AVAILABLE
 from achilles.runtime.side import OUTPUT
 
 LOOK_SECONDS = 0.005  # between looks after the dying, and after what a runner had no room for
-POLL_SECONDS = 0.02  # how long a result may lie in a stream pipe, behind a task that takes long
 EXIT_SECONDS = 0.5  # from the end of a runner's channel to its exit
 RETIRE_SECONDS = 5.0  # the same where it was asked to exit, and runs atexit handlers
 READS_MAX = 16
@@ -70,6 +70,7 @@ HANDOFFS_MAX = 64  # of one command: each takes a descriptor of the runner's
 Register: TypeAlias = Callable[..., None]
 Counts: TypeAlias = list[tuple[int, int]]
 Letter: TypeAlias = tuple[int, int, bytes]
+Result: TypeAlias = tuple[int, int, int, float, Payload]  # as in RunnerDone
 
 
 class RunnerHost:
@@ -298,7 +299,7 @@ class _Runner:
             chunk.root = names_of(effect.payloads[0])[1]
         if count > 1:
             if self not in self.host.polled:
-                self.poll_at = time.monotonic() + POLL_SECONDS
+                self.poll_at = time.monotonic() + QUIET_SECONDS
             self.host.polled.add(self)
         command = (
             "run",
@@ -468,7 +469,7 @@ class _Runner:
             chunk = next(iter(self.chunks.values()), None)
             for piece in output.read(now, is_all=is_all):
                 if chunk is None:
-                    os.write(2, piece)
+                    print_own(piece)
                     continue
                 body = self.host.sealed(bytes((output.stream,)) + piece, chunk.root)
                 self.host.events.append(FromRunner(self.number, chunk.client, OUTPUT, body))
@@ -522,7 +523,8 @@ class _Runner:
             self.inbox += data
             if len(self.inbox) < RECORD.size:
                 return
-            if len(self.inbox) < RECORD.size + RECORD.unpack_from(self.inbox)[4]:
+            _, status, _, _, length = RECORD.unpack_from(self.inbox)
+            if not status & SHARED and len(self.inbox) < RECORD.size + length:
                 return
             data = bytes(self.inbox)
             self.inbox.clear()
@@ -532,7 +534,7 @@ class _Runner:
 
     def _read_stream(self) -> None:
         """Take records of the stream pipe."""
-        self.poll_at = time.monotonic() + POLL_SECONDS
+        self.poll_at = time.monotonic() + QUIET_SECONDS
         buffer, buffers = self.host.buffer, (self.host.buffer,)
         try:
             while count := os.readv(self.process.stream, buffers):
@@ -546,7 +548,7 @@ class _Runner:
             return b""  # it is as good as dead
         if self.process.outputs and self.process.has_printed():
             self.read_output(is_all=True)  # what a task printed comes before its result
-        results: list[tuple[int, int, int, float, Payload]] = []
+        results: list[Result] = []
         unpack, size = RECORD.unpack_from, RECORD.size
         chunks = self.chunks
         at, end = 0, len(data)
@@ -582,8 +584,17 @@ class _Runner:
                 if self.stale:  # older chunks' commands were passed over
                     self.stale = {s: n for s, n in self.stale.items() if n >= chunk.number}
         if results:
-            self.host.events.append(RunnerDone(self.number, results))
+            self._tell(results)
         return data[at:]
+
+    def _tell(self, results: list[Result]) -> None:
+        """Note results; together with those that came just before, for the last of a chunk comes another way than the others."""
+        events = self.host.events
+        last = events[-1] if events else None
+        if type(last) is RunnerDone and last.runner == self.number:
+            last.results += results
+        else:
+            events.append(RunnerDone(self.number, results))
 
     def _receive_shared(self) -> Payload | None:
         try:

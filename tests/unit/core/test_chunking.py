@@ -1,9 +1,16 @@
-"""Chunks hold 5 to 20 ms of work by what is queued, and fewer tasks at the tail."""
+"""Chunks hold 5 to 30 ms of work by what is queued, and fewer tasks at the tail."""
 
 from __future__ import annotations
 
-from achilles.core.chunking import CHUNK_SECONDS, Estimate, chunk_size
+from achilles.core.chunking import (
+    CHUNK_SECONDS,
+    CHUNK_SECONDS_MAX,
+    STUCK_SECONDS,
+    Estimate,
+    chunk_size,
+)
 from achilles.core.protocol import TASKS_MAX
+from achilles.runtime.runner import QUIET_SECONDS
 
 
 def estimate(seconds: float, tasks: int = 100) -> Estimate:
@@ -21,16 +28,16 @@ def test_an_unknown_duration_means_one_task() -> None:
 
 def test_a_chunk_holds_so_much_work() -> None:
     """Short tasks share a dispatch, long ones do not."""
-    assert chunk_size(estimate(CHUNK_SECONDS / 50), 1_000, 2) == 50
+    assert chunk_size(estimate(CHUNK_SECONDS / 50), 400, 2) == 50
     assert chunk_size(estimate(1.0), 100_000, 2) == 1
     assert chunk_size(estimate(0.0), 10_000_000, 2) == TASKS_MAX
 
 
 def test_a_chunk_holds_more_where_much_is_queued() -> None:
-    """A tenth of a slot's share, and never so much that a result is missed."""
+    """A fifth of a slot's share, and never so much that a result is missed."""
     short = estimate(1e-3)
-    assert [chunk_size(short, queued, 2) for queued in (100, 200, 400, 80_000)] == [5, 10, 20, 20]
-    assert chunk_size(short, 80_000, 2_000) == 5
+    assert [chunk_size(short, queued, 2) for queued in (50, 100, 200, 80_000)] == [5, 10, 20, 30]
+    assert chunk_size(short, 40_000, 2_000) == 5
     assert chunk_size(short, 80_000, 2, 7) == 7
 
 
@@ -65,6 +72,11 @@ def test_one_slow_first_call_is_soon_outweighed() -> None:
 
 def test_long_tasks_are_not_prefetched() -> None:
     """Where what waits behind them would be given back before they end."""
-    assert estimate(0.025).is_short
-    assert not estimate(0.04).is_short
+    assert estimate(0.9 * STUCK_SECONDS).is_short
+    assert not estimate(1.1 * STUCK_SECONDS).is_short
     assert repr(Estimate()) == "<Estimate unknown>"
+
+
+def test_a_whole_chunk_goes_by_before_its_results_are_looked_for() -> None:
+    """Or each chunk would send two messages. And what lies in a pipe unseen is not taken for stuck."""
+    assert CHUNK_SECONDS_MAX < QUIET_SECONDS < STUCK_SECONDS

@@ -24,6 +24,7 @@ from achilles.core.protocol import (
     Recall,
     Retire,
     RunnerDied,
+    RunnerDone,
     Spawn,
     Unload,
 )
@@ -67,6 +68,32 @@ def test_a_chunk_gives_a_result_a_task(driver: Driver) -> None:
     driver.until(lambda: len(driver.results) == 5000)
     assert [driver.outcome(1, index) for index in range(5000)] == [*range(5000)]
     assert all(0 <= seconds < BOUND for seconds in driver.seconds.values())
+
+
+def test_what_a_chunk_has_left_in_two_pipes_is_told_at_once(driver: Driver, gate: Gate) -> None:
+    """All results but the last lie where they wake nobody; they are not worth a message of their own."""
+    driver.execute(1, driver.load(tasks.add), *((n,) for n in range(20)))
+    driver.execute(2, driver.load(tasks.wait_at), (gate.path,))
+    deadline = time.monotonic() + BOUND
+    while not gate.is_reached():  # the first chunk has ended, and nobody has looked yet
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    driver.loop.wait(BOUND)
+    (done,) = driver.host.collect()
+    assert isinstance(done, RunnerDone)
+    assert sorted(index for seq, index, *_ in done.results) == [*range(20)]
+    gate.open()
+    assert driver.outcome(2) == "open"
+
+
+def test_a_record_comes_in_as_many_pieces_as_it_will(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose payload is not behind it, but was handed over."""
+    monkeypatch.setattr(host_module, "READ_MAX", 7)
+    monkeypatch.setattr(host_module, "READS_MAX", 1)
+    with driving() as driver:
+        driver.spawn()
+        assert driver.run(tasks.identity, 2 * LARGE * b"x") == 2 * LARGE * b"x"
+        assert driver.run(tasks.add, 1, seq=201) == 1
 
 
 def test_chunks_queue_up_and_seqs_come_again(driver: Driver) -> None:

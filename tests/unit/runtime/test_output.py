@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from achilles.runtime.output import BURST, LINE_MAX, PIECE_MAX, RATE, OutputPipe
+from achilles.runtime.output import BURST, LINE_MAX, PIECE_MAX, RATE, OutputPipe, print_own
 
 
 class Pipe:
@@ -90,3 +90,15 @@ def test_the_budget_comes_back(pipe: Pipe) -> None:
     assert RATE - (1 << 14) <= len(pipe.print_all(RATE)) <= RATE
     pipe.now += 1000.0
     assert len(pipe.print_all(BURST)) == BURST
+
+
+def test_what_is_nobodys_is_printed_as_far_as_that_takes_no_time() -> None:
+    """To a pipe that somebody reads, that nobody reads for now, and that nobody will read."""
+    read_end, write_end = os.pipe()
+    print_own(b"a line\n", write_end)
+    assert os.read(read_end, 100) == b"a line\n"
+    print_own(bytes(1 << 20), write_end)  # more than a pipe holds: what does not fit is dropped
+    assert 0 < len(os.read(read_end, 1 << 20)) < 1 << 20
+    os.close(read_end)
+    print_own(b"another\n", write_end)
+    os.close(write_end)
