@@ -112,7 +112,10 @@ class Bundler:
             if not self.is_cancelled:
                 payload = dumps_call(args, {})
                 assert type(payload) is bytes
-                self.ids[index] = self._mailbox.resubmit(group, blob, payload, self.run, index)
+                id = self._mailbox.resubmit(group, blob, payload, self.run, index)
+                self.ids[index] = id
+                if self.is_cancelled:  # meanwhile, and perhaps without this one
+                    self._mailbox.cancelled([id])
 
 
 class BundleSink:

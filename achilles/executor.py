@@ -68,6 +68,15 @@ _CONNECTED = {"_arguments", "_core", "_finalizer", "_functions", "_mailbox", "_t
 _connecting = threading.Lock()
 
 
+def _forget_who_connects() -> None:
+    """In a forked child, where nobody does."""
+    global _connecting
+    _connecting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_who_connects)
+
+
 class DistributedExecutor(concurrent.futures.Executor):
     """A drop-in for `concurrent.futures.ProcessPoolExecutor` that also runs on a cluster.
 

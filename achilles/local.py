@@ -55,6 +55,7 @@ class LocalCluster:
         self._slots = slots
         self._name = name
         self._deadline = 0.0
+        self._is_killed = False
         self.thread: threading.Thread | None = None
 
     # --- User threads -----------------------------------------------------------------------------
@@ -100,6 +101,7 @@ class LocalCluster:
             self._cancel(self.mailbox.fail_all(make_error))
             for send in self._agent.reset():
                 self._sends.append(send)
+            self._is_killed = True
 
         self.call(kill)
 
@@ -117,7 +119,7 @@ class LocalCluster:
         try:
             mailbox.start(threading.current_thread())
             self._join()
-            while not (mailbox.is_closing and mailbox.is_empty and not self._requests):
+            while not self._is_over():
                 self._step()
         except BaseException as error:  # a bug of ours must not leave anybody waiting
             _LOG.exception("the I/O thread of an executor ended unexpectedly")
@@ -138,6 +140,11 @@ class LocalCluster:
         self._scheduler.join(WORKER, worker, now)
         self._submission.connect(0)
 
+    def _is_over(self) -> bool:
+        if not (self.mailbox.is_closing and self.mailbox.is_empty) or self._requests:
+            return False
+        return self._is_killed or self._submission.is_finished
+
     def _leave(self) -> None:
         """Let go of what was not done: the garbage collector does not look into tasks."""
         now = monotonic()
@@ -155,6 +162,7 @@ class LocalCluster:
             self._requests.popleft()()
         if mailbox.has_mail:
             self._take_mail()
+        self._sends += mailbox.ends(self._submission)
         now = monotonic()
         for event in self._host.collect():
             self._sends += self._agent.receive(event, now)

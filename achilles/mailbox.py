@@ -1,7 +1,8 @@
 """Between the user's threads and the one I/O thread: what was submitted, and who waits for what.
 
-User threads call `submit`, `submit_map`, `cancelled`; the I/O thread calls `drain`, `receive` and `close`. The two meet in
-a deque, whose ends are safe without a lock, and in a dict of sinks that only the I/O thread reads.
+User threads call `submit`, `submit_item`, `submit_bundle`, `cancelled`; the I/O thread calls `drain`, `receive` and `close`. The two
+meet in a deque, and in a dict of sinks that the I/O thread changes and of which user threads take the length or a copy of the
+keys. The lock orders submissions before `finish`: what has passed the check by then is in, and resolved by what comes after it.
 
 A sink is where a task's outcome goes: a `Future`, or a place in a `MapRun`, or many (`bundles.BundleSink`).
 """
@@ -68,6 +69,7 @@ class Mailbox:
         self._lock = threading.Lock()
         self.is_awake = False  # the I/O thread looks into the inbox before it waits
         self.is_closing = False  # no more submissions; end when everything is resolved
+        self.outlasts = False  # all is, but something runs that was cancelled
         self.broken: BaseException | None = None
         self.init_blob = b""  # the pickle of (initializer, initargs)
         self.init_source: object = (
@@ -95,8 +97,7 @@ class Mailbox:
             self._check_open()
             self._inbox.append((id, group, blob, payload, future))
         if not self.is_awake:
-            self.is_awake = True
-            self._wake()
+            self.interrupt()
         return future
 
     def submit_item(
@@ -110,8 +111,7 @@ class Mailbox:
             self._check_open()
             self._inbox.append((id, group, blob, payload, (run, index)))
         if not self.is_awake:
-            self.is_awake = True
-            self._wake()
+            self.interrupt()
         return id
 
     def submit_bundle(
@@ -201,9 +201,14 @@ class Mailbox:
 
     def interrupt(self) -> None:
         """Let the I/O thread look."""
-        if not self.is_awake:
-            self.is_awake = True
+        if self.is_awake:
+            return
+        self.is_awake = True
+        try:
             self._wake()
+        except BaseException:  # Ctrl-C: it was perhaps not woken, and the next one has to
+            self.is_awake = False
+            raise
 
     def call_back(self, future: Future) -> bool:
         """Run a future's callbacks in the callback thread; False if the caller may do so itself."""
@@ -294,7 +299,8 @@ class Mailbox:
     def is_idle(self) -> bool:
         """Whether the I/O thread may wait: from here on, whoever has something for it wakes it."""
         self.is_awake = False
-        if self._inbox or self._cancels or (self.is_closing and not self._sinks):
+        is_over = self.is_closing and not self._sinks and not self.outlasts
+        if self._inbox or self._cancels or is_over:
             self.is_awake = True
             return False
         return True
@@ -314,7 +320,7 @@ class Mailbox:
                 self._take_parts(body)
             case p.Letter():
                 self.on_letter(message)
-            case p.Status() | p.Credit() | p.ShuttingDown() | p.Goodbye():
+            case p.Status() | p.Credit() | p.Finished() | p.ShuttingDown() | p.Goodbye():
                 pass  # of no concern to tasks
         return []
 
@@ -501,6 +507,13 @@ class Mailbox:
             if is_cancelled:
                 cancelled.append(id)
         return cancelled
+
+    def ends(self, submission: Submission) -> list[Send]:
+        """What is to be said where all is resolved, and nothing comes any more, but something runs yet."""
+        if not self.is_closing or not self.is_empty:
+            return []
+        self.outlasts = not submission.is_finished
+        return submission.finish()
 
     @property
     def is_empty(self) -> bool:

@@ -63,7 +63,7 @@ class MapCall:
     Raises:
         ValueError: ``chunksize`` or ``buffersize`` below 1.
         TypeError: one of them is no integer.
-        RuntimeError: the executor was shut down.
+        RuntimeError: the executor was shut down, and there are items.
         Exception: whatever the input raises.
     """
 
@@ -86,7 +86,6 @@ class MapCall:
             raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
-        executor._check_usable()
         self._executor = executor  # which must not be collected while its results are taken
         self._mailbox = executor._mailbox
         self.run = run or MapRun(read_outcome)
@@ -128,6 +127,8 @@ class MapCall:
             self._bundler = self._make_bundler(chunksize)
         try:
             for args in items:
+                if not self._count:
+                    executor._check_usable()  # nothing to do can be done by whoever was shut down
                 self._submit(args)
                 if self._bundler is not None and not self._count % LOOKS:
                     self._bundle(self._bundler, items)
@@ -198,7 +199,9 @@ class MapCall:
         """Nobody takes the rest."""
         if self._bundler is not None:
             self._bundler.is_cancelled = True
-        self._mailbox.cancelled([id for id in list(self._ids.values()) if id])
+        ids = [id for id in list(self._ids.values()) if id]
+        if ids:
+            self._mailbox.cancelled(ids)
         self._ids.clear()
         self._rest = iter(())
 

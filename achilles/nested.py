@@ -272,6 +272,7 @@ class NestedConnection:
     def _fail(self, error: AchillesError) -> None:
         """Everything fails, and nothing new is taken."""
         self.mailbox.broken = error
+        self.mailbox.finish()  # who has passed its check is in, before all in it fails
         self.mailbox.fail_all(lambda: type(error)(*error.args))
         with self._stepped:
             self._is_busy = False

@@ -6,6 +6,7 @@ Each figure is the median of single measurements, in microseconds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import pickle
 import queue
@@ -14,16 +15,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import zmq
 
+from achilles.core import protocol as p
+from achilles.core.agent import Agent
+from achilles.core.scheduler import Scheduler
+from achilles.core.submission import Submission
 from benchmarks.stats import percentile
 
 ROUNDS = 3_000
 END = b"end"
+TURNS = 6  # processes: about as many as a round trip through a broker has threads that compute
 
 
 def floors(rounds: int = ROUNDS) -> dict[str, float]:
@@ -36,6 +44,8 @@ def floors(rounds: int = ROUNDS) -> dict[str, float]:
             "pipe to another process, and back": _pipe(rounds),
             "ZeroMQ over ipc to another process, and back": _zeromq(f"ipc://{folder}/echo", rounds),
             "ZeroMQ over TCP, and back": _zeromq("tcp://127.0.0.1:*", rounds),
+            "the three cores' part in a task, alone on a core": _turns(1, rounds),
+            f"the same, where {TURNS} processes take turns on a core": _turns(TURNS, rounds),
         }
 
 
@@ -132,6 +142,92 @@ def _echo_zeromq(address: str) -> None:
             socket.send(data)
 
 
+class _Cores:
+    """The cores of embedded mode, and a runner that is done at once: what Python computes for a task, and nothing else."""
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._group = p.Group(1, 0)
+        self._submission = Submission()
+        self._scheduler = Scheduler(now=0.0)
+        self._agent = Agent(1)
+        none = bytes(16)
+        self._scheduler.join("client", p.ClientHello(none, "client", "", "", "floor"), 0.0)
+        self._scheduler.join("worker", p.WorkerHello(none, "", "", "floor", 1, 1), 0.0)
+        self._submission.connect(0)
+        self._submission.add_blob(1, b"function")
+
+    def trip(self) -> None:
+        """One task, from its submission to its result."""
+        id = next(self._ids)
+        sends: deque[Any] = deque(self._submission.submit(self._group, [id], [b"arguments"]))
+        results = 0
+        while sends:
+            to, message = sends.popleft()
+            sends += self._pass_on(to, message)
+            results += isinstance(message, p.Results)
+        assert results == 2, "no result came back"  # once to the submission, once to the user
+
+    def _pass_on(self, to: Any, message: Any) -> Iterable[Any]:
+        if to == "host":
+            if not isinstance(message, p.Execute):
+                return []
+            done = p.RunnerDone(message.runner, [(message.seq, 0, p.VALUE, 1e-6, b"value")])
+            return self._agent.receive(done, 0.0)
+        if to == "worker":
+            return self._agent.receive(message, 0.0)
+        if to == "client":
+            return self._submission.receive(message, 0.0)
+        if to == "user":
+            return []
+        peer = "worker" if isinstance(message, p.Done) else "client"
+        return self._scheduler.receive(peer, message, 0.0)
+
+
+def _turns(count: int, rounds: int) -> float:
+    """A `_Cores.trip` in each of so many processes on one core, one after the other: what one of them takes."""
+    with _one_core(), ExitStack() as others:
+        ring = [os.pipe() for _ in range(count)]
+        first, back = ring[0][1], ring[-1][0]
+        others.callback(os.close, back)
+        for (read, _), (_, write) in itertools.pairwise(ring):
+            others.enter_context(_other("turns", str(read), str(write), fds=(read, write)))
+            os.close(read)
+            os.close(write)
+        others.callback(os.close, first)  # before all else: that ends one process after the other
+        cores = _Cores()
+
+        def turn() -> None:
+            cores.trip()
+            os.write(first, b"7")
+            os.read(back, 1)
+
+        for _ in range(rounds // 10):
+            turn()
+        return _median(turn, rounds) / count
+
+
+def _echo_turns(read: int, write: int) -> None:
+    cores = _Cores()
+    while data := os.read(read, 1):
+        cores.trip()
+        os.write(write, data)
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """This process, and those that it starts, share one core; where the system has a way to say so."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 @contextmanager
 def _other(*arguments: str, fds: tuple[int, ...] = ()) -> Iterator[None]:
     """The process at the other side, which ends when it is told to."""
@@ -153,6 +249,8 @@ def main() -> int:
         kind, *rest = options.echo
         if kind == "pipe":
             _echo_pipe(*map(int, rest))
+        elif kind == "turns":
+            _echo_turns(*map(int, rest))
         else:
             _echo_zeromq(*rest)
         return 0

@@ -195,6 +195,13 @@ def note_and_await(path: str, line: object, go: str) -> int:
     return os.getpid()
 
 
+def note_both_ends(path: str, go: str) -> None:
+    """Note when it begins, and when it ends, which it does as soon as ``go`` is there."""
+    note(path, "begun")
+    await_file(go)
+    note(path, "ended")
+
+
 def meet(path: str, count: int) -> None:
     """Wait until so many of these have begun."""
     note(path, os.getpid())

@@ -105,12 +105,13 @@ class Charges:
         self._desk.requeue(queue, waiting)
 
     def unqueue(self, task: Task) -> None:
-        """A queued task is wanted no more; it stays where it is, and is passed over."""
+        """A queued task is wanted no more; it stays where it is for a while, and is passed over."""
         queue = task.queue
         if queue is not None:
             queue.live -= 1
             queue.client.live -= 1
             task.queue = None
+            queue.forget_unwanted()
             queue.client.enqueue(queue)  # it may have stood before an older one: see `TaskQueue`
 
 

@@ -53,7 +53,10 @@ def encoded(packet: Packet) -> list[list[p.Buffer]]:
 class Link:
     """One side of a session."""
 
-    __slots__ = ("_acked", "_asked_at", "_asked_for", "_kept", "received", "sent", "token")
+    __slots__ = (
+        *("_acked", "_asked_at", "_asked_for", "_kept", "_resent_at", "_resent_for"),
+        *("received", "sent", "token"),
+    )
 
     def __init__(self, token: bytes) -> None:
         self.token = token
@@ -63,6 +66,8 @@ class Link:
         self._kept: deque[Packet] = deque()
         self._asked_for = -1
         self._asked_at = 0.0
+        self._resent_for = -1
+        self._resent_at = 0.0
 
     def wrap(self, message: p.Wire) -> Packet:
         """The message ready to be sent; numbered and kept if it is one that matters."""
@@ -87,7 +92,7 @@ class Link:
         while kept and kept[0].header.seq <= header.ack:
             kept.popleft()
         if type(message) is p.Resync:
-            return False, self._resend()
+            return False, self._resend(header.ack, now)
         if type(message) in _UNNUMBERED:
             return True, self._ask(now) if header.seq > self.received else []
         if header.seq == self.received + 1:
@@ -106,7 +111,11 @@ class Link:
         """The messages that are not known to have arrived."""
         return [packet.message for packet in self._kept]
 
-    def _resend(self) -> list[Packet]:
+    def _resend(self, ack: int, now: float) -> list[Packet]:
+        """All that is kept; but not for who asks for the same more often than `_ask` does."""
+        if self._resent_for == ack and now - self._resent_at < RESYNC_INTERVAL / 2:
+            return []
+        self._resent_for, self._resent_at = ack, now
         self._acked = self.received
         return [
             Packet(p.Header(self.token, packet.header.seq, self.received), packet.message)

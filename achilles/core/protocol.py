@@ -319,6 +319,14 @@ class Credit(Message, tag="credit"):
     bytes_max: int
 
 
+class Finish(Message, tag="finish"):
+    """The client wants no more outcomes; but what of it runs, though it was cancelled, is to come to its end."""
+
+
+class Finished(Message, tag="finished"):
+    """Nothing of the client runs any more."""
+
+
 class StatusRequest(Message, tag="status?"):
     """Asks for a `Status`, and why tasks wait: the client's own, or any of ``client`` (empty: of all) by the number ``task``."""
 
@@ -616,7 +624,9 @@ RunnerCommand: TypeAlias = Spawn | Load | Unload | Execute | Recall | Kill | Ret
 RunnerEvent: TypeAlias = RunnerDone | RunnerRecalled | RunnerDied | RunnerGrown | FromRunner
 
 # What may cross the wire, by who sends it. The broker refuses the rest by role (default deny).
-FromClient: TypeAlias = Submit | Blob | Forget | Cancel | Letter | Resumed | StatusRequest | Goodbye
+FromClient: TypeAlias = (
+    Submit | Blob | Forget | Cancel | Finish | Letter | Resumed | StatusRequest | Goodbye
+)
 FromTask: TypeAlias = Submit | Blob | Forget | Cancel | StatusRequest | Goodbye
 ToTask: TypeAlias = Running | Results | Failed | Cluster | Status
 FromAdmin: TypeAlias = StatusRequest | ReloadKeys | DrainWorker | Shutdown | Goodbye
@@ -624,7 +634,16 @@ FromWorker: TypeAlias = (
     Done | Returned | Crashed | Letter | Relay | Held | Resumed | Drain | Goodbye
 )
 ToClient: TypeAlias = (
-    Running | Results | Failed | Cluster | Credit | Letter | Status | ShuttingDown | Goodbye
+    Running
+    | Results
+    | Failed
+    | Cluster
+    | Credit
+    | Finished
+    | Letter
+    | Status
+    | ShuttingDown
+    | Goodbye
 )
 ToAdmin: TypeAlias = Status | ShuttingDown | KeysReloaded | WorkerDrains | Goodbye
 ToWorker: TypeAlias = Run | Revoke | Blob | Forget | Lend | Relay | Letter | Drain | Goodbye
@@ -827,6 +846,8 @@ def _check_fields(message: Wire) -> None:
             | WorkerDrains()
             | ShuttingDown()
             | Drain()
+            | Finish()
+            | Finished()
             | Lend()
             | Resumed()
             | Gone()

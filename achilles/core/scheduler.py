@@ -110,6 +110,7 @@ class Scheduler:
         self.workers = None if awaited is None and recovery else set(awaited or ())
         self.changes: list[Change] = []  # of these, for a shell to tell of and take out
         self._done = self._late = 0
+        self._finishing: set[Client] = set()  # who waits for what runs of theirs
 
     def _make_desk(self, first_lease: int) -> Dispatcher:
         return Dispatcher(first_lease)
@@ -151,11 +152,12 @@ class Scheduler:
             if worker.state == DRAINING:
                 self._draining -= 1
                 self._draining_slots -= worker.slots
-            return self._worker_left(worker, now, reason, charge)
+            return [*self._worker_left(worker, now, reason, charge), *self._finished()]
         client = self._clients.pop(peer, None)
         if client is None:
             return []
         del self._client_by_number[client.number]
+        self._finishing.discard(client)
         self._budget.close(client)
         return self._root_left(client)
 
@@ -206,7 +208,8 @@ class Scheduler:
         """
         worker = self._workers.get(peer)
         if worker is not None:
-            return self._from_worker(worker, message, now)
+            sends = self._from_worker(worker, message, now)
+            return [*sends, *self._finished()] if self._finishing else sends
         client = self._clients.get(peer)
         if client is None:
             return []
@@ -270,6 +273,9 @@ class Scheduler:
                 return self._forget(client, blobs)
             case p.Cancel(ids=ids, kill=kill):
                 return self._cancel(client, ids, kill)
+            case p.Finish():
+                self._finishing.add(client)
+                return self._finished()
             case p.Letter():
                 return self._to_runner(client, message)
             case p.StatusRequest(is_brief=is_brief):
@@ -295,7 +301,7 @@ class Scheduler:
                 raise ProtocolError(f"a task names blob {blob}, which was not sent")
         self._budget.take(client, size, is_alone=not client.tasks and len(message.ids) == 1)
         if queue is None:
-            queue = client.queues[group] = TaskQueue(client, group)
+            queue = client.open_queue(group)
         sends: list[Send] = []
         if client.found is not None:
             results, sends = self._recovery.claim(client, client.found, queue, message, now)
@@ -325,6 +331,12 @@ class Scheduler:
             if not client.is_held_back:
                 sends += self._recovery.give_up_doubtful(client)
         return sends
+
+    def _finished(self) -> list[Send]:
+        """Tell those who wait for that of whom nothing runs any more; a lease that is lent has a nested client."""
+        over = [one for one in self._finishing if not one.places and not one.nested]
+        self._finishing.difference_update(over)
+        return [Send(client.peer, p.Finished()) for client in over]
 
     def _forget(self, client: Client, blobs: list[int]) -> list[Send]:
         using = [
@@ -430,7 +442,7 @@ class Scheduler:
                 return self._worker_resumed(worker, now)
             case p.Goodbye(reason=reason):
                 return self.leave(worker.peer, now, reason, charge=False)
-            case p.Submit() | p.Blob() | p.Forget() | p.Cancel() | p.StatusRequest():
+            case p.Submit() | p.Blob() | p.Forget() | p.Cancel() | p.Finish() | p.StatusRequest():
                 raise ProtocolError(f"a worker does not send {type(message).__name__}")
 
     def _results(self, worker: Worker, message: p.Done, now: float) -> list[Send]:

@@ -28,7 +28,9 @@ CLIENT, WORKER, ADMIN = "client", "worker", "admin"
 _ALWAYS = (p.Heartbeat, p.Resync, p.Goodbye)
 _OF_PEERS = (*_ALWAYS, p.Letter, p.Resumed)
 ALLOWED: dict[str, frozenset[type]] = {
-    CLIENT: frozenset({*_OF_PEERS, p.Submit, p.Blob, p.Forget, p.Cancel, p.StatusRequest}),
+    CLIENT: frozenset(
+        {*_OF_PEERS, p.Submit, p.Blob, p.Forget, p.Cancel, p.Finish, p.StatusRequest}
+    ),
     ADMIN: frozenset({*_ALWAYS, p.StatusRequest, p.ReloadKeys, p.DrainWorker, p.Shutdown}),
     WORKER: frozenset({*_OF_PEERS, p.Done, p.Returned, p.Crashed, p.Held, p.Relay, p.Drain}),
 }
@@ -41,6 +43,7 @@ _FOR_SCHEDULER = (
     p.Blob,
     p.Forget,
     p.Cancel,
+    p.Finish,
     p.StatusRequest,
     p.Done,
     p.Returned,

@@ -68,6 +68,8 @@ class Submission:
         self._bytes_max = 0  # at the broker; 0: no limit
         self._bytes = 0  # of the tasks and blobs that it has
         self._argument_max = 0  # of one task; 0: no limit
+        self._may_run = False  # something that was cancelled while the broker had it
+        self._is_finishing = False
 
     # --- Sessions ---------------------------------------------------------------------------------
 
@@ -85,7 +87,8 @@ class Submission:
         self._backlog = deque(sorted(self._tasks))
         self._unsent = set(self._tasks)
         self._at_broker = 0
-        return self._advance()
+        asks = [Send("broker", p.Finish())] if self._is_finishing else []
+        return [*self._advance(), *asks]
 
     def disconnect(self) -> None:
         """The session is over; tasks stay until another one begins."""
@@ -156,8 +159,21 @@ class Submission:
         self._at_broker -= len(at_broker)
         if self._credit is None or not at_broker:
             return self._resumed()
+        self._may_run = True
         cancels = [Send("broker", p.Cancel(ids, kill)) for ids in _runs(at_broker)]
         return [*cancels, *self._advance()]
+
+    def finish(self) -> list[Send]:
+        """The user wants nothing any more: ask the broker to tell when nothing runs."""
+        if self._is_finishing or not self._may_run:
+            return []
+        self._is_finishing = True
+        return [] if self._credit is None else [Send("broker", p.Finish())]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing runs that was cancelled, so far as is known."""
+        return not self._may_run
 
     def _resumed(self) -> list[Send]:
         """Say so once all is sent again that an earlier broker had."""
@@ -181,6 +197,9 @@ class Submission:
             case p.Credit(bytes_max=bytes_max):
                 self._bytes_max = bytes_max
                 return self._advance()
+            case p.Finished():
+                self._may_run = self._is_finishing = False
+                return []
             case (
                 p.Running() | p.Cluster() | p.Letter() | p.Status() | p.ShuttingDown() | p.Goodbye()
             ):

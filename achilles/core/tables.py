@@ -22,6 +22,10 @@ from achilles.core import protocol as p
 from achilles.core.chunking import Estimate
 from achilles.errors import ProtocolError
 
+QUEUES_KEPT = (
+    256  # without tasks, of a client; for functions that come back, whose durations are known
+)
+UNWANTED_MAX = 64
 STRAYS_MAX = 2  # answers that a worker may give for leases that it does not hold
 
 PeerId: TypeAlias = Hashable
@@ -135,6 +139,11 @@ class TaskQueue:
             tasks.popleft()
         return tasks[0] if tasks else None
 
+    def forget_unwanted(self) -> None:
+        """Drop what was cancelled, where that is most of what is kept: a head that cannot start keeps all behind it here."""
+        if len(self.tasks) > 2 * self.live + UNWANTED_MAX:
+            self.tasks = deque(task for task in self.tasks if task.queue is not None)
+
     def take(self, count: int) -> list[Task]:
         """Remove up to ``count`` tasks from the front; one with a history comes alone."""
         chunk: list[Task] = []
@@ -188,6 +197,7 @@ class Client:
         self.owed = 0  # bytes of results that it has not taken
         self.is_held = False  # too many: no more of its tasks are run until it takes them
         self.queues: dict[p.Group, TaskQueue] = {}
+        self._queues_max = 2 * QUEUES_KEPT
         # A heap of queues by rank for each set of wanted tags; stale entries are skipped.
         self.orders: dict[Tags, list[tuple[Rank, int, TaskQueue]]] = {}
         self._entries = 0
@@ -209,6 +219,16 @@ class Client:
     def urgency(self) -> tuple[int, int]:
         """Of one root's clients the highest goes first: the deepest, so that few tasks wait for others, then the newest."""
         return (0, 0) if self.parent is None else (self.parent.depth + 1, self.parent.number)
+
+    def open_queue(self, group: p.Group) -> TaskQueue:
+        """A queue for tasks of a new group; some of those that are empty give way."""
+        if len(self.queues) >= self._queues_max:
+            empty = [q for q in self.queues.values() if q.head() is None and not q.leases]
+            for queue in empty[:-QUEUES_KEPT]:
+                del self.queues[queue.group]
+            self._queues_max = max(2 * QUEUES_KEPT, 2 * len(self.queues))
+        queue = self.queues[group] = TaskQueue(self, group)
+        return queue
 
     def tell(self, message: p.ToTask) -> Send:
         """The message on its way to the client."""
@@ -290,13 +310,13 @@ def _first(order: list[tuple[Rank, int, TaskQueue]]) -> tuple[Rank, TaskQueue] |
             heapq.heappop(order)
             continue
         rank = queue.rank
+        queue.entry = rank
         if rank is None:
-            queue.entry = None
             heapq.heappop(order)
-        elif rank != entry:
-            queue.entry = rank
+            continue
+        if rank != entry:
             heapq.heapreplace(order, (rank, number, queue))
-        else:
+        if order[0][0] == rank:
             return rank, queue
     return None
 

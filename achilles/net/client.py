@@ -14,6 +14,7 @@ from time import monotonic
 
 import achilles
 from achilles.core import protocol as p
+from achilles.core.dispatch import ANNOUNCE_CHUNK_SECONDS
 from achilles.core.submission import Send, Submission
 from achilles.core.waiting import WARN_SECONDS, Conditions, Curiosity, advice
 from achilles.errors import AchillesError, BrokerLostError, BrokerUnreachableError
@@ -31,7 +32,8 @@ WATCH_SECONDS = 0.5
 OBSTACLE_SECONDS = WARN_SECONDS  # that nobody may run a task, before it is said
 SILENCE_SECONDS = WARN_SECONDS  # the same of a broker that says nothing
 FLUSH_SECONDS = 2.0
-ANNOUNCED_SECONDS = 0.05  # within it the broker tells what it has dispatched of what it was sent
+# Within it the broker tells what it has dispatched of what it was sent.
+ANNOUNCED_SECONDS = ANNOUNCE_CHUNK_SECONDS + 0.03
 
 _LOG = logging.getLogger("achilles.client")
 
@@ -107,6 +109,7 @@ class Connection:
         self._failure: AchillesError | None = None
         self._next_watch = 0.0
         self._cancel_at: float | None = None  # when to cancel what is not running by then
+        self._is_killed = False
         self._killing: Callable[[], BaseException] | None = None  # and what the rest fails with
         self._curiosity = Curiosity()
         self._obstacles = Conditions(OBSTACLE_SECONDS)
@@ -219,7 +222,7 @@ class Connection:
             mailbox.start(threading.current_thread())
             peer = Peer(self._dial, self._loop, hello, self._from_broker)
             self._connect(peer)
-            while not (mailbox.is_closing and mailbox.is_empty and not self._requests):
+            while not self._is_over():
                 self._step(peer)
             peer.send([p.Goodbye("done")])
             peer.flush(FLUSH_SECONDS)
@@ -237,6 +240,11 @@ class Connection:
                 peer.close()
             self._loop.close()
             self._joined.set()
+
+    def _is_over(self) -> bool:
+        if not (self.mailbox.is_closing and self.mailbox.is_empty) or self._requests:
+            return False
+        return self._is_killed or self._submission.is_finished
 
     def _connect(self, peer: Peer) -> None:
         """Wait for the session to begin.
@@ -271,6 +279,7 @@ class Connection:
             self._take_mail()
         if self._cancel_at is not None and monotonic() >= self._cancel_at:
             self._cancel_pending()
+        self._sends += mailbox.ends(self._submission)
         self._pump(peer)
 
     def _take_mail(self) -> None:
@@ -286,6 +295,7 @@ class Connection:
         self._cancel(self.mailbox.cancel_pending(), kill=is_killing)
         if make_error is not None:
             self._cancel(self.mailbox.fail_all(make_error), kill=True)
+            self._is_killed = True
 
     def _from_broker(self, message: p.Wire, now: float) -> None:
         match message:
@@ -310,7 +320,15 @@ class Connection:
             case p.Status():
                 while self._statuses:
                     self._statuses.popleft()(message)
-            case p.Running() | p.Results() | p.Failed() | p.Cluster() | p.Credit() | p.Letter():
+            case (
+                p.Running()
+                | p.Results()
+                | p.Failed()
+                | p.Cluster()
+                | p.Credit()
+                | p.Finished()
+                | p.Letter()
+            ):
                 self._sends += self._submission.receive(message, now)
             case _:
                 _LOG.warning(

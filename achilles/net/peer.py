@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Callable, Iterable
 from math import inf
@@ -38,14 +39,25 @@ _CERTAIN = (AuthenticationError, EncryptionMismatchError)  # what else is told f
 
 _LOG = logging.getLogger("achilles.net")
 
+# By process; none is let go of in a fork, where it is the parent's. Not the program's own, which `zmq.Context.instance()` would be: to
+# end that one would wait for our sockets.
+_contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}
+
 
 def dialer_to(join: Join) -> Dial:
     """What makes sockets to the broker that ``join`` tells of."""
 
     def dial() -> Dialed:
-        return dial_dealer(zmq.Context.instance(), join.endpoint(), join.keys)
+        return dial_dealer(_context(), join.endpoint(), join.keys)
 
     return dial
+
+
+def _context() -> zmq.Context[zmq.Socket[bytes]]:
+    """This process's context for all sockets to brokers."""
+    pid = os.getpid()
+    context = _contexts.get(pid)
+    return _contexts.setdefault(pid, zmq.Context()) if context is None else context
 
 
 class Peer:

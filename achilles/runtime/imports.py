@@ -48,8 +48,11 @@ class ClientModules:
         """The next task is another client's."""
         if client == self._client:
             return
-        names = [name for name, module in sys.modules.items() if _is_fetched(module)]
-        self._aside[self._client] = {name: sys.modules.pop(name) for name in names}
+        # A thread that an earlier task has left may import meanwhile, or take modules out.
+        fetched = {name: one for name, one in list(sys.modules.items()) if _is_fetched(one)}
+        self._aside[self._client] = fetched
+        for name in fetched:
+            sys.modules.pop(name, None)
         sys.modules.update(self._aside.pop(client, {}))
         self._missing.clear()
         self._client = client

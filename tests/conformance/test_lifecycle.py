@@ -171,6 +171,35 @@ def test_with(make: Maker) -> None:
 
 
 @of_modes(*ALL)
+def test_what_runs_of_an_abandoned_map_comes_to_its_end(make: Maker, tmp_path: Path) -> None:
+    """Or what an item writes would be half written because another one failed."""
+    executor, log, go = make(2), tmp_path / "log", tmp_path / "go"
+    results = executor.map(tasks.note_both_ends, [str(log)] * 40, [str(go)] * 40, timeout=0)
+    wait_until(lambda: len(tasks.notes(log)) == 2)
+    with pytest.raises(concurrent.futures.TimeoutError):
+        next(results)
+    shutdown = threading.Thread(target=executor.shutdown)
+    shutdown.start()
+    go.touch()
+    shutdown.join(20)
+    assert not shutdown.is_alive()
+    noted = tasks.notes(log)
+    assert noted.count("begun") == noted.count("ended") >= 2
+    assert len(noted) < 40
+
+
+@of_modes(*OURS)
+def test_what_runs_though_it_was_cancelled_is_ended_on_demand(make: Maker, tmp_path: Path) -> None:
+    executor, log = make(2), tmp_path / "log"
+    future = executor.submit(tasks.note_both_ends, str(log), str(tmp_path / "never"))
+    wait_until(log.exists)
+    future.cancel()
+    executor.shutdown(wait=False)
+    executor.terminate_workers()
+    assert tasks.notes(log) == ["begun"]
+
+
+@of_modes(*ALL)
 def test_shutdown_without_waiting(make: Maker, tmp_path: Path) -> None:
     executor, go = make(1), tmp_path / "go"
     futures = [executor.submit(tasks.await_file_at, n, n, str(go)) for n in range(3)]

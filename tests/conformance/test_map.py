@@ -185,6 +185,7 @@ def test_iterating_after_shutdown(make: Maker) -> None:
     assert list(results) == [0, 1, 2, 3]
     with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
         executor.map(tasks.echo, [1])
+    assert list(executor.map(tasks.echo, [])) == []  # nothing to do can be done
 
 
 @of_modes(*ALL)

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from achilles import backends as module
+from achilles import executor as executor_module
 from achilles.errors import BrokerLostError, ConfigError
 from achilles.executor import DistributedExecutor
 from tests import tasks
@@ -176,3 +178,12 @@ def test_it_is_no_pool_and_no_callable() -> None:
     assert not hasattr(DistributedExecutor, "_processes")
     assert not callable(DistributedExecutor(1))
     assert issubclass(DistributedExecutor, concurrent.futures.Executor)
+
+
+def test_a_forked_child_does_not_wait_for_who_connected_in_its_parent() -> None:
+    """That thread is not there, and would hold the lock for ever."""
+    with executor_module._connecting:
+        pid = os.fork()
+        if not pid:
+            os._exit(not executor_module._connecting.acquire(blocking=False))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

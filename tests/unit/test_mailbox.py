@@ -324,3 +324,39 @@ def test_results_may_hold_what_is_allowed(box: Box) -> None:
     assert first.result(0) == 10
     with pytest.raises(ResultUnpickleError, match=r"names threading\.Event"):
         second.result(0)
+
+
+def test_who_was_interrupted_while_it_woke_the_thread_leaves_that_to_the_next(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come anywhere; nobody may wait for ever after it."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    assert box.is_idle()
+    with monkeypatch.context() as patch:
+        patch.setattr(box, "_wake", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            box.add()
+    assert box.wakes == 0
+    box.finish()
+    assert box.wakes == 1
+
+
+def test_a_thread_that_waits_for_what_runs_unheard_sleeps_until_it_is_told(box: Box) -> None:
+    """All is resolved; else it would be over, and must not wait for anything."""
+    submission = Submission()
+    submission.connect(0)
+    box.add()
+    (batch,) = box.drain()[0]
+    box.submit_to(submission, batch)
+    box.drop([1])
+    submission.cancel([1])
+    box.finish()
+    box.is_awake = False
+    assert [type(send.message) for send in box.ends(submission)] == [p.Finish]
+    assert box.is_idle()
+    submission.receive(p.Finished(), 0.0)
+    assert box.ends(submission) == []
+    assert not box.is_idle()

@@ -104,6 +104,8 @@ WIRE: list[p.Wire] = [
     p.Crashed(lease=5, index=1, reason="was killed", kind=p.TIMEOUT),
     p.Letter(worker=1, runner=2, client=3, kind=p.IMPORT, body=b"letter"),
     p.Drain(),
+    p.Finish(),
+    p.Finished(),
 ]
 
 assert {type(message) for message in WIRE} == set(get_args(p.Wire)), "a kind has no message here"

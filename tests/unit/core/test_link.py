@@ -7,7 +7,7 @@ import random
 import pytest
 
 from achilles.core import protocol as p
-from achilles.core.link import UNACKED_MAX, Link, Packet, encoded
+from achilles.core.link import RESYNC_INTERVAL, UNACKED_MAX, Link, Packet, encoded
 from achilles.core.liveness import ANNOUNCED_BYTES
 from achilles.errors import ProtocolError
 
@@ -47,6 +47,18 @@ def test_a_gap_is_asked_for_once_and_sent_again() -> None:
     assert not is_new
     assert [ids(packet) for packet in again] == [[1], [2], [3]]
     assert [other.receive(crossed(packet), 0.3)[0] for packet in again] == [True] * 3
+
+
+def test_who_asks_for_the_same_again_and_again_is_answered_now_and_then() -> None:
+    """Or a few bytes would be answered by all that is kept, as often as they come; who has got on is answered at once."""
+    one = Link(TOKEN)
+    for index in range(4):
+        one.wrap(p.Cancel([index]))
+    ask, later = (Packet(p.Header(TOKEN, 0, ack), p.Resync()) for ack in (0, 1))
+    answers = [len(one.receive(ask, 10.0 + n / 1000)[1]) for n in range(100)]
+    assert answers == [4] + [0] * 99
+    assert len(one.receive(later, 10.1)[1]) == 3
+    assert len(one.receive(later, 10.1 + RESYNC_INTERVAL)[1]) == 3
 
 
 def test_a_heartbeat_shows_a_lost_tail() -> None:

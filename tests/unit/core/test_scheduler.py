@@ -8,7 +8,11 @@ import pytest
 
 from achilles.core import protocol as p
 from achilles.core.charges import CRASHES_MAX, LOSSES_MAX
-from achilles.core.dispatch import ANNOUNCE_SECONDS
+from achilles.core.dispatch import (
+    ANNOUNCE_CHUNK_SECONDS,
+    ANNOUNCE_SECONDS,
+    ANNOUNCE_TOGETHER,
+)
 from achilles.errors import ProtocolError
 from tests.unit.core.bench import CLIENT, OTHER, SECOND, WORKER, SchedulerBench, of, runs
 
@@ -66,6 +70,46 @@ def test_running_is_announced_for_what_is_still_open() -> None:
     bench.done(WORKER, fast)
     assert bench.tick(ANNOUNCE_SECONDS) == [(CLIENT, p.Running(slow.ids))]
     assert bench.tick(9.0) == []
+
+
+def test_what_was_dispatched_at_nearly_the_same_time_is_announced_together() -> None:
+    """Where many tasks take long, a message for each would cost more than they do."""
+    bench = SchedulerBench(slots=3)
+    bench.submit(1)
+    bench.now += ANNOUNCE_TOGETHER / 2
+    bench.submit(2)
+    bench.now += ANNOUNCE_TOGETHER
+    bench.submit(3)
+    left = ANNOUNCE_SECONDS - 1.5 * ANNOUNCE_TOGETHER
+    assert bench.tick(left) == [(CLIENT, p.Running([1, 2]))]
+    assert bench.tick(ANNOUNCE_SECONDS) == [(CLIENT, p.Running([3]))]
+
+
+def test_an_announcement_is_no_longer_than_a_message_may_be() -> None:
+    """The chunks of many workers, told at once."""
+    bench = SchedulerBench(slots=3)
+    first = runs(bench.submit(*range(1, 10_000)))
+    for start in (10_000, 20_000, 30_000):
+        bench.submit(*range(start, start + 10_000))
+    for run in first:
+        bench.done(WORKER, run, seconds=1e-9)
+    told = bench.tick(ANNOUNCE_CHUNK_SECONDS)
+    sizes = [len(message.ids) for _, message in told if isinstance(message, p.Running)]
+    assert len(sizes) > 1
+    assert max(sizes) <= p.TASKS_MAX
+    assert sum(sizes) > p.TASKS_MAX
+
+
+def test_a_chunk_is_announced_later_than_a_single_task() -> None:
+    """It may have waited for another, and its tasks are known to be short."""
+    bench = SchedulerBench()
+    (run,) = runs(bench.submit(*range(1, 40)))
+    (chunk, *_) = runs(bench.done(WORKER, run, seconds=1e-3))
+    assert len(chunk.ids) > 1
+    assert bench.tick(ANNOUNCE_SECONDS) == []
+    wait = ANNOUNCE_CHUNK_SECONDS - ANNOUNCE_SECONDS
+    ((_, running),) = bench.tick(wait)
+    assert set(chunk.ids) <= set(running.ids)
 
 
 def test_returned_tasks_go_to_the_front_and_are_not_charged() -> None:
@@ -277,3 +321,61 @@ def test_the_first_of_many_workers_is_found_at_once() -> None:
     bench = SchedulerBench(workers=1)
     places = bench.core._desk._idle
     assert [type(group) for group in places.values()] == [OrderedDict]
+
+
+def test_what_is_cancelled_behind_a_task_that_cannot_start_is_let_go_of() -> None:
+    """Who submits and cancels for hours, while the slots are held, costs no more than what it has open."""
+    bench = SchedulerBench()
+    bench.submit(1)
+    bench.submit(2)
+    for id in range(3, 3000):
+        bench.submit(id)
+        bench.say(CLIENT, p.Cancel([id]))
+    (client,) = bench.core._clients.values()
+    (queue,) = client.queues.values()
+    assert len(queue.tasks) < 100
+    bench.submit(3001)
+    (lease,) = [lease for worker in bench.core._workers.values() for lease in worker.leases]
+    bench.say(WORKER, p.Done(lease, [0], b"\0", [b"v"], 1.0))
+    assert [task.id for task in queue.tasks if task.queue] == [3001]
+
+
+# --- The end of a client --------------------------------------------------------------------------
+
+FINISHED = (CLIENT, p.Finished())
+
+
+def test_who_has_nothing_that_runs_is_finished_at_once() -> None:
+    bench = SchedulerBench()
+    assert bench.say(CLIENT, p.Finish()) == [FINISHED]
+    (run,) = runs(bench.submit(1))
+    bench.done(WORKER, run)
+    assert bench.say(CLIENT, p.Finish()) == [FINISHED]
+
+
+def test_who_has_cancelled_what_runs_is_finished_when_it_has_ended() -> None:
+    """With a result that nobody wants, or by not starting at all."""
+    bench = SchedulerBench(slots=2)
+    one, other = runs(bench.submit(1, 2))
+    bench.say(CLIENT, p.Cancel([1, 2]))
+    assert bench.say(CLIENT, p.Finish()) == []
+    assert FINISHED not in bench.done(WORKER, one)
+    assert bench.say(WORKER, p.Returned(other.lease, [0])) == [FINISHED]
+    assert bench.tick(9.0) == []
+
+
+def test_who_has_cancelled_what_ran_on_a_lost_worker_is_finished() -> None:
+    bench = SchedulerBench()
+    bench.submit(1)
+    bench.say(CLIENT, p.Cancel([1]))
+    assert bench.say(CLIENT, p.Finish()) == []
+    assert FINISHED in bench.leave(WORKER)
+
+
+def test_who_has_left_is_told_nothing() -> None:
+    bench = SchedulerBench()
+    (run,) = runs(bench.submit(1))
+    bench.say(CLIENT, p.Cancel([1]))
+    bench.say(CLIENT, p.Finish())
+    bench.leave(CLIENT)
+    assert FINISHED not in bench.done(WORKER, run)

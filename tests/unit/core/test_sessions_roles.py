@@ -15,7 +15,7 @@ from tests.unit.core.peers import BEAT, ROLES, SessionsBench, cut, submit
 ALWAYS: set[type] = {p.Heartbeat, p.Resync, p.Goodbye}
 BOTH = ALWAYS | {p.Letter, p.Resumed}
 MAY: dict[str, set[type]] = {
-    "client": BOTH | {p.Submit, p.Blob, p.Forget, p.Cancel, p.StatusRequest},
+    "client": BOTH | {p.Submit, p.Blob, p.Forget, p.Cancel, p.Finish, p.StatusRequest},
     "admin": ALWAYS | {p.StatusRequest, p.ReloadKeys, p.DrainWorker, p.Shutdown},
     "worker": BOTH | {p.Done, p.Returned, p.Crashed, p.Held, p.Relay, p.Drain},
 }

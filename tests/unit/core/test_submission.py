@@ -580,3 +580,46 @@ def test_blobs_are_not_forgotten_while_nobody_can_be_told() -> None:
     assert not bench.core.knows_blob(1)
     bench.submit(1001, fn=1000)
     assert bench.sent() == [*blob(1000), submit(1001, fn=1000)]
+
+
+def test_the_broker_is_asked_for_the_end_only_if_something_may_run_unheard() -> None:
+    """Most programs cancel nothing."""
+    bench = SubmissionBench()
+    bench.submit(1)
+    bench.sent()
+    bench.hear(p.Results([1], b"\0", [b"v"]))
+    bench.sent()
+    assert bench.core.is_finished
+    assert bench.core.finish() == []
+    bench.submit(2)
+    bench.sent()
+    bench.cancel(2)
+    bench.sent()
+    assert not bench.core.is_finished
+    bench.step(bench.core.finish())
+    assert bench.sent() == [(BROKER, p.Finish())]
+    assert bench.core.finish() == []
+    bench.hear(p.Finished())
+    assert bench.core.is_finished
+
+
+def test_what_the_broker_never_had_does_not_run() -> None:
+    """It was cancelled in time."""
+    bench = SubmissionBench(credit=None)
+    bench.submit(1)
+    bench.cancel(1)
+    assert bench.core.is_finished
+
+
+def test_the_next_broker_is_asked_again() -> None:
+    """It may have heard from workers what runs."""
+    bench = SubmissionBench()
+    bench.submit(1)
+    bench.sent()
+    bench.cancel(1)
+    bench.sent()
+    bench.step(bench.core.finish())
+    assert bench.sent() == [(BROKER, p.Finish())]
+    bench.disconnect()
+    bench.connect()
+    assert (BROKER, p.Finish()) in bench.sent()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from achilles.core import protocol as p
-from achilles.core.tables import Blame, Client, Lease, Task, TaskQueue, Worker
+from achilles.core.tables import QUEUES_KEPT, Blame, Client, Lease, Task, TaskQueue, Worker
 from tests.unit.core.bench import crossed
 
 NO_TAGS: frozenset[str] = frozenset()
@@ -378,3 +378,26 @@ def test_the_invariants_find_harm(harm: Any, complaint: str) -> None:
     harm(bench)
     with pytest.raises(AssertionError, match=complaint):
         bench.check()
+
+
+def test_queues_without_tasks_give_way_to_new_ones() -> None:
+    """A deadline for each call makes a group for each call; one that has tasks, or that is at a worker, stays."""
+    bench = TablesBench()
+    full, leased = (bench.client.open_queue(p.Group(fn, 0)) for fn in (1, 2))
+    bench.add(full, 1)
+    leased.leases = 1
+    for number in range(10 * QUEUES_KEPT):
+        last = bench.client.open_queue(p.Group(3, 0, options=p.Options(timeout=1 + number)))
+        assert len(bench.client.queues) < 3 * QUEUES_KEPT
+    assert {full, leased, last} <= set(bench.client.queues.values())
+
+
+def test_where_most_queues_have_tasks_they_are_not_looked_through_each_time() -> None:
+    """The next time is when there are twice as many."""
+    bench = TablesBench()
+    for fn in range(4 * QUEUES_KEPT):
+        bench.client.open_queue(p.Group(fn, 0)).leases = 1
+    assert len(bench.client.queues) == 4 * QUEUES_KEPT
+    for fn in range(5 * QUEUES_KEPT, 100 * QUEUES_KEPT):
+        bench.client.open_queue(p.Group(fn, 0))
+        assert len(bench.client.queues) <= 2 * (4 + 1) * QUEUES_KEPT

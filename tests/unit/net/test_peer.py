@@ -230,3 +230,10 @@ def test_a_malformed_message_from_a_broker_is_passed_over(
     assert not driven.received
     assert not driven.peer.is_joined
     context.destroy(0)
+
+
+def test_the_programs_own_context_is_not_ours() -> None:
+    """It may end that one, which waits for all sockets of it; and a forked child needs another one."""
+    ours = peer_module._context()
+    assert ours is peer_module._context()
+    assert ours is not zmq.Context.instance()
