@@ -23,6 +23,7 @@ import functools
 import itertools
 import marshal
 import os
+import pickle
 import sys
 import threading
 import uuid
@@ -33,12 +34,13 @@ from io import BytesIO
 from pickle import PickleBuffer
 from struct import Struct
 from types import CodeType, FunctionType, MemberDescriptorType, ModuleType
-from typing import Any, NewType, ParamSpec
+from typing import Any, NamedTuple, NewType, ParamSpec
 
 from cloudpickle import Pickler as CloudPickler
 from cloudpickle import cloudpickle
 
 from achilles.runtime import context
+from achilles.runtime.functions import Watch, fingerprint
 from achilles.runtime.serialize import LARGE
 
 MAIN = "__main__"
@@ -173,11 +175,16 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         super().__init__(file, 5, buffer_callback)
         self.is_result = is_result
         self.scopes: dict[int, _Scope] = {}
+        self.whole: type | None = None  # a class that is to be taken apart here
         self.ids: dict[int, tuple[int, int]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
         if (reduce := _reducer(obj)) is not None:
             return reduce(obj)
+        if isinstance(obj, type) and obj.__module__ == MAIN and self.whole is None:
+            kept = _pickle_of(obj, self.is_result)
+            if kept is not None:
+                return self._refer_to_class(kept)
         reduced = super().reducer_override(obj)
         if type(reduced) is tuple and len(reduced) == 6:
             if reduced[5] is cloudpickle._function_setstate:
@@ -214,6 +221,13 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             args = (code, scope, *rest)
         return make_function, (token, *args), state, None, None, set_function
 
+    def _refer_to_class(self, kept: _ClassPickle) -> tuple[Any, ...]:
+        for key, number, base, tokens in kept.scopes:
+            scope = self.scopes.setdefault(key, _Scope(number, base))
+            for name, token in tokens.items():
+                scope.tokens.setdefault(name, token)
+        return own_class if self.is_result else known_class, (kept.token, kept.data)
+
     def _reduce_class(
         self, cls: type, is_enum: bool, args: Any, state: dict[str, Any]
     ) -> tuple[Any, ...]:
@@ -235,6 +249,37 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         except Exception:
             token = None
         return make_class, (is_enum, *args), (state, token), None, None, set_class
+
+
+class _ClassPickle(NamedTuple):
+    """A class as it was taken apart once, and what it is put together with: the scopes of its functions."""
+
+    token: str
+    data: bytes
+    scopes: list[tuple[int, int, dict[str, Any], dict[str, str | None]]]
+    watches: list[Watch]
+
+
+_class_pickles: weakref.WeakKeyDictionary[type, dict[bool, _ClassPickle]]
+_class_pickles = weakref.WeakKeyDictionary()
+
+
+def _pickle_of(cls: type, is_result: bool) -> _ClassPickle | None:
+    """What is kept of a class, as it is now; None if its changes cannot be told."""
+    kept = _class_pickles.get(cls, {}).get(is_result)
+    if kept is not None and all(watch.holds() for watch in kept.watches):
+        return kept
+    watches = fingerprint(cls)  # before it is pickled, so that what changes meanwhile is seen
+    if watches is None:
+        return None
+    file = BytesIO()
+    pickler = _Pickler(file, None, is_result=is_result)
+    pickler.whole = cls
+    pickler.dump(cls)
+    scopes = [(key, one.number, one.base, one.tokens) for key, one in pickler.scopes.items()]
+    kept = _ClassPickle(f"{_process}-{next(_numbers)}", file.getvalue(), scopes, watches)
+    _class_pickles.setdefault(cls, {})[is_result] = kept
+    return kept
 
 
 class _PicklerWithIds(_Pickler):
@@ -497,6 +542,28 @@ def set_new_function(fn: FunctionType, state: Any) -> None:
 
 _new_classes: weakref.WeakSet[type] = weakref.WeakSet()
 _arrived: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary()
+_classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()  # by token
+_states: weakref.WeakKeyDictionary[type, str] = (
+    weakref.WeakKeyDictionary()
+)  # the last token of each
+
+
+def known_class(token: str, data: bytes) -> type:
+    """A class that was submitted: as it is here, if it came with that token last."""
+    found = _classes.get(token)
+    if found is None or _states.get(found) != token:
+        found = pickle.loads(data)
+        _classes[token] = found
+        _states[found] = token
+    return found
+
+
+def own_class(token: str, data: bytes) -> type:
+    """A class that a task's result is made of: the program's own, or one that came before, or a new one."""
+    found = _classes.get(token)
+    if found is None:
+        found = _classes[token] = pickle.loads(data)
+    return found
 
 
 def make_class(is_enum: bool, *args: Any) -> type:
@@ -518,6 +585,7 @@ def set_class(cls: type, state: Any) -> None:
         _new_classes.discard(cls)
         cloudpickle._class_setstate(cls, (attributes, {}))
         _arrived[cls] = token
+        _states.pop(cls, None)
 
 
 def set_new_class(cls: type, state: dict[str, Any]) -> None:

@@ -6,21 +6,32 @@ Rules
     2. A function that travels by reference (importable, not of ``__main__``) is pickled once.
     3. One that travels by value is pickled once per *fingerprint*: all that its pickle depends on, compared by
        identity. What can change without becoming another object (a list, an instance) has no fingerprint, and what
-       depends on it is pickled at each call.
+       depends on it is pickled at each call. A class of the program has one if all of its methods have, and its attributes.
     4. Functions that are likely to come again get a number, under which workers keep them. A small one that may
        be used only once travels with its call.
 """
 
 from __future__ import annotations
 
+import abc
 import dis
+import functools
+import logging
 import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
-from types import CellType, CodeType, FunctionType, ModuleType
-from typing import Any, TypeAlias
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    ModuleType,
+)
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from achilles.runtime.arguments import ArgumentTable, Attached
 from achilles.runtime.serialize import (
@@ -34,16 +45,28 @@ from achilles.runtime.serialize import (
 Pickled: TypeAlias = "bytes | Attached"
 
 INLINE_MAX = 2048
+HEAVY, HEAVY_TIMES = (
+    100_000,
+    10,
+)  # bytes of a function that is pickled at each call, and how often that is borne in silence
 NUMBERS_MAX = 4096  # pickles whose numbers are remembered
 ENTRIES_MAX = 4096
 WATCHES_MAX = 64  # functions that one fingerprint covers
 DEPTH_MAX = 4  # of tuples in tuples
+
+_LOG = logging.getLogger("achilles.client")
 
 _ABSENT: Any = object()
 _FIXED_TYPES = {
     *(bool, int, float, complex, str, bytes, range),
     *(type(None), type(...), type(NotImplemented)),
 }
+_METACLASSES = (type, abc.ABCMeta)
+_DESCRIPTORS = (
+    *(GetSetDescriptorType, MemberDescriptorType),
+    type(NamedTuple("_Fields", [("one", int)]).one),  # type: ignore[attr-defined]
+)
+_MACHINERY = {"_abc_impl", "_field_defaults"}  # of ABCMeta and NamedTuple
 _GLOBAL_OPS = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"}
 _ASYNC_FLAGS = 0x80 | 0x200  # coroutine functions and asynchronous generators
 
@@ -56,6 +79,7 @@ class FunctionTable:
         self._entries: dict[int, Entry] = {}  # by id of the function, while it lives
         self._numbers: OrderedDict[bytes, int] = OrderedDict()  # by digest of the pickle
         self._last = 0
+        self._heavy: dict[str, int] = {}  # by function, how often it was pickled
 
     def __repr__(self) -> str:
         return f"<FunctionTable {len(self._entries)} functions, {len(self._numbers)} numbers>"
@@ -84,17 +108,20 @@ class FunctionTable:
     def _encode(self, fn: Callable[..., Any], shared: bool) -> tuple[int, Pickled]:
         _check(fn)
         modules = set(by_value_modules())
-        watches = _watch(fn)  # before it is pickled, so that what changes meanwhile is seen
+        watches = fingerprint(fn)  # before it is pickled, so that what changes meanwhile is seen
         try:
             pickled = self._pickle(fn)
         except (Exception, SystemExit) as error:
             from achilles.task_errors import ArgumentPickleError
 
             raise ArgumentPickleError(
-                f"{describe(fn)} cannot be pickled: {why(error)}; nothing was sent. Functions are sent with all that they "
-                "refer to: pass it as an argument, or make it in the task"
+                f"{describe(fn)} cannot be pickled: {why(error)}{_culprit(fn)}; nothing was sent. A function of the program "
+                "itself is sent with the globals that it uses: make what cannot be sent in the task, or in an initializer, or "
+                "put the function into a module that is imported"
             ) from error
         data = bytes_of(pickled)
+        if watches is None and len(data) >= HEAVY:
+            self._warn_of_weight(fn, len(data))
         if is_stateless(fn) and _is_importable(fn):
             watches = []  # it is found by its name, whatever happens to it here
             shared = True
@@ -114,6 +141,18 @@ class FunctionTable:
             return Attached(bytes(encoded.payload), encoded.shared)
         return encoded if isinstance(encoded, bytes) else b"".join(encoded)
 
+    def _warn_of_weight(self, fn: Callable[..., Any], size: int) -> None:
+        """Say once what makes each `submit` slow, where it does so again and again."""
+        name = describe(fn)
+        times = self._heavy[name] = self._heavy.get(name, 0) + 1
+        if times == HEAVY_TIMES:
+            _LOG.warning(
+                "%s is sent anew at each submit, with %d kB of what it refers to, for that may have changed: "
+                "give it to tasks once, by map, an initializer or an imported module",
+                name,
+                size // 1000,
+            )
+
     def _number(self, data: bytes) -> int:
         digest = blake2b(data, digest_size=16).digest()
         number = self._numbers.get(digest)
@@ -130,6 +169,19 @@ class FunctionTable:
 def bytes_of(pickled: Pickled) -> bytes:
     """The function's pickle without what is attached to it."""
     return pickled if type(pickled) is bytes else bytes(pickled.payload)  # type: ignore[union-attr]
+
+
+def _culprit(fn: object) -> str:
+    """Which of its globals a function cannot be pickled for, as part of an error's text; empty if that is none of them alone."""
+    if not isinstance(fn, FunctionType):
+        return ""
+    for name in _global_names(fn.__code__):
+        value = fn.__globals__.get(name)
+        try:
+            dumps(value)
+        except (Exception, SystemExit):
+            return f", which is the global {name!r} or part of it"
+    return ""
 
 
 def _check(fn: object) -> None:
@@ -152,7 +204,7 @@ class Entry:
         self,
         entries: dict[int, Entry],
         fn: Callable[..., Any],
-        watches: list[_Watch],
+        watches: list[Watch],
         modules: set[str],
         answer: tuple[int, Pickled],
     ) -> None:
@@ -178,6 +230,13 @@ class Entry:
 # --- Fingerprints ---------------------------------------------------------------------------------
 
 
+class Watch(Protocol):
+    """Part of a fingerprint."""
+
+    def holds(self) -> bool:
+        """Whether everything is the same object as before."""
+
+
 class _Watch:
     """All that the pickle of one function that travels by value depends on.
 
@@ -186,7 +245,16 @@ class _Watch:
     """
 
     __slots__ = (
-        *("annotations", "closure", "code", "defaults", "functions", "kwdefaults", "modules"),
+        *(
+            "annotations",
+            "attributes",
+            "closure",
+            "code",
+            "defaults",
+            "functions",
+            "kwdefaults",
+            "modules",
+        ),
         *("reference", "values"),
     )
 
@@ -196,8 +264,9 @@ class _Watch:
         self.defaults = fn.__defaults__
         self.kwdefaults = _items(fn.__kwdefaults__)
         self.annotations = _items(fn.__annotations__)
+        self.attributes = _items(fn.__dict__)
         self.values: list[tuple[str, Any]] = []
-        self.functions: list[tuple[str, weakref.ref[FunctionType]]] = []
+        self.functions: list[tuple[str, weakref.ref[Any]]] = []  # and classes
         self.closure: list[Any] = []  # the contents of its cells
         self.modules = 0  # how many are loaded, if that matters
 
@@ -208,7 +277,6 @@ class _Watch:
             fn is None
             or fn.__code__ is not self.code
             or fn.__defaults__ is not self.defaults
-            or fn.__dict__
             or (self.modules and self.modules != len(sys.modules))
         ):
             return False
@@ -226,39 +294,144 @@ class _Watch:
         mapping = fn.__kwdefaults__
         if (mapping or self.kwdefaults) and not _is_same(mapping, self.kwdefaults):
             return False
+        mapping = fn.__dict__
+        if (mapping or self.attributes) and not _is_same(mapping, self.attributes):
+            return False
         mapping = fn.__annotations__
         return not (mapping or self.annotations) or _is_same(mapping, self.annotations)
 
 
-def _watch(fn: object) -> list[_Watch] | None:
-    """The fingerprint of a function; None if it has none."""
-    if not isinstance(fn, FunctionType):
+class _ClassWatch:
+    """The same of one class, which is held weakly, too."""
+
+    __slots__ = ("bases", "fixed", "ids", "reference", "size", "weak")
+
+    def __init__(self, cls: type) -> None:
+        self.reference = weakref.ref(cls)
+        self.bases = cls.__bases__
+        self.size = len(vars(cls))
+        self.fixed: list[tuple[str, Any]] = []
+        self.weak: list[tuple[str, weakref.ref[Any]]] = []
+        self.ids: list[tuple[str, int]] = []  # of what is replaced, if it is, and does not change
+
+    def holds(self) -> bool:
+        """Whether everything is the same object as before."""
+        cls = self.reference()
+        if cls is None or cls.__bases__ != self.bases:
+            return False
+        members = vars(cls)
+        if len(members) != self.size:
+            return False
+        get = members.get
+        for name, value in self.fixed:
+            if get(name, _ABSENT) is not value:
+                return False
+        for name, reference in self.weak:
+            if get(name, _ABSENT) is not reference():
+                return False
+        for name, number in self.ids:  # noqa: SIM110 - a generator would take as long as the rest
+            if id(get(name, _ABSENT)) != number:
+                return False
+        return True
+
+
+def fingerprint(fn: object) -> list[Watch] | None:
+    """The fingerprint of a function, or of a class of the program; None if it has none."""
+    if not isinstance(fn, FunctionType) and not _is_programs(fn):
         return [] if is_stateless(fn) and _is_importable(fn) else None
-    watches: list[_Watch] = []
-    seen: set[FunctionType] = set()
-    waiting = [fn]
+    watches: list[Watch] = []
+    seen: set[object] = set()
+    waiting: list[Any] = [fn]
     while waiting:
         found = waiting.pop()
         if found in seen:
             continue
         seen.add(found)
-        watch = _watch_one(found, waiting)
+        watch: Watch | None
+        if isinstance(found, type):
+            watch = _watch_class(found, waiting)
+        else:
+            watch = _watch_one(found, waiting)
         if watch is None or len(watches) >= WATCHES_MAX:
             return None
         watches.append(watch)
     return watches
 
 
-def _watch_one(fn: FunctionType, waiting: list[FunctionType]) -> _Watch | None:
+def _is_programs(value: object) -> bool:
+    """Whether it is a class that travels by value, of a kind that can be watched."""
+    return (
+        isinstance(value, type)
+        and type(value) in _METACLASSES
+        and getattr(value, "__module__", None) == "__main__"
+    )
+
+
+def _watch_class(cls: type, waiting: list[Any]) -> _ClassWatch | None:
+    """Watch a class, except for what it is made of: that is appended to ``waiting``."""
+    watch = _ClassWatch(cls)
+    for base in cls.__bases__:
+        if _is_programs(base):
+            waiting.append(base)
+        elif not _is_importable(base):
+            return None
+    for name, value in vars(cls).items():
+        if isinstance(value, FunctionType) or _is_programs(value):
+            watch.weak.append((name, weakref.ref(value)))
+            waiting += _without_wrapper(value)
+        elif isinstance(value, classmethod | staticmethod | property | functools.cached_property):
+            parts = _parts(value)
+            if not all(isinstance(part, FunctionType) for part in parts):
+                return None
+            watch.ids.append((name, id(value)))
+            waiting += parts
+        elif _is_fixed(value):
+            watch.fixed.append((name, value))
+        elif (
+            isinstance(value, _DESCRIPTORS)
+            or name in _MACHINERY
+            or (name[:2] == name[-2:] == "__" and type(value) is not FunctionType)
+        ):
+            watch.ids.append((name, id(value)))
+        else:
+            return None
+    return watch
+
+
+def _parts(value: Any) -> list[Any]:
+    """The functions that a descriptor calls."""
+    if isinstance(value, property):
+        return [part for part in (value.fget, value.fset, value.fdel) if part is not None]
+    return [value.func if isinstance(value, functools.cached_property) else value.__func__]
+
+
+@functools.cache
+def _repr_codes() -> set[CodeType]:
+    """What a dataclass wraps its `__repr__` in, which has a set of what is being shown: it is no part of it."""
+    import dataclasses
+    import reprlib
+
+    wraps = reprlib.recursive_repr(), getattr(dataclasses, "_recursive_repr", None)
+    return {wrap(lambda self: "").__code__ for wrap in wraps if wrap is not None}
+
+
+def _without_wrapper(value: Any) -> list[Any]:
+    """A function, or what a dataclass has put its wrapper around."""
+    if isinstance(value, FunctionType) and value.__code__ in _repr_codes():
+        contents = [_content(cell) for cell in value.__closure__ or ()]
+        return [content for content in contents if isinstance(content, FunctionType)]
+    return [value]
+
+
+def _watch_one(fn: FunctionType, waiting: list[Any]) -> _Watch | None:
     """Watch a function, except for those that it uses: they are appended to ``waiting``."""
     watch = _Watch(fn)
-    if fn.__dict__:
-        return None
-    if not _is_fixed(fn.__defaults__) or not all(_is_fixed(v) for _, v in watch.kwdefaults):
+    named = (*watch.kwdefaults, *watch.attributes)
+    if not _is_fixed(fn.__defaults__) or not all(_is_fixed(value) for _, value in named):
         return None
     for name in _global_names(fn.__code__):
         value = fn.__globals__.get(name, _ABSENT)
-        if isinstance(value, FunctionType) and not _is_importable(value):
+        if _is_programs(value) or (isinstance(value, FunctionType) and not _is_importable(value)):
             watch.functions.append((name, weakref.ref(value)))
             waiting.append(value)
         elif value is _ABSENT or _is_fixed(value):
@@ -270,7 +443,7 @@ def _watch_one(fn: FunctionType, waiting: list[FunctionType]) -> _Watch | None:
             watch.modules = len(sys.modules)
     for cell in fn.__closure__ or ():
         value = _content(cell)
-        if isinstance(value, FunctionType) and not _is_importable(value):
+        if _is_programs(value) or (isinstance(value, FunctionType) and not _is_importable(value)):
             watch.closure.append(weakref.ref(value))
             waiting.append(value)
         elif value is _ABSENT or _is_fixed(value):
@@ -286,10 +459,14 @@ def _is_fixed(value: object, depth: int = DEPTH_MAX) -> bool:
         return True
     if getattr(type(value), "_is_pickled_by_identity", False):
         return True  # an executor
+    if type(value).__module__ == "dataclasses":
+        return True  # MISSING and the like
     if type(value) in (tuple, frozenset):
         return depth > 0 and all(_is_fixed(member, depth - 1) for member in value)  # type: ignore[attr-defined]
     if isinstance(value, ModuleType):
         return sys.modules.get(value.__name__) is value and not _is_by_value(value.__name__)
+    if isinstance(value, BuiltinFunctionType) and isinstance(value.__self__, type):
+        return _is_importable(value.__self__)  # tuple.__new__
     return is_stateless(value) and _is_importable(value)
 
 

@@ -6,6 +6,7 @@ import gc
 import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -253,3 +254,153 @@ def test_slots_are_slots() -> None:
 def test_a_class_within_a_class_keeps_its_name() -> None:
     first, _ = forgotten("class O:\n    class I: pass\nC = O.I")
     assert loads(first).__qualname__ == "O.I"
+
+
+# --- Classes that are taken apart once ------------------------------------------------------------
+
+POINT = """
+import abc, dataclasses, functools, typing
+FACTOR = 2
+def helper(value): return value * FACTOR
+class Base(abc.ABC):
+    def scaled(self): return helper(self.x)
+    @abc.abstractmethod
+    def name(self): ...
+class Point(Base):
+    kind = "point"
+    pair = (1, 2)
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
+    def name(self): return "point"
+    def __eq__(self, other): return isinstance(other, Point) and self.x == other.x
+    @property
+    def twice(self): return 2 * self.x
+    @staticmethod
+    def one(): return 1
+    @classmethod
+    def make(cls, x): return cls(x)
+    @functools.cached_property
+    def cached(self): return Other(self.x)
+@dataclasses.dataclass(frozen=True, order=True)
+class Other:
+    a: int
+    b: list = dataclasses.field(default_factory=list)
+    def point(self): return Point(self.a)
+class Pair(typing.NamedTuple):
+    left: int
+    right: int = 2
+class Slotted:
+    __slots__ = ("a",)
+    class Inner: pass
+"""
+CHANGES = {
+    "an attribute": "Point.kind = 'dot'",
+    "another attribute": "Point.more = 1",
+    "one less": "del Point.pair",
+    "a method": "Point.name = lambda self: 'dot'",
+    "a method's code": "Point.name.__code__ = (lambda self: 'dot').__code__",
+    "a property": "Point.twice = property(lambda self: 3 * self.x)",
+    "a class method": "Point.make = classmethod(lambda cls, x: cls(x + 1))",
+    "its base's method": "Base.scaled = lambda self: 0",
+    "what a method uses": "FACTOR = 3",
+    "a function that it uses": "def helper(value): return 0",
+    "a class that it uses": "class Other: pass",
+    "the default of a dataclass": "Other.__init__.__defaults__ = (7,)",
+}
+
+
+def forget(scope: dict[str, Any]) -> None:
+    """Let go of a program; of a base class only when the first round has found that nothing is derived from it."""
+    scope.clear()
+    gc.collect()
+    gc.collect()
+
+
+def kept(kind: type, is_result: bool = False) -> by_value._ClassPickle:
+    found = by_value._pickle_of(kind, is_result)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", ["Base", "Point", "Other", "Pair", "Slotted"])
+def test_a_class_is_taken_apart_once(name: str) -> None:
+    """For all that is made of it, as an argument and as a result."""
+    kind = program(POINT)[name]
+    for is_result in (False, True):
+        first = kept(kind, is_result)
+        assert kept(kind, is_result) is first
+        assert dumps([kind], is_result=is_result).count(first.data) == 1
+        assert loads(dumps([kind], is_result=is_result)) == [kind]
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_class_that_changed_is_taken_apart_again(what: str) -> None:
+    scope = program(POINT)
+    before = kept(scope["Point"])
+    exec(CHANGES[what], scope)
+    after = kept(scope["Point"])
+    assert after.token != before.token
+    assert kept(scope["Point"]) is after
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class C:\n    seen = []",
+        "TABLE = [1]\nclass C:\n    def get(self): return TABLE",
+        "class B:\n    seen = {}\nclass C(B): pass",
+        "import enum\nclass C(enum.Enum):\n    A = 1",
+        "def wrap(f):\n    f.calls = []\n    return f\nclass C:\n    @wrap\n    def get(self): pass",
+    ],
+    ids=["attribute", "global", "base", "metaclass", "function"],
+)
+def test_a_class_with_something_that_can_change_unseen_is_taken_apart_each_time(text: str) -> None:
+    kind = program(text)["C"]
+    assert by_value._pickle_of(kind, False) is None
+    assert loads(dumps(kind)) is kind
+
+
+def test_what_arrives_works_as_it_did_at_home(client: int) -> None:
+    """Its methods find each other and the program's other classes; it comes again as the same class."""
+    scope = program(POINT)
+    data = dumps(scope["Point"](4))
+    other = dumps((scope["Other"](5), scope["Pair"](1), scope["Slotted"]))
+    forget(scope)
+    point = loads(data)
+    assert (point.scaled(), point.name(), point.twice, point.one()) == (8, "point", 8, 1)
+    assert point.make(4) == point == loads(data)
+    assert type(loads(data)) is type(point)
+    assert point.cached.a == 4
+    assert point.cached.point() == point
+    arrived, pair, slotted = loads(other)
+    assert repr(arrived) == "Other(a=5, b=[])"
+    assert pair == (1, 2)
+    assert not hasattr(slotted(), "__dict__")
+
+
+def test_a_task_sees_a_class_as_it_was_when_it_was_submitted() -> None:
+    """Also one that is run after a later one."""
+    scope = program("class C:\n    n = 0")
+    kind = scope["C"]
+    old = dumps(kind)
+    kind.n = 1
+    new = dumps(kind)
+    del kind
+    forget(scope)
+    arrived = loads(old)
+    assert arrived.n == 0
+    assert [loads(data).n for data in (new, old, old, new)] == [1, 0, 0, 1]
+    assert loads(old) is arrived
+
+
+def test_a_class_is_not_kept_alive_by_what_is_kept_of_it() -> None:
+    scope = program(POINT)
+    kinds = [weakref.ref(value) for value in scope.values() if isinstance(value, type)]
+    for value in list(scope.values()):
+        if isinstance(value, type):
+            dumps(value)
+            dumps(value, is_result=True)
+    del value
+    forget(scope)
+    assert [kind() for kind in kinds] == [None] * 5

@@ -427,6 +427,28 @@ def test_coroutine_functions(table: FunctionTable) -> None:
             table.encode(fn)
 
 
+def test_a_function_that_uses_what_cannot_be_pickled_names_it(table: FunctionTable) -> None:
+    scope = main_module("import threading\nLOCK = [threading.Lock()]\ndef f(): return LOCK, len")
+    with pytest.raises(
+        ArgumentPickleError, match="which is the global 'LOCK' or part of it; nothing was sent"
+    ):
+        table.encode(scope["f"])
+
+
+def test_a_heavy_function_that_is_pickled_again_and_again_is_said_once(
+    table: FunctionTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A list may have changed between two calls of `submit`; small ones are sent in silence."""
+    scope = main_module(
+        "TABLE = list(range(100_000))\nFEW = [1]\ndef f(): return TABLE\ndef g(): return FEW"
+    )
+    for _ in range(3 * functions.HEAVY_TIMES):
+        table.encode(scope["f"])
+        table.encode(scope["g"])
+    (record,) = caplog.records
+    assert "f() is sent anew at each submit" in record.getMessage()
+
+
 @pytest.mark.parametrize("error", [TypeError("no"), SystemExit(1)], ids=repr)
 def test_functions_that_cannot_be_pickled(table: FunctionTable, error: BaseException) -> None:
     held = tasks.Unpicklable(error)
