@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -16,9 +17,13 @@ from achilles.mailbox import Mailbox
 if TYPE_CHECKING:
     from achilles.core import protocol as p
 
+_LOG = logging.getLogger("achilles.client")
+
 LIVE: weakref.WeakSet[Backend] = weakref.WeakSet()  # their threads keep them, executor or not
 INTERRUPT_SECONDS = 5.0  # for what runs to end by itself after Ctrl-C
+SILENT_SECONDS = 1.0  # of those, before that is said
 is_exiting = False
+connecting = threading.Lock()  # of an executor that was unpickled, when it is first used
 
 
 class Process:
@@ -136,6 +141,13 @@ def _give_up(backends: Sequence[Backend], seconds: float) -> None:
     threads = [backend.thread for backend in backends if backend.thread is not None]
     try:
         for thread in threads:
+            thread.join(min(SILENT_SECONDS, seconds))
+        if any(thread.is_alive() for thread in threads) and monotonic() < deadline:
+            _LOG.warning(
+                "interrupted: what runs has %g seconds to end by itself; Ctrl-C again ends it now",
+                seconds,
+            )
+        for thread in threads:
             thread.join(max(0.0, deadline - monotonic()))
     finally:
         for backend in backends:
@@ -179,7 +191,9 @@ threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
 
 
 def _after_fork() -> None:
-    """A forked child has none of the threads that would resolve what it inherits."""
+    """A forked child has none of the threads that would resolve what it inherits, or give back a lock."""
+    global connecting
+    connecting = threading.Lock()
     for backend in list(LIVE):
         backend.mailbox.abandon(
             lambda: ExecutorForkedError(

@@ -65,16 +65,6 @@ class Known(NamedTuple):
 
 
 _CONNECTED = {"_arguments", "_core", "_finalizer", "_functions", "_mailbox", "_table_lock"}
-_connecting = threading.Lock()
-
-
-def _forget_who_connects() -> None:
-    """In a forked child, where nobody does."""
-    global _connecting
-    _connecting = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_who_connects)
 
 
 class DistributedExecutor(concurrent.futures.Executor):
@@ -215,7 +205,7 @@ class DistributedExecutor(concurrent.futures.Executor):
     def __getattr__(self, name: str) -> Any:
         """What one that was unpickled lacks until it is used: then it connects."""
         if name in _CONNECTED and "_handle" in self.__dict__:
-            with _connecting:
+            with backends.connecting:
                 if name not in self.__dict__:
                     self._connect(self._handle)
             return self.__dict__[name]

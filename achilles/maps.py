@@ -86,6 +86,7 @@ class MapCall:
             raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
+        executor._check_process()
         self._executor = executor  # which must not be collected while its results are taken
         self._mailbox = executor._mailbox
         self.run = run or MapRun(read_outcome)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from achilles import backends as module
-from achilles import executor as executor_module
 from achilles.errors import BrokerLostError, ConfigError
 from achilles.executor import DistributedExecutor
 from tests import tasks
@@ -182,8 +181,8 @@ def test_it_is_no_pool_and_no_callable() -> None:
 
 def test_a_forked_child_does_not_wait_for_who_connected_in_its_parent() -> None:
     """That thread is not there, and would hold the lock for ever."""
-    with executor_module._connecting:
+    with module.connecting:
         pid = os.fork()
         if not pid:
-            os._exit(not executor_module._connecting.acquire(blocking=False))
+            os._exit(not module.connecting.acquire(blocking=False))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -386,6 +386,7 @@ def test_queues_without_tasks_give_way_to_new_ones() -> None:
     full, leased = (bench.client.open_queue(p.Group(fn, 0)) for fn in (1, 2))
     bench.add(full, 1)
     leased.leases = 1
+    last = full
     for number in range(10 * QUEUES_KEPT):
         last = bench.client.open_queue(p.Group(3, 0, options=p.Options(timeout=1 + number)))
         assert len(bench.client.queues) < 3 * QUEUES_KEPT
