@@ -10,8 +10,8 @@ On the wire a message is ``[header + body, part, part, ...]``: a fixed header (s
 msgpack, and behind it the parts of payloads that are too large to be copied into the body. A payload of
 the body that travels in parts is the number of its parts there.
 
-    client  ──ClientHello Submit Blob Forget Cancel─────────▶  broker  ──Run Blob Forget Revoke Lend──▶  worker
-            ◀──Welcome Credit Running Results Failed Cluster──         ◀──WorkerHello Done Returned Crashed──
+    client  ──ClientHello Submit Blob Forget Cancel Finish──▶  broker  ──Run Blob Forget Revoke Lend──▶  worker
+            ◀──Welcome Credit Running Results Failed Finished──        ◀──WorkerHello Done Returned Crashed──
 
     to a broker that follows another   client  ──Submit(is_again) … Resumed──▶  ◀──Held Done … Resumed──  worker
 
