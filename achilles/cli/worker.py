@@ -91,10 +91,15 @@ def worker(
             _announce(called, found.address, capacity)
         is_first = False
 
-    given_up = running.run(lambda: stop.count, on_joined)
+    def on_draining(tasks: int) -> None:
+        rest = f"; {count(tasks, 'task')} to finish (Ctrl-C ends it now)" if tasks else ""
+        say(f"achilles worker {called} takes no more tasks{rest}")
+
+    given_up = running.run(lambda: stop.count, on_joined, on_draining)
     if given_up and stop.count:
         say(f"achilles worker: gave up {count(given_up, 'running task')}")
         sys.exit(stop.exit_code)
+    say(f"achilles worker {called} has ended: {running.ended_by}")
 
 
 def _read_join(context: Context) -> Join:

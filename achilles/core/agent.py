@@ -60,7 +60,9 @@ class Agent:
         self._blobs: dict[tuple[int, int], p.Payload] = {}
         self._next_runner = 1
         self._due: dict[int, float] = {}  # the runners that `tick` has to look at, and when
-        self._is_draining = self._said_goodbye = False
+        self.is_draining = self._said_goodbye = (
+            False  # whether it takes no more work; and has said so
+        )
         self._lent: set[int] = set()  # leases
         self.result_max = 0  # bytes that the broker takes of one result; 0: no limit
         self._has_lent = False
@@ -132,9 +134,9 @@ class Agent:
 
     def drain(self) -> list[Send]:
         """Take no more work, give back what has not started, say goodbye when the rest is done."""
-        if self._is_draining:
+        if self.is_draining:
             return []
-        self._is_draining = True
+        self.is_draining = True
         sends = [Send("broker", p.Drain())]
         while self._queue:
             chunk = self._queue.popleft()
@@ -156,7 +158,7 @@ class Agent:
         sends = self._take_stock(now) if is_new else self.reset()
         ordered = sorted(self._chunks.values(), key=self._waits)
         held, reports = self._holding.take(ordered, self._blobs)
-        draining = [p.Drain()] if self._is_draining else []
+        draining = [p.Drain()] if self.is_draining else []
         told = (*held, *draining, p.Resumed(), *reports)  # nobody waits for large reports
         return [*sends, *(Send("broker", one) for one in told), *self._goodbye_if_empty()]
 
@@ -199,7 +201,7 @@ class Agent:
         self._lent.clear()
         self._blobs.clear()
         self._holding.clear()
-        self._said_goodbye = self._is_draining  # nobody is left to say it to
+        self._said_goodbye = self.is_draining  # nobody is left to say it to
         return sends
 
     @property
@@ -232,7 +234,7 @@ class Agent:
         if not run.ids:
             return []
         self._chunks[run.lease] = chunk
-        if self._is_draining:
+        if self.is_draining:
             return self._give_back(chunk, chunk.open)
         self._queue.append(chunk)
         return self._assign(now)
@@ -570,7 +572,7 @@ class Agent:
 
     def _goodbye_if_empty(self) -> list[Send]:
         is_away = self._holding.since is not None
-        if not self._is_draining or self._chunks or self._said_goodbye or is_away:
+        if not self.is_draining or self._chunks or self._said_goodbye or is_away:
             return []
         self._said_goodbye = True
         return [Send("broker", p.Goodbye("drained"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import secrets
@@ -22,6 +23,7 @@ from achilles.runtime.shared import store
 
 CLOSE_SECONDS = 5.0
 MEMORY_INTERVAL = 0.1
+SILENT_SECONDS = 1.5  # without a first session, before that is said
 AWAY_SECONDS = 5.0  # a worker that drains waits for another broker
 
 _LOG = logging.getLogger("achilles.worker")
@@ -74,6 +76,7 @@ class Worker:
         )
         self._sends: deque[Send] = deque()
         self._connect_by = monotonic() + connect_timeout
+        self._complain_at = monotonic() + SILENT_SECONDS
         self._memory_limit = memory_limit
         self._look_at = 0.0  # when to look how much memory the runners have
         self._was_joined = False
@@ -82,18 +85,29 @@ class Worker:
         self._farewell: p.Goodbye | None = None  # waits until the broker has all reports
         self._has_asked = False  # whether it has them
         self._is_over = False
+        self.ended_by = "it was stopped"
 
-    def run(self, wanted_end: Callable[[], int], on_joined: Callable[[], None]) -> int:
+    def run(
+        self,
+        wanted_end: Callable[[], int],
+        on_joined: Callable[[], None],
+        on_draining: Callable[[int], None] = lambda running: None,
+    ) -> int:
         """Work until the broker ends the session, or a drain is over; how many tasks were given up.
 
-        ``wanted_end()``: 0 to go on, 1 to drain, 2 to end now.
+        ``wanted_end()``: 0 to go on, 1 to drain, 2 to end now. ``on_draining(running)`` is called when it takes no more
+        tasks, with how many run. What has ended it is in ``ended_by`` then.
 
         Raises:
             BrokerUnreachableError: no session within ``connect_timeout`` seconds, or the broker refused or revoked it.
         """
         self._on_joined = on_joined
+        is_draining = False
         try:
             while not self._is_over:
+                if self._agent.is_draining and not is_draining:
+                    is_draining = True
+                    on_draining(self._agent.running)
                 end = wanted_end()
                 if end >= 2 or (end and self._is_cut_off(monotonic())):
                     break
@@ -132,6 +146,8 @@ class Worker:
                 due = deadline
         if self._memory_limit is not None and self._agent.running:
             due = min(due, self._look_at)
+        if not self._was_joined:
+            due = min(due, self._complain_at)
         self.loop.wait(0.0 if self._sends else max(0.0, due - now))
         now = monotonic()
         for event in host.collect():
@@ -140,8 +156,12 @@ class Worker:
             self._look_at = now + MEMORY_INTERVAL
             self._check_memory(self._memory_limit, now)
         self._pump(now)
-        if not self._was_joined and now > self._connect_by:
-            raise self._peer.problem()
+        if not self._was_joined and now > min(self._complain_at, self._connect_by):
+            if now > self._connect_by:
+                raise self._peer.problem()
+            self._complain_at = math.inf
+            left = self._connect_by - now
+            _LOG.warning("no session so far; trying for %.0f s: %s", left, self._peer.problem())
 
     def _from_broker(self, message: p.Wire, now: float) -> None:
         match message:
@@ -160,6 +180,7 @@ class Worker:
             case p.Goodbye(reason=reason):
                 _LOG.info("the broker says goodbye: %s", reason)
                 self._sends += self._agent.reset()
+                self.ended_by = reason
                 self._is_over = True
             case p.Blob(payload=p.Parts() as parts):
                 message.payload = store(parts)  # once for all runners
@@ -210,6 +231,7 @@ class Worker:
         peer = self._peer
         if self._farewell is None or peer.is_settled or peer.is_deaf(now):
             peer.send([] if self._farewell is None else [self._farewell])
+            self.ended_by = "it has finished what it ran"
             self._is_over = True
         elif has_sent or not self._has_asked:
             self._has_asked = True

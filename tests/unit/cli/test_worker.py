@@ -39,6 +39,8 @@ def test_a_signal_lets_what_runs_finish(broker: commands.Command, tmp_path: Path
         wait_for(log.exists, "the task to start")
         assert worker.stop() == 0
         assert running.result(5) is not None
+        assert "takes no more tasks; 1 task to finish" in worker.said
+        assert "has ended: it has finished what it ran" in worker.said
 
 
 @pytest.mark.bad_input(62, 74)
@@ -59,6 +61,7 @@ def test_it_ends_with_its_broker(broker: commands.Command) -> None:
     with commands.worker() as worker:
         broker.stop()
         assert worker.wait() == 0
+        assert "has ended: the broker was shut down" in worker.said
 
 
 @pytest.mark.bad_input(71, 75)

@@ -9,6 +9,7 @@ import pytest
 
 from achilles import DistributedExecutor
 from achilles.errors import BrokerUnreachableError
+from achilles.net import worker as worker_module
 from achilles.net.keys import code_key
 from achilles.net.peer import dialer_to
 from achilles.net.worker import Worker, python_version
@@ -66,6 +67,21 @@ def test_no_broker_is_a_named_error_in_time(achilles_home: Path) -> None:
     with pytest.raises(BrokerUnreachableError, match="no achilles broker answers"):
         worker.run(lambda: 0, lambda: None)
     assert monotonic() - began < 5
+
+
+def test_what_is_tried_in_vain_is_said_before_it_is_given_up(
+    achilles_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker_module, "SILENT_SECONDS", 0.0)
+    with RunningBroker(achilles_home) as broker:
+        join = broker.join("worker")
+    worker = Worker(
+        dialer_to(join), code=code_key(broker.home), slots=1, name="w", tags=[], connect_timeout=0.5
+    )
+    with pytest.raises(BrokerUnreachableError):
+        worker.run(lambda: 0, lambda: None)
+    (record,) = caplog.records
+    assert "no session so far; trying for 0 s: no achilles broker answers" in record.getMessage()
 
 
 def test_a_refusal_is_a_named_error(broker: RunningBroker) -> None:
