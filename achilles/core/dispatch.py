@@ -281,6 +281,7 @@ class Dispatcher:
         if lease.is_lent:
             lease.is_lent = False
             worker.lent -= 1
+            lease.client.root.lent -= 1
         elif not lease.in_slot:
             lease.client.root.prefetched -= 1
         else:
@@ -339,10 +340,12 @@ class Dispatcher:
         if not is_lent:
             lease.in_slot = True
             worker.lent -= 1
+            root.lent -= 1
             worker.taken += 1
             root.running += 1
         else:
             worker.lent += 1
+            root.lent += 1
             if lease.in_slot:
                 worker.taken -= 1
                 root.running -= 1
@@ -373,6 +376,8 @@ class Dispatcher:
             until = now + ANNOUNCE_TOGETHER
             while unannounced and unannounced[0][0] <= until:
                 _, lease = unannounced.popleft()
+                if not lease.left:  # what it held is perhaps queued again
+                    continue
                 tasks = lease.tasks
                 ids = [task.id for task in tasks if task is not None and task.queue is not None]
                 others = running.get(lease.client)

@@ -34,6 +34,7 @@ from achilles.core.recovery import Recovery, stable_number
 from achilles.core.standing import Standing
 from achilles.core.tables import (
     DRAINING,
+    QUEUES_KEPT,
     READY,
     RETURNING,
     Client,
@@ -302,6 +303,8 @@ class Scheduler:
         self._budget.take(client, size, is_alone=not client.tasks and len(message.ids) == 1)
         if queue is None:
             queue = client.open_queue(group)
+        elif len(client.queues) > QUEUES_KEPT:  # those that were used last stay longest
+            client.queues[group] = client.queues.pop(group)
         sends: list[Send] = []
         if client.found is not None:
             results, sends = self._recovery.claim(client, client.found, queue, message, now)
@@ -333,8 +336,8 @@ class Scheduler:
         return sends
 
     def _finished(self) -> list[Send]:
-        """Tell those who wait for that of whom nothing runs any more; a lease that is lent has a nested client."""
-        over = [one for one in self._finishing if not one.places and not one.nested]
+        """Tell those who wait for that of whom nothing runs any more."""
+        over = [one for one in self._finishing if not one.places and not one.lent]
         self._finishing.difference_update(over)
         return [Send(client.peer, p.Finished()) for client in over]
 

@@ -157,9 +157,9 @@ class Submission:
             self._backlog = deque(id for id in self._backlog if id not in dropped)
             self._unsent -= dropped
         self._at_broker -= len(at_broker)
+        self._may_run = self._may_run or bool(at_broker)
         if self._credit is None or not at_broker:
             return self._resumed()
-        self._may_run = True
         cancels = [Send("broker", p.Cancel(ids, kill)) for ids in _runs(at_broker)]
         return [*cancels, *self._advance()]
 

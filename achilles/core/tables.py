@@ -208,6 +208,7 @@ class Client:
         self.live = 0
         self.running = 0  # leases in slots
         self.prefetched = 0  # leases waiting behind those
+        self.lent = 0  # leases that wait for tasks of their own
         self.done = 0
 
     def come_back(self, peer: PeerId, hello: p.ClientHello) -> None:
@@ -298,8 +299,8 @@ class Client:
         assert all(held.get(id(task)) == 1 for task in leased), "a leased task is not held"
         assert len(queued) + len(leased) == len(self.tasks), "a task is nowhere"
         assert self.running == sum(lease.in_slot for lease in leases), "running miscounted"
-        lent = sum(lease.is_lent for lease in leases)
-        assert self.prefetched == len(leases) - self.running - lent, "prefetched miscounted"
+        assert self.lent == sum(lease.is_lent for lease in leases), "lent miscounted"
+        assert self.prefetched == len(leases) - self.running - self.lent, "prefetched miscounted"
 
 
 def _first(order: list[tuple[Rank, int, TaskQueue]]) -> tuple[Rank, TaskQueue] | None:

@@ -32,6 +32,7 @@ WATCH_SECONDS = 0.5
 OBSTACLE_SECONDS = WARN_SECONDS  # that nobody may run a task, before it is said
 SILENCE_SECONDS = WARN_SECONDS  # the same of a broker that says nothing
 FLUSH_SECONDS = 2.0
+OUTLASTED_SECONDS = 5.0  # a silent broker is not waited for, where only what was cancelled may run
 # Within it the broker tells what it has dispatched of what it was sent.
 ANNOUNCED_SECONDS = ANNOUNCE_CHUNK_SECONDS + 0.03
 
@@ -222,7 +223,7 @@ class Connection:
             mailbox.start(threading.current_thread())
             peer = Peer(self._dial, self._loop, hello, self._from_broker)
             self._connect(peer)
-            while not self._is_over():
+            while not self._is_over(peer):
                 self._step(peer)
             peer.send([p.Goodbye("done")])
             peer.flush(FLUSH_SECONDS)
@@ -241,10 +242,12 @@ class Connection:
             self._loop.close()
             self._joined.set()
 
-    def _is_over(self) -> bool:
+    def _is_over(self, peer: Peer) -> bool:
         if not (self.mailbox.is_closing and self.mailbox.is_empty) or self._requests:
             return False
-        return self._is_killed or self._submission.is_finished
+        if self._is_killed or self._submission.is_finished:
+            return True
+        return peer.silent_for(monotonic()) > OUTLASTED_SECONDS  # nothing is owed to us
 
     def _connect(self, peer: Peer) -> None:
         """Wait for the session to begin.

@@ -19,7 +19,6 @@ large: that comes anew each time.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import marshal
 import os
@@ -33,18 +32,17 @@ from hashlib import blake2b
 from io import BytesIO
 from pickle import PickleBuffer
 from struct import Struct
-from types import CodeType, FunctionType, MemberDescriptorType, ModuleType
-from typing import Any, NamedTuple, NewType, ParamSpec
+from types import FunctionType, MemberDescriptorType, ModuleType
+from typing import Any, NamedTuple
 
 from cloudpickle import Pickler as CloudPickler
 from cloudpickle import cloudpickle
 
 from achilles.runtime import context
 from achilles.runtime.functions import Watch, fingerprint
+from achilles.runtime.reducers import MAIN, reducer
 from achilles.runtime.serialize import LARGE
 
-MAIN = "__main__"
-NO_FILE = "<dynamic-code>"  # cloudpickle's, in place of a file's name
 NAMESPACES_MAX = 8  # of one client: those beyond are not found again
 _LENGTH = Struct("<I")
 
@@ -95,73 +93,6 @@ class _Scope:
         return namespace, (self.number, self.base)
 
 
-def _reduce_cached(cached: Any) -> tuple[Any, ...]:
-    return _cached, (cached.__wrapped__, cached.cache_parameters())
-
-
-def _cached(fn: Callable[..., Any], parameters: dict[str, Any]) -> Callable[..., Any]:
-    cached: Callable[..., Any] = functools.lru_cache(**parameters)(fn)
-    return cached
-
-
-def _reduce_new_type(kind: Any) -> tuple[Any, ...]:
-    return _new_type, (kind.__name__, kind.__supertype__)
-
-
-def _new_type(name: str, supertype: Any) -> Any:
-    kind: Any = NewType(name, supertype)  # type: ignore[misc] # known only now
-    kind.__module__ = MAIN
-    return kind
-
-
-def _reduce_param_spec(parameters: Any) -> tuple[Any, ...]:
-    return ParamSpec, (parameters.__name__,)
-
-
-def _reduce_cached_property(cached: functools.cached_property[Any]) -> tuple[Any, ...]:
-    return _cached_property, (cached.func, cached.attrname)
-
-
-def _cached_property(func: Callable[..., Any], name: str) -> functools.cached_property[Any]:
-    made = functools.cached_property(func)
-    made.__set_name__(object, name)
-    return made
-
-
-def _reduce_weak_keys(mapping: weakref.WeakKeyDictionary[Any, Any]) -> tuple[Any, ...]:
-    return weakref.WeakKeyDictionary, (dict(mapping),)
-
-
-def _reduce_code(code: CodeType) -> tuple[Any, ...]:
-    """As cloudpickle does it, with the file's name, which 3.1.3 and later leave out: a traceback without it shows no line."""
-    make, args = cloudpickle._code_reduce(code)
-    return make, tuple(
-        code.co_filename if type(arg) is str and arg == NO_FILE else arg for arg in args
-    )
-
-
-# The first two hold what cannot be pickled: a lock, and (what singledispatch has) weak references.
-_REDUCERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
-    CodeType: _reduce_code,
-    functools.cached_property: _reduce_cached_property,
-    weakref.WeakKeyDictionary: _reduce_weak_keys,
-}
-# Instances of these are pickled by their name only, by cloudpickle as well.
-_BY_NAME: dict[type, Callable[[Any], tuple[Any, ...]]] = {
-    functools._lru_cache_wrapper: _reduce_cached,
-    NewType: _reduce_new_type,
-    ParamSpec: _reduce_param_spec,
-}
-
-
-def _reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:
-    """Ours, where cloudpickle has none that does."""
-    kind = type(obj)
-    if kind in _BY_NAME and obj.__module__ == MAIN:
-        return _BY_NAME[kind]
-    return _REDUCERS.get(kind)
-
-
 class _Pickler(CloudPickler):  # type: ignore[misc]
     """cloudpickle's, with makers and setters of ours for functions and classes."""
 
@@ -179,7 +110,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         self.ids: dict[int, tuple[int, int]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        if (reduce := _reducer(obj)) is not None:
+        if (reduce := reducer(obj)) is not None:
             return reduce(obj)
         if isinstance(obj, type) and obj.__module__ == MAIN and self.whole is None:
             kept = _pickle_of(obj, self.is_result)
@@ -365,7 +296,7 @@ class _TokenPickler(CloudPickler):  # type: ignore[misc]
     """Names functions and classes that would travel by value, instead of going into them."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if (reduce := _reducer(obj)) is not None:
+        if (reduce := reducer(obj)) is not None:
             return reduce(obj)
         reduced = super().reducer_override(obj)
         if type(reduced) is tuple and len(reduced) == 6:
@@ -543,19 +474,37 @@ def set_new_function(fn: FunctionType, state: Any) -> None:
 _new_classes: weakref.WeakSet[type] = weakref.WeakSet()
 _arrived: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary()
 _classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()  # by token
-_states: weakref.WeakKeyDictionary[type, str] = (
-    weakref.WeakKeyDictionary()
-)  # the last token of each
+# The last token of each, and the states of ``__main__`` that it brought its globals to.
+_states: weakref.WeakKeyDictionary[type, tuple[str, dict[int, weakref.ref[_Namespace]]]]
+_states = weakref.WeakKeyDictionary()
 
 
 def known_class(token: str, data: bytes) -> type:
-    """A class that was submitted: as it is here, if it came with that token last."""
+    """A class that was submitted: as it is here, if it came with that token last, and to where it is wanted now."""
+    chosen = getattr(_chosen, "by_scope", {})
     found = _classes.get(token)
-    if found is None or _states.get(found) != token:
-        found = pickle.loads(data)
-        _classes[token] = found
-        _states[found] = token
-    return found
+    if found is not None:
+        known, places = _states.get(found, ("", {}))
+        if known == token and all(
+            (place := places.get(scope)) is not None and place() is one
+            for scope, one in chosen.items()
+        ):
+            return found
+    made: type = pickle.loads(data)
+    _classes[token] = made
+    _states[made] = token, {scope: weakref.ref(one) for scope, one in chosen.items()}
+    return made
+
+
+def _renew() -> None:
+    """In a forked child, whose tokens are not its parent's: a runner may serve both."""
+    global _process
+    _process = uuid.uuid4().hex
+    _class_pickles.clear()
+    _function_tokens.clear()
+
+
+os.register_at_fork(after_in_child=_renew)
 
 
 def own_class(token: str, data: bytes) -> type:

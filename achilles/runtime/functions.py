@@ -20,7 +20,7 @@ import logging
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from types import (
     BuiltinFunctionType,
@@ -31,7 +31,17 @@ from types import (
     MemberDescriptorType,
     ModuleType,
 )
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import (
+    Any,
+    ForwardRef,
+    NamedTuple,
+    NewType,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+)
 
 from achilles.runtime.arguments import ArgumentTable, Attached
 from achilles.runtime.serialize import (
@@ -66,7 +76,13 @@ _DESCRIPTORS = (
     *(GetSetDescriptorType, MemberDescriptorType),
     type(NamedTuple("_Fields", [("one", int)]).one),  # type: ignore[attr-defined]
 )
-_MACHINERY = {"_abc_impl", "_field_defaults"}  # of ABCMeta and NamedTuple
+SLOT_NAMES = "__slotnames__"  # which copyreg puts into a class when the first instance is pickled
+# Dictionaries and the like that the language and its libraries make of a class, and leave as they are.
+_MACHINERY = {
+    *("__abstractmethods__", "__annotations__", "__annotations_cache__", "__dataclass_fields__"),
+    *("__dataclass_params__", "__orig_bases__", "__parameters__", "__type_params__"),
+    "_field_defaults",
+}
 _GLOBAL_OPS = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"}
 _ASYNC_FLAGS = 0x80 | 0x200  # coroutine functions and asynchronous generators
 
@@ -304,12 +320,15 @@ class _Watch:
 class _ClassWatch:
     """The same of one class, which is held weakly, too."""
 
-    __slots__ = ("bases", "fixed", "ids", "reference", "size", "weak")
+    __slots__ = ("bases", "fixed", "ids", "parts", "reference", "registry", "size", "weak")
 
     def __init__(self, cls: type) -> None:
         self.reference = weakref.ref(cls)
         self.bases = cls.__bases__
-        self.size = len(vars(cls))
+        self.size = len(vars(cls)) - (SLOT_NAMES in vars(cls))
+        # What `register` was called for is in there, and nothing else tells.
+        self.registry = abc.get_cache_token() if isinstance(cls, abc.ABCMeta) else None
+        self.parts: list[tuple[str, type, list[weakref.ref[Any]]]] = []  # of descriptors
         self.fixed: list[tuple[str, Any]] = []
         self.weak: list[tuple[str, weakref.ref[Any]]] = []
         self.ids: list[tuple[str, int]] = []  # of what is replaced, if it is, and does not change
@@ -319,8 +338,10 @@ class _ClassWatch:
         cls = self.reference()
         if cls is None or cls.__bases__ != self.bases:
             return False
+        if self.registry is not None and self.registry != abc.get_cache_token():
+            return False
         members = vars(cls)
-        if len(members) != self.size:
+        if len(members) - (SLOT_NAMES in members) != self.size:
             return False
         get = members.get
         for name, value in self.fixed:
@@ -329,10 +350,20 @@ class _ClassWatch:
         for name, reference in self.weak:
             if get(name, _ABSENT) is not reference():
                 return False
+        for name, kind, references in self.parts:
+            value = get(name, _ABSENT)
+            if type(value) is not kind or not _are_same(_parts(value), references):
+                return False
         for name, number in self.ids:  # noqa: SIM110 - a generator would take as long as the rest
             if id(get(name, _ABSENT)) != number:
                 return False
         return True
+
+
+def _are_same(values: list[Any], references: list[weakref.ref[Any]]) -> bool:
+    return len(values) == len(references) and all(
+        value is reference() for value, reference in zip(values, references)
+    )
 
 
 def fingerprint(fn: object) -> list[Watch] | None:
@@ -376,26 +407,64 @@ def _watch_class(cls: type, waiting: list[Any]) -> _ClassWatch | None:
         elif not _is_importable(base):
             return None
     for name, value in vars(cls).items():
-        if isinstance(value, FunctionType) or _is_programs(value):
+        if name == SLOT_NAMES:
+            continue
+        if _is_fixed(value):
+            watch.fixed.append((name, value))
+        elif isinstance(value, FunctionType) or _is_programs(value):
             watch.weak.append((name, weakref.ref(value)))
             waiting += _without_wrapper(value)
         elif isinstance(value, classmethod | staticmethod | property | functools.cached_property):
             parts = _parts(value)
             if not all(isinstance(part, FunctionType) for part in parts):
                 return None
-            watch.ids.append((name, id(value)))
+            watch.parts.append((name, type(value), [weakref.ref(part) for part in parts]))
             waiting += parts
-        elif _is_fixed(value):
-            watch.fixed.append((name, value))
-        elif (
-            isinstance(value, _DESCRIPTORS)
-            or name in _MACHINERY
-            or (name[:2] == name[-2:] == "__" and type(value) is not FunctionType)
-        ):
+        elif isinstance(value, _DESCRIPTORS) or name == "_abc_impl":
+            watch.ids.append((name, id(value)))
+        elif name in _MACHINERY:
+            classes = _classes_in(value)
+            if classes is None:
+                return None
+            waiting += classes
             watch.ids.append((name, id(value)))
         else:
             return None
     return watch
+
+
+def _classes_in(value: Any, depth: int = 2 * DEPTH_MAX) -> list[Any] | None:
+    """The program's classes and functions in annotations, or in what `dataclasses` and `typing` keep of a class; None: there may be others."""
+    if _is_programs(value) or (isinstance(value, FunctionType) and not _is_importable(value)):
+        return [value]
+    if _is_fixed(value) or value is type(None) or isinstance(value, ForwardRef):
+        return []
+    if not depth:
+        return None
+    parts: Iterable[Any]
+    if type(value) is dict:
+        parts = value.values()
+    elif type(value) is tuple or type(value) is list:
+        parts = value
+    elif type(value).__module__ == "dataclasses":
+        parts = [value.type, value.default, value.default_factory]
+    elif (origin := get_origin(value)) is not None:
+        parts = [origin, *get_args(value)]
+    elif isinstance(value, TypeVar):
+        parts = [value.__bound__, *value.__constraints__]
+    elif isinstance(value, NewType):
+        parts = [value.__supertype__]
+    elif type(value).__module__ == "typing":
+        parts = []  # Union and the like
+    else:
+        return None
+    found: list[Any] = []
+    for part in parts:
+        classes = _classes_in(part, depth - 1)
+        if classes is None:
+            return None
+        found += classes
+    return found
 
 
 def _parts(value: Any) -> list[Any]:
@@ -441,6 +510,8 @@ def _watch_one(fn: FunctionType, waiting: list[Any]) -> _Watch | None:
         if isinstance(value, ModuleType) and hasattr(value, "__path__"):
             # cloudpickle sends those of its submodules along that are loaded.
             watch.modules = len(sys.modules)
+    for _, value in watch.annotations:
+        waiting += _classes_in(value) or []
     for cell in fn.__closure__ or ():
         value = _content(cell)
         if _is_programs(value) or (isinstance(value, FunctionType) and not _is_importable(value)):
@@ -459,7 +530,7 @@ def _is_fixed(value: object, depth: int = DEPTH_MAX) -> bool:
         return True
     if getattr(type(value), "_is_pickled_by_identity", False):
         return True  # an executor
-    if type(value).__module__ == "dataclasses":
+    if type(value).__module__ == "dataclasses" and not hasattr(value, "default_factory"):
         return True  # MISSING and the like
     if type(value) in (tuple, frozenset):
         return depth > 0 and all(_is_fixed(member, depth - 1) for member in value)  # type: ignore[attr-defined]

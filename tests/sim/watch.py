@@ -428,12 +428,12 @@ class WatchedAgent(Agent):
         return super().reset()
 
     def drain(self) -> list[AgentSend]:
-        if not self._is_draining:
+        if not self.is_draining:
             self.marks["agent: > draining"] += 1
             condemned = any(runner.condemned for runner in self._runners.values())
             self.marks["agent: draining while a task is condemned"] += condemned
         return super().drain()
 
     def _run(self, run: p.Run, now: float) -> list[AgentSend]:
-        self.marks["agent: draining > given a chunk"] += self._is_draining
+        self.marks["agent: draining > given a chunk"] += self.is_draining
         return super()._run(run, now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from achilles.core import protocol as p
 from tests.unit.core.bench import BROKER, CLIENT, WORKER, SchedulerBench, runs
+from tests.unit.core.test_nesting import Bench as NestingBench
 from tests.unit.core.test_submission import SubmissionBench
 
 FINISHED = (CLIENT, p.Finished())
@@ -86,3 +87,14 @@ def test_the_next_broker_is_asked_again() -> None:
     bench.disconnect()
     bench.connect()
     assert (BROKER, p.Finish()) in bench.sent()
+
+
+def test_a_runner_that_has_been_a_client_keeps_nobody_waiting() -> None:
+    """It stays one until it ends; what is waited for is the task, also while that has lent its slot."""
+    bench = NestingBench()
+    (parent,) = runs(bench.submit(1))
+    (child,) = runs(bench.nest(parent, 1))
+    bench.say(CLIENT, p.Cancel([1]))
+    assert bench.say(CLIENT, p.Finish()) == []
+    assert FINISHED not in bench.done(WORKER, child)
+    assert FINISHED in bench.done(WORKER, parent)

@@ -338,3 +338,13 @@ def test_what_is_cancelled_behind_a_task_that_cannot_start_is_let_go_of() -> Non
     (lease,) = [lease for worker in bench.core._workers.values() for lease in worker.leases]
     bench.say(WORKER, p.Done(lease, [0], b"\0", [b"v"], 1.0))
     assert [task.id for task in queue.tasks if task.queue] == [3001]
+
+
+def test_what_a_lost_worker_had_is_not_announced() -> None:
+    """It is queued again, and can be cancelled."""
+    bench = SchedulerBench(workers=2)
+    bench.submit(1)
+    bench.submit(2)
+    bench.leave(SECOND, charge=False)
+    told = [message for _, message in bench.tick(ANNOUNCE_SECONDS)]
+    assert told == [p.Running([1])]

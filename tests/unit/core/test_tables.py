@@ -9,7 +9,7 @@ import pytest
 
 from achilles.core import protocol as p
 from achilles.core.tables import QUEUES_KEPT, Blame, Client, Lease, Task, TaskQueue, Worker
-from tests.unit.core.bench import crossed
+from tests.unit.core.bench import CLIENT, WORKER, SchedulerBench, crossed, runs
 
 NO_TAGS: frozenset[str] = frozenset()
 
@@ -402,3 +402,19 @@ def test_where_most_queues_have_tasks_they_are_not_looked_through_each_time() ->
     for fn in range(5 * QUEUES_KEPT, 100 * QUEUES_KEPT):
         bench.client.open_queue(p.Group(fn, 0))
         assert len(bench.client.queues) <= 2 * (4 + 1) * QUEUES_KEPT
+
+
+def test_the_queue_that_is_used_stays() -> None:
+    """Not the one that was made last."""
+    bench = SchedulerBench()
+    (client,) = bench.core._clients.values()
+    bench.done(WORKER, *runs(bench.submit(1)), seconds=0.25)
+    used = client.queues[p.Group(1, 0)]
+    id = 2
+    for number in range(3 * QUEUES_KEPT):
+        options = p.Options(timeout=1 + number)
+        bench.done(WORKER, *runs(bench.say(CLIENT, p.Submit(1, 0, [id], [b"x"], options=options))))
+        bench.done(WORKER, *runs(bench.submit(id + 1)))
+        id += 2
+    assert client.queues[p.Group(1, 0)] is used
+    assert len(client.queues) < 3 * QUEUES_KEPT

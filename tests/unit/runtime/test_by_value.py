@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import sys
 import threading
 import weakref
@@ -31,7 +32,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def program(text: str) -> dict[str, Any]:
     scope: dict[str, Any] = {"__name__": "__main__", "__file__": "program.py"}
-    exec(text, scope)
+    exec(compile(text, "<string>", "exec", dont_inherit=True), scope)
     return scope
 
 
@@ -282,9 +283,12 @@ class Point(Base):
     def make(cls, x): return cls(x)
     @functools.cached_property
     def cached(self): return Other(self.x)
+class Named:
+    name = "one"
 @dataclasses.dataclass(frozen=True, order=True)
 class Other:
     a: int
+    named: Named | None = None
     b: list = dataclasses.field(default_factory=list)
     def point(self): return Point(self.a)
 class Pair(typing.NamedTuple):
@@ -307,6 +311,9 @@ CHANGES = {
     "a function that it uses": "def helper(value): return 0",
     "a class that it uses": "class Other: pass",
     "the default of a dataclass": "Other.__init__.__defaults__ = (7,)",
+    "what is registered for its base": "Base.register(int)",
+    "a static method, twice": "Point.one = staticmethod(len)\nPoint.one = staticmethod(helper)",
+    "the class of a field": "Named.name = 'another'",
 }
 
 
@@ -334,6 +341,16 @@ def test_a_class_is_taken_apart_once(name: str) -> None:
         assert loads(dumps([kind], is_result=is_result)) == [kind]
 
 
+def test_what_is_made_of_a_class_brings_it_as_it_was_taken_apart() -> None:
+    """Also what is made later: the first instance that is pickled leaves a note in its class."""
+    scope = program(POINT)
+    for name, args in (("Point", (1,)), ("Other", (1,)), ("Pair", (1,))):
+        for is_result in (False, True):
+            pickles = [dumps(scope[name](*args), is_result=is_result) for _ in range(3)]
+            data = kept(scope[name], is_result).data
+            assert [one.count(data) for one in pickles] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_class_that_changed_is_taken_apart_again(what: str) -> None:
     scope = program(POINT)
@@ -351,9 +368,11 @@ def test_a_class_that_changed_is_taken_apart_again(what: str) -> None:
         "TABLE = [1]\nclass C:\n    def get(self): return TABLE",
         "class B:\n    seen = {}\nclass C(B): pass",
         "import enum\nclass C(enum.Enum):\n    A = 1",
+        "class C:\n    __config__ = {}",
+        "class C:\n    a: iter([])",
         "def wrap(f):\n    f.calls = []\n    return f\nclass C:\n    @wrap\n    def get(self): pass",
     ],
-    ids=["attribute", "global", "base", "metaclass", "function"],
+    ids=["attribute", "global", "base", "metaclass", "dunder", "annotation", "function"],
 )
 def test_a_class_with_something_that_can_change_unseen_is_taken_apart_each_time(text: str) -> None:
     kind = program(text)["C"]
@@ -374,7 +393,7 @@ def test_what_arrives_works_as_it_did_at_home(client: int) -> None:
     assert point.cached.a == 4
     assert point.cached.point() == point
     arrived, pair, slotted = loads(other)
-    assert repr(arrived) == "Other(a=5, b=[])"
+    assert repr(arrived) == "Other(a=5, named=None, b=[])"
     assert pair == (1, 2)
     assert not hasattr(slotted(), "__dict__")
 
@@ -403,4 +422,50 @@ def test_a_class_is_not_kept_alive_by_what_is_kept_of_it() -> None:
             dumps(value, is_result=True)
     del value
     forget(scope)
-    assert [kind() for kind in kinds] == [None] * 5
+    assert [kind() for kind in kinds] == [None] * 6
+
+
+def test_a_class_that_is_there_brings_its_globals_to_a_new_state_of_the_program(
+    client: int,
+) -> None:
+    """Functions that come later rely on what it says that it has brought."""
+    scope = program(
+        "x = y = 1\n"
+        "class C:\n    def m(self): return x\n"
+        "def k(c): return c.m(), y\n"
+        "def f(): return x\n"
+        "def h(): return x\n"
+    )
+
+    def sent(*names: str) -> list[Any]:
+        return list(arrive([scope[name] for name in names]))
+
+    def called() -> Any:
+        k, c = sent("k", "C")
+        return k(c())
+
+    assert called() == (1, 1)
+    scope["x"] = 2
+    assert sent("f")[0]() == 2
+    scope["x"], scope["y"] = 1, 2
+    called()
+    assert sent("h")[0]() == 1
+    by_value.forget(client)
+    assert called()[1] == 2
+    assert sent("h")[0]() == 1
+
+
+def test_a_forks_tokens_are_its_own() -> None:
+    """Parent and child may have tasks on one runner; each counts from where it was."""
+    parent, child = (program(f"class C:\n    n = {n}")["C"] for n in (1, 2))
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.write(write_end, kept(child).token.encode())
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        token = pipe.read()
+    os.waitpid(pid, 0)
+    assert len(token) > 20
+    assert token != kept(parent).token

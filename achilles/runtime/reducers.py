@@ -1,0 +1,81 @@
+"""How what cloudpickle has no way for, or takes by its name only, is taken apart; each with what puts it together."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from types import CodeType
+from typing import Any, NewType, ParamSpec
+
+from cloudpickle import cloudpickle
+
+MAIN = "__main__"
+NO_FILE = "<dynamic-code>"  # cloudpickle's, in place of a file's name
+
+
+def _reduce_cached(cached: Any) -> tuple[Any, ...]:
+    return _cached, (cached.__wrapped__, cached.cache_parameters())
+
+
+def _cached(fn: Callable[..., Any], parameters: dict[str, Any]) -> Callable[..., Any]:
+    cached: Callable[..., Any] = functools.lru_cache(**parameters)(fn)
+    return cached
+
+
+def _reduce_new_type(kind: Any) -> tuple[Any, ...]:
+    return _new_type, (kind.__name__, kind.__supertype__)
+
+
+def _new_type(name: str, supertype: Any) -> Any:
+    kind: Any = NewType(name, supertype)  # type: ignore[misc] # known only now
+    kind.__module__ = MAIN
+    return kind
+
+
+def _reduce_param_spec(parameters: Any) -> tuple[Any, ...]:
+    return ParamSpec, (parameters.__name__,)
+
+
+def _reduce_cached_property(cached: functools.cached_property[Any]) -> tuple[Any, ...]:
+    return _cached_property, (cached.func, cached.attrname)
+
+
+def _cached_property(func: Callable[..., Any], name: str) -> functools.cached_property[Any]:
+    made = functools.cached_property(func)
+    made.__set_name__(object, name)
+    return made
+
+
+def _reduce_weak_keys(mapping: weakref.WeakKeyDictionary[Any, Any]) -> tuple[Any, ...]:
+    return weakref.WeakKeyDictionary, (dict(mapping),)
+
+
+def _reduce_code(code: CodeType) -> tuple[Any, ...]:
+    """As cloudpickle does it, with the file's name, which 3.1.3 and later leave out: a traceback without it shows no line."""
+    make, args = cloudpickle._code_reduce(code)
+    return make, tuple(
+        code.co_filename if type(arg) is str and arg == NO_FILE else arg for arg in args
+    )
+
+
+# The first two hold what cannot be pickled: a lock, and (what singledispatch has) weak references.
+_REDUCERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
+    CodeType: _reduce_code,
+    functools.cached_property: _reduce_cached_property,
+    weakref.WeakKeyDictionary: _reduce_weak_keys,
+}
+# Instances of these are pickled by their name only, by cloudpickle as well.
+_BY_NAME: dict[type, Callable[[Any], tuple[Any, ...]]] = {
+    functools._lru_cache_wrapper: _reduce_cached,
+    NewType: _reduce_new_type,
+    ParamSpec: _reduce_param_spec,
+}
+
+
+def reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:
+    """Ours, where cloudpickle has none that does."""
+    kind = type(obj)
+    if kind in _BY_NAME and obj.__module__ == MAIN:
+        return _BY_NAME[kind]
+    return _REDUCERS.get(kind)
