@@ -66,9 +66,8 @@ QUIET_SECONDS = 0.034
 READ_MAX = 1 << 16
 HOT_SECONDS = 0.001  # a shorter wait for a token than this is worth a core that nobody wants
 LATE_SECONDS = 0.005  # how long it is taken not to be worth it, when no token came for so long
-CROWDED_MAX = (
-    200  # waits in a row in which others took the core; the kernel needs about as many to part them
-)
+LEAVE_AT = 10  # waits in a row in which others took the core, until it is left to them
+CROWDED_MAX = 200  # of those, until they are taken to want all cores
 COLD_SECONDS = 0.05  # how long a core is taken to be wanted, or not worth it, once it was
 ALIVE_SECONDS = 60.0  # for so long a client is taken to live that has shown it
 BY_VALUE = "achilles.runtime.by_value"  # imported when the first function of a program comes
@@ -78,6 +77,18 @@ CHANNEL_LOST = 74  # exit code (EX_IOERR): the host is gone, or a task closed ou
 Chunk: TypeAlias = "tuple[int, int, int, int, list[Any], int, tuple[int, ...], int, list[int]]"
 
 _offer_core = getattr(os, "sched_yield", lambda: None)
+
+
+def _leave_core() -> None:
+    """Go on on another core, if there is one."""
+    try:
+        with open("/proc/thread-self/stat", "rb") as file:
+            here = int(file.read().rpartition(b")")[2].split()[36])
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, allowed - {here})
+        os.sched_setaffinity(0, allowed)
+    except (AttributeError, OSError):
+        pass  # there is none, or no way to say so
 
 
 class Runner:
@@ -149,8 +160,9 @@ class Runner:
         intervals, the runner looks for the next one for a moment before it sleeps. And where it keeps a core busy, the
         other threads that the next task passes through share the other cores, and are not sent to sleep and woken
         so often: that takes a third off the round trip through a broker on two cores. It offers the core to
-        others all the while. Where they take it again and again, or no token comes, it does not try again for some time; but
-        not at the first time: a thread that was last on this core is woken here until the kernel has seen that it is busy.
+        others all the while. Where they take it again and again, it goes to another core, for a thread that was last on
+        this one is woken here until the kernel has seen that it is busy; where that does not help, or no token comes, it does not
+        try again for some time.
         """
         started = perf_counter()
         if self.is_hot and started > self.cold_until:
@@ -165,6 +177,8 @@ class Runner:
                 self.crowded = 0
             else:
                 self.crowded += 1
+                if self.crowded % LEAVE_AT == 0:
+                    _leave_core()
                 if self.crowded > CROWDED_MAX:
                     self.crowded = 0
                     self.cold_until = started + COLD_SECONDS

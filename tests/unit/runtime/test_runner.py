@@ -24,6 +24,7 @@ from achilles.core.protocol import (
     Unload,
 )
 from achilles.errors import RemoteError, ResultPickleError, SealError
+from achilles.runtime import runner as runner_module
 from achilles.runtime.functions import FunctionTable, bytes_of
 from achilles.runtime.seal import ANSWER, TAG_SIZE, Seal, Sealer
 from achilles.runtime.serialize import LARGE, dumps, dumps_call, join_inline, load_outcome
@@ -39,6 +40,19 @@ def driver() -> Iterator[Driver]:
     with driving() as driver:
         driver.spawn()
         yield driver
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="there are no such masks here")
+def test_who_leaves_a_core_may_come_back() -> None:
+    """What it may run on stays as it is, also where that is one core alone."""
+    allowed = os.sched_getaffinity(0)
+    try:
+        for wanted in (allowed, {min(allowed)}):
+            os.sched_setaffinity(0, wanted)
+            runner_module._leave_core()
+            assert os.sched_getaffinity(0) == wanted
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_a_runner_without_tasks_sleeps(driver: Driver) -> None:
