@@ -16,11 +16,12 @@ from achilles.core.dialer import JOINED, Dialer
 from achilles.core.link import Packet, encoded
 from achilles.core.liveness import RATE_MIN
 from achilles.errors import (
-    AuthenticationError,
     BrokerUnreachableError,
     EncryptionMismatchError,
+    KeyRefusedError,
     NotABrokerError,
     ProtocolError,
+    WrongBrokerError,
 )
 from achilles.net.endpoint import RECONNECT_MAX, Dialed, WatchEvent, dial_dealer
 from achilles.net.keys import Join
@@ -35,13 +36,20 @@ SILENCE_SECONDS = (
 
 Dial = Callable[[], Dialed]
 
-_CERTAIN = (AuthenticationError, EncryptionMismatchError)  # what else is told follows from these
-
 _LOG = logging.getLogger("achilles.net")
 
 # By process; none is let go of in a fork, where it is the parent's. Not the program's own, which `zmq.Context.instance()` would be: to
 # end that one would wait for our sockets.
 _contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}
+
+
+def _certainty(problem: BrokerUnreachableError | None) -> int:
+    """How much it was told, rather than guessed from a connection that ended: what is less may only follow from it."""
+    if isinstance(problem, KeyRefusedError | EncryptionMismatchError):
+        return 3
+    if isinstance(problem, WrongBrokerError):
+        return 2
+    return int(isinstance(problem, NotABrokerError))
 
 
 def dialer_to(join: Join) -> Dial:
@@ -207,11 +215,7 @@ class Peer:
 
     def _note(self, event: WatchEvent, now: float) -> None:
         """Remember what is wrong: not what only follows from it, as long as nothing has gone better."""
-        if (
-            event.is_connected
-            or isinstance(event.problem, _CERTAIN)
-            or not isinstance(self._problem, (*_CERTAIN, NotABrokerError))
-        ):
+        if event.is_connected or _certainty(event.problem) >= _certainty(self._problem):
             self._problem = event.problem
         if event.is_dead and self._redial_at is None:
             self._redial_at = now + self._pause()

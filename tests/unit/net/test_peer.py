@@ -10,9 +10,17 @@ import zmq
 
 from achilles.core import protocol as p
 from achilles.core.link import Packet
-from achilles.errors import AuthenticationError, BrokerUnreachableError
+from achilles.errors import (
+    AuthenticationError,
+    BrokerUnreachableError,
+    EncryptionMismatchError,
+    KeyRefusedError,
+    NotABrokerError,
+    SilentBrokerError,
+    WrongBrokerError,
+)
 from achilles.net import peer as peer_module
-from achilles.net.endpoint import parse_endpoint
+from achilles.net.endpoint import WatchEvent, parse_endpoint
 from achilles.net.keys import Join
 from achilles.net.peer import Peer, dialer_to
 from achilles.net.transport import SocketLoop
@@ -237,3 +245,19 @@ def test_the_programs_own_context_is_not_ours() -> None:
     ours = peer_module._context()
     assert ours is peer_module._context()
     assert ours is not zmq.Context.instance()
+
+
+def test_what_was_told_stays_whatever_a_later_attempt_looks_like(achilles_home: Path) -> None:
+    """A connection that ends during the handshake may do so for many reasons; only one that succeeds is news."""
+    with RunningBroker(achilles_home) as broker:
+        driven = Driven(broker.join("client"))
+    peer = driven.peer
+    ended = WrongBrokerError("it ended the handshake")
+    for told in (EncryptionMismatchError("one side is encrypted"), KeyRefusedError("refused")):
+        peer._note(WatchEvent(True, SilentBrokerError("it does not answer"), False), monotonic())
+        for problem in (ended, told, ended, NotABrokerError("it is none")):
+            peer._note(WatchEvent(False, problem, False), monotonic())
+        assert peer.problem() is told
+    peer._note(WatchEvent(True, SilentBrokerError("it does not answer"), False), monotonic())
+    assert isinstance(peer.problem(), SilentBrokerError)
+    driven.close()
