@@ -90,6 +90,24 @@ def test_a_peer_that_had_got_further_begins_anew() -> None:
     assert bench.sent() == [("client", p.Gone())]
 
 
+@pytest.mark.parametrize("role", ["client", "worker"])
+def test_who_has_lost_a_session_that_it_never_spoke_in_begins_anew(role: str) -> None:
+    """It tells what it had, which a session that began with nothing would not take; what it was given there comes again."""
+    bench = SessionsBench()
+    peer = bench.join("one", role)
+    token = peer.link.token
+    peer.hello.is_back = True
+    bench.hello(peer)
+    assert bench.sent()[0][0] == "one"
+    assert peer.link.token != token
+    bench.say(peer, p.Resumed())
+    bench.sent()
+    assert bench.core.refused == 0
+    again = peer.link.token
+    bench.join("two", "worker")
+    assert peer.link.token == again
+
+
 def test_an_incarnation_that_comes_in_another_role_is_another_peer() -> None:
     """The first one ends."""
     bench = SessionsBench()
