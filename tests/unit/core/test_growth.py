@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from achilles.core import protocol as p
+from achilles.core.chunking import CHUNK_SECONDS_MAX
 from achilles.core.link import Packet
 from achilles.core.liveness import Timings
 from achilles.core.scheduler import Scheduler
 from achilles.core.sessions import Sessions
 
 FEW, MANY = 10, 500
+SECONDS = CHUNK_SECONDS_MAX  # that a task takes: however many are queued, one makes a chunk
 NOW = 100.0
 PAYLOAD = b"a call"
 
@@ -74,11 +76,11 @@ class Site:
     def done(self) -> Callable[[], object]:
         """What a worker's result costs, with the task that it gets in its place."""
         lease = next(iter(self.scheduler._workers[self.first].leases))
-        return lambda: self.say(self.first, p.Done(lease, [0], b"\0", [b"value"], 0.01))
+        return lambda: self.say(self.first, p.Done(lease, [0], b"\0", [b"value"], SECONDS))
 
     def _runs(self, sends: list[Any]) -> list[tuple[int, p.Done]]:
         return [
-            (to, p.Done(message.lease, [0], b"\0", [b"value"], 0.01))
+            (to, p.Done(message.lease, [0], b"\0", [b"value"], SECONDS))
             for to, message in sends
             if isinstance(message, p.Run)
         ]
