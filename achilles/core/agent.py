@@ -60,9 +60,8 @@ class Agent:
         self._blobs: dict[tuple[int, int], p.Payload] = {}
         self._next_runner = 1
         self._due: dict[int, float] = {}  # the runners that `tick` has to look at, and when
-        self.is_draining = self._said_goodbye = (
-            False  # whether it takes no more work; and has said so
-        )
+        self.is_draining = False  # it takes no more work
+        self._said_goodbye = False
         self._lent: set[int] = set()  # leases
         self.result_max = 0  # bytes that the broker takes of one result; 0: no limit
         self._has_lent = False

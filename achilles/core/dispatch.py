@@ -27,9 +27,7 @@ from achilles.core.tables import READY, Client, Lease, PeerId, Places, TaskQueue
 from achilles.core.tables import Send as Send
 
 ANNOUNCE_SECONDS = 0.02  # most tasks are done by then
-ANNOUNCE_CHUNK_SECONDS = (
-    2 * CHUNK_SECONDS_MAX + 0.01
-)  # one that waited behind another is done by then
+ANNOUNCE_CHUNK_SECONDS = 2 * CHUNK_SECONDS_MAX + 0.01  # and one that waited behind another
 ANNOUNCE_TOGETHER = 0.005  # seconds before their time, with others, for a message less
 LEASE_BITS = 32  # of a lease's number; above them is its broker's
 SILENT_SECONDS = STUCK_SECONDS - 0.01  # by its lease, when something comes back from a stuck slot

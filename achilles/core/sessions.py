@@ -283,9 +283,11 @@ class Sessions:
             return [Send(route, Packet(p.Header(p.NO_TOKEN, 0, 0), p.Refused(refusal)))]
         sends: list[Send] = []
         session = self._by_incarnation.get(hello.incarnation)
-        # Also one that has taken the session for lost before it said a word in it: it tells then what it had.
-        has_lost_it = session is not None and hello.is_back and not session.hello.is_back
-        if session is not None and (session.link.received or session.role != role or has_lost_it):
+        if session is not None and (
+            session.link.received
+            or session.role != role
+            or (hello.is_back and not session.hello.is_back)  # it was lost before a word was said
+        ):
             sends += self._end(session, now, "it began anew")
             session = None
         is_new = session is None

@@ -22,9 +22,7 @@ from achilles.core import protocol as p
 from achilles.core.chunking import Estimate
 from achilles.errors import ProtocolError
 
-QUEUES_KEPT = (
-    256  # without tasks, of a client; for functions that come back, whose durations are known
-)
+QUEUES_KEPT = 256  # without tasks, of a client: of a function that comes back the duration is known
 UNWANTED_MAX = 64
 STRAYS_MAX = 2  # answers that a worker may give for leases that it does not hold
 
