@@ -141,9 +141,8 @@ class LocalCluster:
         self._submission.connect(0)
 
     def _is_over(self) -> bool:
-        if not (self.mailbox.is_closing and self.mailbox.is_empty) or self._requests:
-            return False
-        return self._is_killed or self._submission.is_finished
+        is_done = self.mailbox.is_done and not self._requests
+        return is_done and (self._is_killed or self._submission.is_finished)
 
     def _leave(self) -> None:
         """Let go of what was not done: the garbage collector does not look into tasks."""

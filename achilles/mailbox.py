@@ -510,7 +510,7 @@ class Mailbox:
 
     def ends(self, submission: Submission) -> list[Send]:
         """What is to be said where all is resolved, and nothing comes any more, but something runs yet."""
-        if not self.is_closing or not self.is_empty:
+        if not self.is_done:
             return []
         self.outlasts = not submission.is_finished
         return submission.finish()
@@ -519,6 +519,11 @@ class Mailbox:
     def is_empty(self) -> bool:
         """Whether nothing is unresolved or waits to be looked at."""
         return not self._sinks and not self._inbox and not self._cancels
+
+    @property
+    def is_done(self) -> bool:
+        """Whether that is so, and nothing comes any more."""
+        return self.is_closing and self.is_empty
 
     def close(self) -> None:
         """The I/O thread ends."""

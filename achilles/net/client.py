@@ -243,7 +243,7 @@ class Connection:
             self._joined.set()
 
     def _is_over(self, peer: Peer) -> bool:
-        if not (self.mailbox.is_closing and self.mailbox.is_empty) or self._requests:
+        if not self.mailbox.is_done or self._requests:
             return False
         if self._is_killed or self._submission.is_finished:
             return True
