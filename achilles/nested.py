@@ -31,6 +31,7 @@ from achilles.runtime import context
 from achilles.runtime.arguments import ArgumentTable
 from achilles.runtime.functions import FunctionTable
 from achilles.runtime.seal import Sealer
+from achilles.runtime.shared import copy
 from achilles.runtime.side import NESTED, RunnerSide
 
 STATUS_SECONDS = 5.0
@@ -94,7 +95,7 @@ class NestedConnection:
             self.mailbox.sealer = Sealer(context.seal, self.root)
         self.mailbox.credit = credit
         self.mailbox.slots = slots
-        self.functions = FunctionTable(ArgumentTable())
+        self.functions = FunctionTable(ArgumentTable(store=copy))
         self.table_lock = threading.RLock()
         self._submission = Submission()
         self._submission.connect(credit)

@@ -52,9 +52,10 @@ from achilles.runtime.written import watch as watch
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all the rest
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any, TypeAlias
 
+    Store: TypeAlias = Callable[[Sequence[Buffer]], bytes | memoryview]
     Resolve: TypeAlias = Callable[[int, int], Any]  # the kind and the number, to the object
     Key: TypeAlias = tuple[int, int]
 
@@ -155,9 +156,13 @@ class _Entry:
 
 
 class ArgumentTable:
-    """What large parts the calls of one executor have. Threads may share it."""
+    """What large parts the calls of one executor have. Threads may share it.
 
-    def __init__(self, bytes_kept: int = BYTES_KEPT) -> None:
+    ``store`` makes the copies of them: in memory that can be handed on (`shared.store`), or not (`shared.copy`).
+    """
+
+    def __init__(self, bytes_kept: int = BYTES_KEPT, *, store: Store = store) -> None:
+        self.store = store
         self.is_watching = False  # for bytes and str: there were large ones
         self.expects_buffers = False  # the last call that was encoded here had some to attach
         self._bytes_kept = bytes_kept
@@ -196,7 +201,7 @@ class ArgumentTable:
             return lay_out(data, buffers) if buffers else data
         parts = _lay_out(data, buffers, numbers)
         is_large = sum(map(len, parts)) >= LARGE
-        return Attached(store(parts) if is_large else b"".join(parts), tuple(shared.values()))
+        return Attached(self.store(parts) if is_large else b"".join(parts), tuple(shared.values()))
 
     def _attach_buffer(self, view: memoryview, shared: dict[int, Shared]) -> int:
         """The buffer's number, or 0 if it is not to be attached."""
@@ -214,7 +219,7 @@ class ArgumentTable:
                     watching = watch(*key)
                     if watching is not None and not watching.begin():
                         watching = None
-                payload = memoryview(store([view]))
+                payload = memoryview(self.store([view]))
                 entry = self._add(key, payload, None)
                 entry.watch = watching
             else:
@@ -230,7 +235,7 @@ class ArgumentTable:
             payload = None if entry is None else entry.payload
             if entry is None or payload is None or entry.obj is not obj:
                 data = obj if isinstance(obj, bytes) else obj.encode("utf-8", "surrogatepass")
-                payload = memoryview(store([data]))
+                payload = memoryview(self.store([data]))
                 is_again = entry is not None and entry.sample == _sample(memoryview(data))
                 entry = self._add(key, payload, obj)
             else:

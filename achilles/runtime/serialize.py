@@ -173,8 +173,8 @@ def dumps_call(
 ) -> bytes | memoryview | Attached:
     """The payload of a call, with the arguments' values of this moment.
 
-    It is a memoryview where it lies in memory that can be handed to a runner without a copy. With a ``table``,
-    large arguments may be attached to it instead.
+    It is a memoryview where it has buffers. With a ``table``, large arguments may be attached to it instead, and
+    memory is the table's.
 
     Raises:
         ArgumentPickleError: an argument (it is named, with ``fn``) cannot be pickled.
@@ -199,6 +199,8 @@ def dumps_call(
     _warn_of_files((*args, *kwargs.values()), fn)
     if not isinstance(encoded, list):
         return encoded
+    if table is not None:
+        return table.store(encoded)
     from achilles.runtime.shared import store
 
     return store(encoded)

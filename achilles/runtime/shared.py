@@ -23,6 +23,9 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 IS_AVAILABLE = hasattr(os, "memfd_create") and hasattr(_socket, "SCM_RIGHTS")
 
+HUGE_MIN = 4 << 20  # below it most of the memory could not lie in pages of 2 MiB
+
+_ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _IOV_MAX = 64
 _FD_SIZE = 4  # a C int
 
@@ -64,6 +67,32 @@ def store(parts: Sequence[Buffer]) -> bytes | memoryview:
             except (OSError, ValueError):
                 os.close(fd)
     return b"".join(parts)
+
+
+def copy(parts: Sequence[Buffer]) -> memoryview:
+    """A copy of the parts, one behind the other, for this process alone.
+
+    Large ones lie in huge pages where the system has them: to touch new memory 4 KiB at a time takes twice as long as to
+    copy it (64 MiB: 34 ms, and 12 in huge pages).
+    """
+    views = [memoryview(part).cast("B") for part in parts]
+    size = sum(view.nbytes for view in views)
+    if size >= HUGE_MIN and _ADVICE is not None:
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            pass  # out of mappings
+        else:
+            try:
+                memory.madvise(_ADVICE)
+            except OSError:
+                pass  # the kernel has none
+            at = 0
+            for view in views:
+                memory[at : at + view.nbytes] = view
+                at += view.nbytes
+            return memoryview(memory)
+    return memoryview(b"".join(views))
 
 
 def fresh(payload: Buffer) -> bytearray | memoryview:

@@ -55,6 +55,27 @@ def call(table: ArgumentTable, *args: object, **kwargs: object) -> Attached:
     return payload
 
 
+@pytest.mark.parametrize("store", [shared.store, shared.copy])
+def test_the_store_of_a_table_makes_all_its_copies(store: Any) -> None:
+    made: list[int] = []
+
+    def note(parts: Any) -> Any:
+        made.append(sum(memoryview(part).nbytes for part in parts))
+        return store(parts)
+
+    table = ArgumentTable(store=note)
+    large, text, small = array(3.0), "a" * SHARE_MIN, array(2.0, LARGE // 8)
+    args, _ = load(call(table, large, text))
+    assert (args[0] == 3.0).all()
+    assert args[1] == text
+    assert made == [SHARE_MIN, large.nbytes]
+    payload = dumps_call((small,), {}, None, table)
+    (again,), _ = loads(payload)
+    assert (again == 2.0).all()
+    assert len(made) == 3
+    assert isinstance(payload, memoryview)  # what says that its buffers must stay aligned
+
+
 def load(attached: Attached, payload: Any = None) -> Any:
     payloads = {one.number: one.payload for one in attached.shared}
     return loads(

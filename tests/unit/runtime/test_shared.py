@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from achilles.runtime import shared
-from achilles.runtime.shared import Handoff, fresh, store
+from achilles.runtime.shared import HUGE_MIN, Handoff, copy, fresh, store
 from tests.descriptors import open_descriptors, wait_until_closed
 
 pytestmark = pytest.mark.skipif(not shared.IS_AVAILABLE, reason="there is no memfd here")
@@ -59,6 +59,34 @@ def test_a_part_of_what_was_stored_is_copied(ends: tuple[Handoff, Handoff]) -> N
     assert isinstance(stored, memoryview)
     assert near.send([stored[2:5]])
     assert bytes(far.receive()) == b"234"
+
+
+@pytest.mark.parametrize("size", [0, BIG, HUGE_MIN, HUGE_MIN + 12345])
+def test_a_copy_is_of_this_moment_and_holds_no_descriptor(size: int) -> None:
+    before = open_descriptors()
+    source = bytearray(os.urandom(size))
+    copied = copy([b"head", source, b"", memoryview(b"tail")])
+    wanted = b"head" + source + b"tail"
+    source[:] = bytes(size)
+    assert copied == wanted
+    assert open_descriptors() == before
+
+
+def test_a_copy_needs_no_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "_ADVICE", -1)  # which no kernel knows
+    assert copy([bytes(HUGE_MIN), b"x"])[-1] == ord("x")
+    monkeypatch.setattr(shared, "_ADVICE", None)  # as where there is no such call
+    assert copy([bytes(HUGE_MIN), b"x"])[-1] == ord("x")
+
+
+def test_a_copy_is_handed_over_as_another_copy(ends: tuple[Handoff, Handoff]) -> None:
+    near, far = ends
+    copied = copy([b"x" * HUGE_MIN])
+    assert near.send([copied])
+    received = far.receive()
+    received[:1] = b"y"
+    assert bytes(received[1:]) == copied[1:]
+    assert copied[0] == ord("x")
 
 
 def test_beyond_the_limit_of_mappings_all_is_copied(
