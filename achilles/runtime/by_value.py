@@ -7,14 +7,15 @@ Rules
     1. A runner has the program's ``__main__`` as a module: all functions of it that came there have its globals. So what an
        initializer or a task sets, the tasks after it see, as in a process of `multiprocessing`.
     2. A task sees its globals as they were at the call of `submit`, but for what was set on its runner. So a global has a
-       *token*, which changes with its value: where it is the one that came before, what is there stays. Where it is another,
-       there is a new module from then on, with that value and all else as in the last one; functions that came before keep theirs.
+       *token*, which changes with its value: where it is the one that came before, what is there stays, and where it is another,
+       it is set, for all functions. What a kept function was submitted with is its `Snapshot`: where that does not hold any more,
+       it is unpickled again.
     3. A class is made once in each process; of one that is there its state is set again if its token changed.
     4. What a task returns changes nothing of the program: its own classes and functions are found again, not made.
 
 A token is compared with tokens only, by whoever runs the task; it is made by whoever submits it. That of a function is a
-number for the function object, that of a class its content's, and that of a value its pickle's hash. There is none for what is
-large: that comes anew each time.
+number for the function object with the hash of what can change of it, that of a class its content's, and that of a value its
+pickle's hash. What is large has none: it is known by the pickle that it came in, where that has a number, and set each time else.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from achilles.runtime.functions import Watch, fingerprint
 from achilles.runtime.reducers import MAIN, reducer
 from achilles.runtime.serialize import LARGE
 
-NAMESPACES_MAX = 8  # of one client: those beyond are not found again
+NAMESPACES_MAX = 8  # of one client, whose program has one; those beyond begin anew
 _LENGTH = Struct("<I")
 
 _function_tokens: weakref.WeakKeyDictionary[FunctionType, tuple[tuple[int, ...], str]]
@@ -267,17 +268,17 @@ def _function_token(fn: FunctionType) -> str | None:
     known = _function_tokens.get(fn)
     if known is None or known[0] != facts:
         known = _function_tokens[fn] = (facts, f"{_process}-{next(_numbers)}")
-    if not fn.__closure__ and not fn.__dict__:
+    if not (fn.__closure__ or fn.__dict__ or fn.__defaults__ or fn.__kwdefaults__):
         return known[1]
     try:
         cells = [cloudpickle._get_cell_contents(cell) for cell in fn.__closure__ or ()]
-        return f"{known[1]}-{_token((cells, fn.__dict__))}"
+        return f"{known[1]}-{_token((cells, fn.__dict__, fn.__defaults__, fn.__kwdefaults__))}"
     except Exception:
         return None
 
 
 def _facts(fn: FunctionType) -> tuple[int, ...]:
-    return id(fn.__code__), id(fn.__defaults__), id(fn.__kwdefaults__)
+    return (id(fn.__code__),)
 
 
 def _token(value: object) -> str:
@@ -326,42 +327,57 @@ class _Main(ModuleType):
 
 
 class _Namespace:
-    """One state of a client's ``__main__``."""
+    """A client's ``__main__``, with the tokens of what came from the program."""
 
-    def __init__(self, scope: int, last: _Namespace | None, tokens: dict[str, str | None]) -> None:
+    def __init__(self, scope: int) -> None:
         self.scope = scope
         self.module = _Main(MAIN)
-        self.tokens: dict[str, str | None] = {}
+        self.tokens: dict[str, str] = {}
+        self.wanted: dict[
+            str, str
+        ] = {}  # the tokens of what the pickle that is being read is to set
         self.functions: weakref.WeakValueDictionary[str, FunctionType] = (
             weakref.WeakValueDictionary()
         )
-        self.kept: set[str] = set()  # what the pickle that is being read does not change
-        if last is not None:
-            vars(self.module).update(vars(last.module))
-            self.tokens.update(last.tokens)
-            for name in last.conflicts(tokens):
-                vars(self.module).pop(name, None)
-                del self.tokens[name]
 
-    def conflicts(self, tokens: dict[str, str | None]) -> list[str]:
-        return [
-            name
-            for name, token in tokens.items()
-            if token is not None and self.tokens.get(name, token) != token
-        ]
+    def lacks(self, tokens: dict[str, str]) -> dict[str, str]:
+        """Those that are not of what is there."""
+        return {name: token for name, token in tokens.items() if self.tokens.get(name) != token}
 
-    def take(self, tokens: dict[str, str | None]) -> None:
-        self.kept = {
-            name for name, token in tokens.items() if token is not None and name in self.tokens
-        }
-        self.tokens.update(tokens)
+    def set(self, values: dict[str, Any]) -> None:
+        """Set those that are wanted."""
+        global _version
+        for name in self.wanted.keys() & values.keys():
+            vars(self.module)[name] = values[name]
+            self.tokens[name] = self.wanted.pop(name)
+            _version += 1
 
 
-_namespaces: dict[tuple[int, int], list[_Namespace]] = {}  # by client and scope, the last used last
+class Snapshot:
+    """What a pickle with a number wants of globals and classes."""
+
+    def __init__(self) -> None:
+        self.wants: list[tuple[_Namespace, dict[str, str]]] = []
+        self.classes: list[tuple[type, str | None]] = []
+        self._version = -1
+
+    def holds(self) -> bool:
+        """Whether globals and classes are those of that pickle, but for what tasks have set."""
+        if self._version != _version:
+            if any(one.lacks(tokens) for one, tokens in self.wants):
+                return False
+            if any(token is None or _last_token(cls) != token for cls, token in self.classes):
+                return False
+            self._version = _version
+        return True
+
+
+_namespaces: dict[int, dict[int, _Namespace]] = {}  # by client and scope
 _records: dict[int, _Namespace] = {}  # the same by the id of the module's dictionary
 _mains: dict[int, ModuleType] = {}  # by client, the last used
 _original_main = sys.modules[MAIN]
 _chosen = threading.local()
+_version = 0  # how often a global or a class was set
 
 
 def begin(data: bytes) -> None:
@@ -370,23 +386,36 @@ def begin(data: bytes) -> None:
     client = context.client
     if not client:
         return
+    place = context.pickle or f"{_process}-{next(_numbers)}"
+    known = _namespaces.setdefault(client, {})
     for scope, pairs in marshal.loads(data):
-        tokens = dict(pairs)
-        known = _namespaces.setdefault((client, scope), [])
-        for one in reversed(known):
-            if not one.conflicts(tokens):
-                known.remove(one)
-                break
-        else:
-            one = _Namespace(scope, known[-1] if known else None, tokens)
+        tokens = {name: f"#{place}" if token is None else token for name, token in pairs}
+        one = known.get(scope)
+        if one is None:
+            if len(known) >= NAMESPACES_MAX:
+                del _records[id(vars(known.pop(next(iter(known))).module))]
+            one = known[scope] = _Namespace(scope)
             _records[id(vars(one.module))] = one
-        known.append(one)
-        if len(known) > NAMESPACES_MAX:
-            del _records[id(vars(known.pop(0).module))]
-        one.take(tokens)
+        one.wanted = one.lacks(tokens)
+        if context.pickle:
+            _snapshot().wants.append((one, tokens))
         _chosen.by_scope[scope] = one
         _mains[client] = one.module
     switch_to(client)
+
+
+def _snapshot() -> Snapshot:
+    """That of the pickle that is being read."""
+    found: Snapshot | None = getattr(_chosen, "snapshot", None)
+    if found is None:
+        found = _chosen.snapshot = Snapshot()
+    return found
+
+
+def take_snapshot() -> Snapshot | None:
+    """What the pickle with a number that was read last wants; None: nothing."""
+    found, _chosen.snapshot = getattr(_chosen, "snapshot", None), None
+    return found
 
 
 def switch_to(client: int) -> None:
@@ -396,9 +425,8 @@ def switch_to(client: int) -> None:
 
 def forget(client: int) -> None:
     """That client is gone."""
-    for key in [key for key in _namespaces if key[0] == client]:
-        for one in _namespaces.pop(key):
-            del _records[id(vars(one.module))]
+    for one in _namespaces.pop(client, {}).values():
+        del _records[id(vars(one.module))]
     _mains.pop(client, None)
 
 
@@ -434,11 +462,9 @@ def set_function(fn: FunctionType, state: Any) -> None:
     attributes, slots = state
     record = _records.get(id(fn.__globals__))
     if record is not None:
-        slots["__globals__"] = {
-            name: value for name, value in slots["__globals__"].items() if name not in record.kept
-        }
+        record.set(slots["__globals__"])
+        slots["__globals__"] = {}
     if fn not in _new_functions:
-        fn.__globals__.update(slots["__globals__"])
         return
     _new_functions.discard(fn)
     cloudpickle._function_setstate(fn, (attributes, slots))
@@ -472,7 +498,9 @@ def set_new_function(fn: FunctionType, state: Any) -> None:
 # --- Put together: classes ------------------------------------------------------------------------
 
 _new_classes: weakref.WeakSet[type] = weakref.WeakSet()
-_arrived: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary()
+# By class, the last token, and the names of the attributes that came with it.
+_arrived: weakref.WeakKeyDictionary[type, tuple[str | None, frozenset[str]]]
+_arrived = weakref.WeakKeyDictionary()
 _classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()  # by token
 # The last token of each, and the states of ``__main__`` that it brought its globals to.
 _states: weakref.WeakKeyDictionary[type, tuple[str, dict[int, weakref.ref[_Namespace]]]]
@@ -481,19 +509,28 @@ _states = weakref.WeakKeyDictionary()
 
 def known_class(token: str, data: bytes) -> type:
     """A class that was submitted: as it is here, if it came with that token last, and to where it is wanted now."""
-    chosen = getattr(_chosen, "by_scope", {})
+    global _version
+    chosen: dict[int, _Namespace] = getattr(_chosen, "by_scope", {})
     found = _classes.get(token)
-    if found is not None:
-        known, places = _states.get(found, ("", {}))
-        if known == token and all(
-            (place := places.get(scope)) is not None and place() is one
-            for scope, one in chosen.items()
-        ):
-            return found
-    made: type = pickle.loads(data)
-    _classes[token] = made
-    _states[made] = token, {scope: weakref.ref(one) for scope, one in chosen.items()}
-    return made
+    known, places = ("", {}) if found is None else _states.get(found, ("", {}))
+    is_there = known == token and not any(
+        one.wanted or (place := places.get(scope)) is None or place() is not one
+        for scope, one in chosen.items()
+    )
+    if found is None or not is_there:
+        found = _classes[token] = pickle.loads(data)
+        _states[found] = token, {scope: weakref.ref(one) for scope, one in chosen.items()}
+        _version += 1
+    if context.pickle:
+        snapshot = _snapshot()  # without what was noted of it while its own data was read
+        snapshot.classes = [one for one in snapshot.classes if one[0] is not found]
+        snapshot.classes.append((found, token))
+    return found
+
+
+def _last_token(cls: type) -> str | None:
+    """Of the state that the class has."""
+    return _states[cls][0] if cls in _states else _arrived.get(cls, (None,))[0]
 
 
 def _renew() -> None:
@@ -529,12 +566,20 @@ def make_class(is_enum: bool, *args: Any) -> type:
 def set_class(cls: type, state: Any) -> None:
     """The state of a class that was submitted: of a new one, or of one that came here before and has changed since."""
     attributes, token = state
-    is_changed = cls in _arrived and (token is None or _arrived[cls] != token)
+    global _version
+    if context.pickle:
+        _snapshot().classes.append((cls, token))
+    known, names = _arrived.get(cls, (None, frozenset()))
+    is_changed = cls in _arrived and (token is None or known != token)
     if cls in _new_classes or is_changed:
         _new_classes.discard(cls)
+        _arrived[cls] = token, frozenset(attributes)
         cloudpickle._class_setstate(cls, (attributes, {}))
-        _arrived[cls] = token
+        for name in names - attributes.keys():  # deleted by the program, since
+            if name in vars(cls):
+                delattr(cls, name)
         _states.pop(cls, None)
+        _version += 1
 
 
 def set_new_class(cls: type, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 attempt = 0
 client = 0  # the host's number for the client whose task runs; 0: this is no runner, or it has not run any
 seq = 0  # of the chunk that runs
+pickle = ""  # the number, or numbers, of the pickle that is being read, where the same one comes again under them
 root = b""  # the name of the session that the task is done for in the end, where calls are sealed
 seal: Seal | None = None  # what a runner of a worker seals with; None elsewhere
 is_embedded = False  # the runner belongs to an embedded executor, not to a worker

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn, TypeAlias
 
     from achilles.runtime.arguments import Resolve
+    from achilles.runtime.by_value import Snapshot
     from achilles.runtime.imports import ClientModules
     from achilles.runtime.seal import Opener
     from achilles.runtime.shared import Handoff
@@ -111,6 +112,9 @@ class Runner:
         self.rest = b""  # what was read of the socket behind the last command
         self.blobs: dict[tuple[int, int], bytes] = {}
         self.functions: dict[tuple[int, int], Any] = {}  # values of blobs that hold no state
+        self.snapshots: dict[
+            tuple[int, int], Snapshot
+        ] = {}  # what those functions want of their globals
         self.modules: ClientModules | None = None  # of those clients that are elsewhere
         self.inits: dict[tuple[int, int], bytes | None] = {}  # how the initializers ended
         self.opener: Opener | None = None  # where calls are sealed
@@ -264,6 +268,7 @@ class Runner:
         for key in keys:
             self.blobs.pop(key, None)
             self.functions.pop(key, None)
+            self.snapshots.pop(key, None)
             self.inits.pop(key, None)
         if self.opener is not None:
             self.opener.changed(keys)
@@ -305,6 +310,8 @@ class Runner:
         elif init:
             failed = self._initialize(root, init)
         shared = self.functions.get((client, fn))
+        if (client, fn) in self.snapshots and not self.snapshots[client, fn].holds():
+            shared = None  # tasks that were submitted with other globals came between
         resolve = self._resolver(client) if blobs else None
         call: Any = shared
         data: Encoded
@@ -415,9 +422,19 @@ class Runner:
         if (client, fn) not in self.blobs:
             raise RuntimeError(f"the worker did not pass function {fn} on to its runner")
         blob = self._blob((client, fn))
-        call = loads(blob, resolve)
-        if is_stateless(call) and blob[0] != SHARING:  # what it has of these a task may write to
+        if blob[0] == SHARING:  # what it has of these a task may write to
+            return loads(blob, resolve), payload
+        context.pickle = f"{client}-{fn}"
+        try:
+            call = loads(blob, resolve)
+        finally:
+            context.pickle = ""
+            by_value = sys.modules.get(BY_VALUE)
+            snapshot = None if by_value is None else by_value.take_snapshot()
+        if is_stateless(call) or hasattr(call, "cache_parameters"):  # or whose state is to stay
             self.functions[client, fn] = call
+            if snapshot is not None:
+                self.snapshots[client, fn] = snapshot
         return call, payload
 
     def _initialize(self, client: int, init: int) -> tuple[int, Encoded] | None:

@@ -69,24 +69,137 @@ def test_a_function_that_comes_again_is_the_same(client: int) -> None:
 
 def test_what_the_program_changed_is_seen_and_the_rest_stays(client: int) -> None:
     scope = program("a, b = 1, 1\ndef f(): return a, b\ndef set_b(n):\n    global b\n    b = n")
-    first, set_b = arrive(scope["f"]), arrive(scope["set_b"])
-    set_b(7)
-    assert first() == (1, 7)
+    first = dumps(scope["f"])
+    loads(first)
+    arrive(scope["set_b"])(7)
+    assert loads(first)() == (1, 7)
     scope["a"] = 2
-    second = arrive(scope["f"])
-    assert second() == (2, 7)
-    assert first() == (1, 7), "a task that was submitted before the change"
+    assert arrive(scope["f"])() == (2, 7)
+    assert loads(first)() == (1, 7), "a task that was submitted before the change"
+    assert arrive(scope["f"])() == (2, 7)
     scope["a"] = 1
     assert arrive(scope["f"])() == (1, 7)
     scope["b"] = 3
     assert arrive(scope["f"])() == (1, 3)
+    scope["b"] = 1
+    assert arrive(scope["f"])() == (1, 1), "the program has set it, after a task had"
+
+
+USERS = """
+scale, table = 1, {}
+def helper(): return scale
+def deep(): return helper()
+def both(): return scale, helper()
+def decorate(fn):
+    def wrapper(): return fn()
+    return wrapper
+decorated = decorate(helper)
+table["helper"] = helper
+def by_table(): return table["helper"]()
+def by_default(h=helper): return h()
+"""
+
+
+@pytest.mark.parametrize("how", ["deep", "both", "decorated", "by_table", "by_default"])
+def test_what_the_program_changed_is_seen_through_other_functions(client: int, how: str) -> None:
+    scope = program(USERS)
+    old = None
+    for scope["scale"] in (1, 2, 3, 2, 1):
+        one = scope["scale"]
+        wanted = (one, one) if how == "both" else one
+        old = old or dumps(scope[how])
+        assert arrive(scope[how])() == wanted
+        assert arrive(scope["helper"])() == one
+        assert loads(old)() in (1, (1, 1))
+
+
+def test_what_changes_in_place_in_a_default_is_seen(client: int) -> None:
+    scope = program("def f(x=[], *, k={}): return x, k")
+    assert arrive(scope["f"])() == ([], {})
+    scope["f"].__defaults__[0].append(1)
+    assert arrive(scope["f"])() == ([1], {})
+    scope["f"].__kwdefaults__["k"][2] = 3
+    assert arrive(scope["f"])() == ([1], {2: 3})
+
+
+def numbered(monkeypatch: pytest.MonkeyPatch, number: str, data: bytes) -> Any:
+    """What a runner makes of a pickle with a number, and its snapshot."""
+    monkeypatch.setattr(context, "pickle", number)
+    value = loads(data)
+    monkeypatch.setattr(context, "pickle", "")
+    return value, by_value.take_snapshot()
+
+
+def test_a_snapshot_holds_until_something_that_it_is_of_is_set(
+    client: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope = program("a = b = 1\ndef f(): return a\ndef g(): return b")
+    first = dumps(scope["f"])
+    f, snapshot = numbered(monkeypatch, "1", first)
+    assert (f(), snapshot.holds()) == (1, True)
+    scope["b"] = 2
+    assert arrive(scope["g"])() == 2
+    assert snapshot.holds(), "of which it is not"
+    scope["a"] = 2
+    arrive(scope["f"])
+    assert not snapshot.holds()
+    f, snapshot = numbered(monkeypatch, "1", first)
+    assert (f(), snapshot.holds()) == (1, True)
+    assert by_value.take_snapshot() is None
+
+
+@pytest.mark.parametrize("attribute", ["n = 0", "n, items = 0, []"])
+def test_a_snapshot_is_of_classes_too(
+    client: int, monkeypatch: pytest.MonkeyPatch, attribute: str
+) -> None:
+    scope = program(f"class C: {attribute}\ndef f(): return C.n")
+    datas = []
+    for scope["C"].n in (0, 1):
+        datas.append(dumps(scope["f"]))
+    forget(scope)
+    f, zero = numbered(monkeypatch, "1", datas[0])
+    assert (f(), zero.holds()) == (0, True)
+    f, one = numbered(monkeypatch, "2", datas[1])
+    assert (f(), zero.holds(), one.holds()) == (1, False, True)
+    f, zero = numbered(monkeypatch, "1", datas[0])
+    assert (f(), zero.holds(), one.holds()) == (0, True, False)
+
+
+def test_a_large_value_is_known_by_the_number_that_it_came_under(
+    client: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope = program("def f(): return data[0]\ndef g(): return data[0]")
+    scope["data"] = b"x" * LARGE
+    one = dumps(scope["f"])
+    f, snapshot = numbered(monkeypatch, "1", one)
+    numbered(monkeypatch, "1", one)
+    assert snapshot.holds()
+    scope["data"] = b"y" * LARGE
+    g, other = numbered(monkeypatch, "2", dumps(scope["g"]))
+    assert (g(), snapshot.holds(), other.holds()) == (ord("y"), False, True)
+    f, _ = numbered(monkeypatch, "1", one)
+    assert (f(), other.holds()) == (ord("x"), False)
+
+
+def test_what_is_deleted_from_a_class_is_gone(client: int) -> None:
+    scope = program("class C:\n    old = [1]\n    def m(self): return 1")
+    before = dumps(scope["C"])
+    del scope["C"].old, scope["C"].m
+    after = dumps(scope["C"])
+    forget(scope)
+    kind = loads(before)
+    kind.own = 5
+    assert loads(after) is kind
+    assert not hasattr(kind, "old")
+    assert not hasattr(kind, "m")
+    assert kind.own == 5, "what a task has set"
 
 
 def test_a_helper_that_was_defined_anew_is_seen(client: int) -> None:
     scope = program("def h(): return 1\ndef f(): return h()")
-    old = arrive(scope["f"])
+    old = dumps(scope["f"])
     exec("def h(): return 2", scope)
-    assert (old(), arrive(scope["f"])()) == (1, 2)
+    assert [loads(old)(), arrive(scope["f"])(), loads(old)()] == [1, 2, 1]
     scope["h"].__defaults__ = ()
     assert arrive(scope["f"])() == 2
 
@@ -143,18 +256,17 @@ def test_clients_and_programs_are_apart(client: int, monkeypatch: pytest.MonkeyP
 
 def test_a_client_that_is_gone_leaves_nothing(client: int) -> None:
     arrive(program(COUNTER)["count"])
-    assert any(key[0] == client for key in by_value._namespaces)
+    assert client in by_value._namespaces
     by_value.forget(client)
-    assert not any(key[0] == client for key in by_value._namespaces)
+    assert client not in by_value._namespaces
     assert client not in by_value._mains
 
 
-def test_old_states_are_bounded(client: int) -> None:
-    scope = program("a = 0\ndef f(): return a")
-    for scope["a"] in range(3 * by_value.NAMESPACES_MAX):
-        assert arrive(scope["f"])() == scope["a"]
-    (known,) = (found for key, found in by_value._namespaces.items() if key[0] == client)
-    assert len(known) == by_value.NAMESPACES_MAX
+def test_the_programs_of_a_client_are_bounded(client: int) -> None:
+    programs = [program("def f(): return 1") for _ in range(3 * by_value.NAMESPACES_MAX)]
+    for scope in programs:
+        assert arrive(scope["f"])() == 1
+    assert len(by_value._namespaces[client]) == by_value.NAMESPACES_MAX
     assert len(by_value._records) == sum(map(len, by_value._namespaces.values()))
 
 
