@@ -58,7 +58,7 @@ def map(
     Raises:
         BaseException: what the first item that failed raised, after all are done.
     """
-    executor = executor or shared_executor()
+    executor = _given_or_shared(executor)
     items, chunksize = _items(args, chunksize)
     call = MapCall(executor, func, items, chunksize=chunksize)
     results = Results(call, callback, error_callback)
@@ -124,7 +124,7 @@ def _lazy_call(
     executor: DistributedExecutor | None,
     run: MapRun,
 ) -> MapCall:
-    executor = executor or shared_executor()
+    executor = _given_or_shared(executor)
     items, chunksize = _items(args, chunksize)
     if buffersize is None:
         buffersize = max(ITEMS_AHEAD // max(1, chunksize), CHUNKS_AHEAD * executor.size)
@@ -216,6 +216,13 @@ def _checked(chunk: object) -> list[Any]:
             f"the first item of args is a list, and so all must be: {type(chunk).__name__} is none"
         )
     return chunk
+
+
+def _given_or_shared(executor: DistributedExecutor | None) -> DistributedExecutor:
+    if executor is not None and not isinstance(executor, DistributedExecutor):
+        name = type(executor).__name__
+        raise TypeError(f"executor must be a DistributedExecutor or None, not {name}")
+    return shared_executor() if executor is None else executor
 
 
 def shared_executor() -> DistributedExecutor:

@@ -59,7 +59,9 @@ _OTHER_VARIABLES = ("ACHILLES_HOME", "ACHILLES_CONFIG", "ACHILLES_WATCH_MEMORY")
 
 
 class Setting(NamedTuple):
-    """One setting. ``kind``: text, integer, duration (seconds), size (bytes), texts, choice of ``choices``."""
+    """One setting. ``kind``: text, integer, duration (seconds), size (bytes), tags, names (of modules and what is in them), choice
+    of ``choices``.
+    """
 
     key: str
     kind: str
@@ -164,7 +166,7 @@ SETTINGS = (
         1 << 60,
         sample='"4GiB"',
     ),
-    Setting("worker.tags", "texts", (), "What it offers, for tasks that ask for it."),
+    Setting("worker.tags", "tags", (), "What it offers, for tasks that ask for it."),
     Setting(
         "client.max_workers",
         "integer",
@@ -182,7 +184,7 @@ SETTINGS = (
     ),
     Setting(
         "client.results",
-        "texts",
+        "names",
         None,
         "Modules and names that results may hold beside plain data, as a worker's key is else code here; []: plain data alone. By default anything.",
         sample='["numpy", "mypackage.types"]',
@@ -329,7 +331,9 @@ def _find(
     """
     named = path if path is not None else environ.get("ACHILLES_CONFIG") or None
     if named is not None:
-        if not os.path.exists(named) or os.path.isdir(named):
+        if os.path.isdir(named):
+            raise ConfigError(f"{os.fspath(named)!r} is a directory, not a configuration file")
+        if not os.path.exists(named):
             raise ConfigError(
                 f"there is no configuration file {os.fspath(named)!r}; write one with: achilles init"
             )
@@ -365,7 +369,11 @@ def _flatten(table: dict[str, Any], file: Path) -> dict[str, Any]:
             flat.update({f"{key}.{name}": inner for name, inner in value.items()})
         else:
             flat[key] = value
-    for key in flat:
+    for key, value in flat.items():
+        if key not in _BY_KEY and isinstance(value, dict):
+            near = difflib.get_close_matches(key, _SECTIONS, n=1)
+            hint = f"; did you mean [{near[0]}]?" if near else ""
+            raise ConfigError(f"unknown section {_short(key)} in {file}{hint}")
         if key not in _BY_KEY:
             raise ConfigError(f"unknown setting {_short(key)} in {file}{_nearest(key, _BY_KEY)}")
     return flat
@@ -408,7 +416,7 @@ def _from_text(setting: Setting, text: str) -> Any:
         if not re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text, re.ASCII):
             raise ConfigError(f"{setting.key} must be an integer, not {_short(text)}, in {where}")
         value = int(text)
-    elif setting.kind == "texts":
+    elif setting.kind in ("tags", "names"):
         value = [part.strip() for part in text.split(",") if part.strip()]
     return _convert(setting, value, where)
 
@@ -440,11 +448,15 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
                 hint = _nearest(value, setting.choices) if isinstance(value, str) else ""
                 refuse(f"one of {', '.join(setting.choices)}", hint)
             return value
-        case "texts":
+        case "tags":
             if not isinstance(value, list | tuple) or not all(map(_is_tag, value)):
                 refuse(f"a list of texts of 1 to {TAG_MAX} characters")
             if len(value) > TAGS_MAX:
                 refuse(f"a list of at most {TAGS_MAX} texts")
+            return tuple(value)
+        case "names":
+            if not isinstance(value, list | tuple) or not all(map(_is_name, value)):
+                refuse('a list of names like "numpy" or "mypackage.types.Point"')
             return tuple(value)
         case "integer":
             if isinstance(value, bool) or not isinstance(value, int):
@@ -461,15 +473,26 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
             if seconds is None:
                 refuse(f'a duration like "30s" ({", ".join(_UNITS)}) or a number of seconds')
             value = seconds
+    show = size_text if setting.kind == "size" else "{:.10g}".format
     if value < setting.minimum:
-        refuse(f"at least {setting.minimum:g}")
+        refuse(f"at least {show(setting.minimum)}")
     if value > setting.maximum:
-        refuse(f"at most {setting.maximum:.10g}")
+        refuse(f"at most {show(setting.maximum)}")
     return value
 
 
 def _is_tag(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= TAG_MAX and value.isprintable()
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
+
+
+def size_text(size: float) -> str:
+    """A number of bytes as one writes it: "64MiB"."""
+    unit = next(unit for unit in ("TiB", "GiB", "MiB", "KiB", "") if size % _SIZES[unit] == 0)
+    return f"{size / _SIZES[unit]:.0f}{unit}"
 
 
 def _bytes(value: object) -> int | None:
@@ -518,6 +541,5 @@ def _toml(setting: Setting) -> str:
     if isinstance(value, str):
         return f'"{value}"'
     if setting.kind == "size":
-        unit = next(unit for unit in ("GiB", "MiB", "KiB", "") if value % _SIZES[unit] == 0)
-        return f'"{value // _SIZES[unit]}{unit}"'
+        return f'"{size_text(value)}"'
     return f"{value:_}" if isinstance(value, int) else f"{value:g}"

@@ -12,6 +12,8 @@ from achilles.errors import (
     WorkerLostError,
 )
 
+ARGUMENT_LIMIT = "the smaller of broker.argument_max and half of broker.memory"
+
 
 def failure(message: p.Failed, task: str) -> BaseException:
     """The error of a task that the broker, or the submission, gives up; ``task`` is what errors call it."""
@@ -24,7 +26,7 @@ def failure(message: p.Failed, task: str) -> BaseException:
         return RuntimeError(f"cannot schedule {task}: {'; '.join(message.story)}")
     if message.kind == p.OVERSIZED:
         return ArgumentTooLargeError(
-            _too_large(f"the arguments of {task} hold", message.story[0], "argument_max")
+            _too_large(f"the arguments of {task} hold", message.story[0], ARGUMENT_LIMIT)
         )
     if message.kind == p.TIMEOUT:
         return TaskTimeoutError(f"{task} took longer than it may. {story}")
@@ -39,7 +41,9 @@ def failure(message: p.Failed, task: str) -> BaseException:
 
 def result_too_large(sizes: str, task: str) -> BaseException:
     """The error of a task whose result a worker did not send; ``sizes`` are its bytes and the limit, as the worker wrote them."""
-    return ResultTooLargeError(_too_large(f"the result of {task} holds", sizes, "result_max"))
+    return ResultTooLargeError(
+        _too_large(f"the result of {task} holds", sizes, "broker.result_max")
+    )
 
 
 def _too_large(what: str, sizes: str, setting: str) -> str:
@@ -48,6 +52,6 @@ def _too_large(what: str, sizes: str, setting: str) -> str:
     if not (size.isdigit() and limit.isdigit()):
         size, limit = "more", "fewer"
     return (
-        f"{what} {size} bytes, and the broker takes {limit} at most: broker.{setting} in its achilles.toml. "
+        f"{what} {size} bytes, and the broker takes {limit} at most: {setting} in its achilles.toml. "
         "Raise that, or pass the name of a file that both sides can read"
     )

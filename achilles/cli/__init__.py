@@ -1,11 +1,13 @@
 """The command ``achilles``: a broker, workers, and what one asks them.
 
 Settings: flags, then ``ACHILLES_*`` in the environment, then ``achilles.toml``, then defaults.
-Exit codes: 0; 2 wrong usage or an insecure bind; 69 no broker; 70 a broker that crashes again and again; 78 bad configuration; 130 and 143 only if work was lost.
+Exit codes: 0; 1 what was asked for is not there; 2 wrong usage or an insecure bind; 69 no broker, or none that takes this peer; 70 a broker
+that crashes again and again; 71 no more open files; 78 bad configuration or keys; 129, 130 and 143 (stopped by a signal) only if work was lost.
 """
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any, NoReturn
 
@@ -16,7 +18,7 @@ from achilles.cli import broker, control, keys, settings, worker
 from achilles.config import LEVELS
 from achilles.errors import AchillesError, BrokerUnreachableError, ConfigError, InsecureBindError
 
-EX_USAGE, EX_UNAVAILABLE, EX_CONFIG = 2, 69, 78
+EX_USAGE, EX_UNAVAILABLE, EX_OSERR, EX_CONFIG = 2, 69, 71, 78
 
 
 class Commands(click.Group):
@@ -33,6 +35,10 @@ class Commands(click.Group):
             _exit(error, EX_UNAVAILABLE)
         except AchillesError as error:
             _exit(error, 1)
+        except Exception as error:  # libzmq's errors are of a class of their own
+            if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+                raise
+            _exit("too many open files; raise the limit that `ulimit -n` shows", EX_OSERR)
 
 
 @click.group(cls=Commands)
@@ -52,7 +58,7 @@ def main(
     ctx.obj = settings.Context(config, log_level, log_format)
 
 
-def _exit(error: Exception, code: int) -> NoReturn:
+def _exit(error: Exception | str, code: int) -> NoReturn:
     settings.say(f"achilles: {settings.escape(str(error))}")
     sys.exit(code)
 

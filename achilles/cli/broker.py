@@ -34,6 +34,7 @@ def broker(
     settings = context.settings
 
     endpoint = str(context.endpoint("broker.bind", to_bind=True))
+    context.check_host("broker.advertise")
 
     from achilles.net.serve import serve  # here, so that another serving process begins at once
     from achilles.net.supervisor import Supervisor

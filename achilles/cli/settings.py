@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from achilles.config import NAME, Settings, example, home, load
-from achilles.errors import ConfigError
+from achilles.errors import ConfigError, KeyFileError
 
 if TYPE_CHECKING:
     from achilles.net.endpoint import Endpoint
@@ -84,6 +84,24 @@ class Context:
                 raise click.UsageError(text) from None
             raise ConfigError(text) from None
 
+    def check_host(self, key: str) -> None:
+        """Refuse a setting that is no host's name or address.
+
+        Raises:
+            UsageError, ConfigError: it is none; the text says where it came from.
+        """
+        from achilles.net.endpoint import parse_endpoint
+
+        value, origin = self.settings[key], self.settings.origin(key)
+        try:
+            if value is not None:
+                parse_endpoint(f"tcp://{value}:1")
+        except ConfigError:
+            text = f"{key} from {origin}: {value!r} is not a host's name or address (an IPv6 address in brackets)"
+            if key in self._given:
+                raise click.UsageError(text) from None
+            raise ConfigError(text) from None
+
     def address(self) -> str | None:
         """The broker that is meant; None is this user's running one.
 
@@ -105,7 +123,11 @@ class Context:
 
         address = self.address()
         if self.settings["join"]:
-            return given_join(self.settings["join"], role, address)
+            try:
+                return given_join(self.settings["join"], role, address)
+            except KeyFileError as error:
+                text = f"join from {self.settings.origin('join')}: {error}"
+                raise KeyFileError(text) from None
         return find_join(home(), role, address)
 
     def start_logging(self) -> None:
@@ -225,6 +247,8 @@ def show(context: Context, origin: bool, output: str) -> None:
 
 
 def _cell(value: object) -> str:
-    if value is None or value == ():
+    if value is None:
         return "-"
+    if value == ():
+        return "[]"
     return ", ".join(value) if isinstance(value, tuple) else str(value)

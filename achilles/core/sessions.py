@@ -19,6 +19,7 @@ from achilles.core.budget import UNLIMITED, Limits, bytes_of
 from achilles.core.link import Link, Packet
 from achilles.core.liveness import RATE_MIN, STALL_SECONDS, Silence, Timings
 from achilles.core.scheduler import Scheduler
+from achilles.core.status import labels
 from achilles.errors import ProtocolError
 
 Route: TypeAlias = Hashable
@@ -373,13 +374,16 @@ class Sessions:
         return sends  # of a resync, which the link has answered
 
     def _drain(self, asker: Session, name: str) -> list[Send]:
-        """Have the workers of that name finish what they run, and answer who asked for it."""
+        """Have the worker that a status calls so finish what it runs, and answer who asked for it."""
         self.events.append(Event(asker.route, f"{asker} drains worker {name}"))
+        sessions = self._by_token.values()
         workers = [
-            one for one in self._by_token.values() if one.role == WORKER and one.hello.name == name
+            (one, hello) for one in sessions if isinstance(hello := one.hello, p.WorkerHello)
         ]
-        sends = [Send(one.route, one.link.wrap(p.Drain())) for one in workers]
-        return [*sends, Send(asker.route, asker.link.wrap(p.WorkerDrains(len(workers))))]
+        names = labels([(hello.name, hello.pid) for _, hello in workers])
+        called = [one for (one, _), label in zip(workers, names, strict=True) if label == name]
+        sends = [Send(one.route, one.link.wrap(p.Drain())) for one in called]
+        return [*sends, Send(asker.route, asker.link.wrap(p.WorkerDrains(len(called))))]
 
     def _from_scheduler(self, sends: Iterable[tuple[Hashable, p.Wire]]) -> list[Send]:
         packets = []

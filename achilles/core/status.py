@@ -1,12 +1,26 @@
-"""A broker's status as plain values."""
+"""A broker's status as plain values, and what it calls its workers."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from achilles.core.protocol import Status
+
+
+def labels(workers: Sequence[tuple[str, int]]) -> list[str]:
+    """What to call workers of these names and process ids, in their order: by name, and where several have one by both."""
+    taken = Counter(name for name, _ in workers)
+    found: list[str] = []
+    for name, pid in workers:
+        label = name if taken[name] == 1 else f"{name} ({pid})"
+        while label in found:  # of another host
+            label += "'"
+        found.append(label)
+    return found
 
 
 def status_dict(status: Status) -> dict[str, Any]:
@@ -18,8 +32,6 @@ def status_dict(status: Status) -> dict[str, Any]:
     del values["is_brief"]
     values["workers"] = len(workers)
     values["slots"] = sum(worker["slots"] for worker in workers)
-    by_name = values["workers_by_name"] = {}
-    for worker in workers:
-        name = worker["name"]
-        by_name[f"{name} ({worker['pid']})" if name in by_name else name] = worker
+    names = labels([(worker["name"], worker["pid"]) for worker in workers])
+    values["workers_by_name"] = dict(zip(names, workers, strict=True))
     return values

@@ -83,6 +83,7 @@ class Broker:
         )
         self.audit = Audit(_LOG)
         self._reload = reload
+        self._is_debugged = _LOG.isEnabledFor(logging.DEBUG)
         self._roles: dict[RouterPort, Callable[[], Roles]] = {}
         for socket, roles in sockets:
             port = RouterPort(socket, self.loop, self._receive, self._closed)
@@ -150,6 +151,8 @@ class Broker:
         except ProtocolError as error:
             self._transmit(self._sessions.malformed(route, str(error), now))
             return
+        if self._is_debugged:
+            _LOG.debug("from %s: %s", route.user or "somebody", type(packet.message).__name__)
         token = secrets.token_bytes(16) if packet.header.token == p.NO_TOKEN else p.NO_TOKEN
         self._transmit(self._sessions.receive(route, self._roles_of(route), packet, now, token))
         if self._sessions.is_reload_wanted:
@@ -183,6 +186,8 @@ class Broker:
             changes.clear()
         route: Any  # a Route, as given to the sessions
         for route, packet in sends:
+            if self._is_debugged:
+                _LOG.debug("to %s: %s", route.user or "somebody", type(packet.message).__name__)
             for frames in encoded(packet):
                 route.port.send(route, frames)
 

@@ -118,7 +118,10 @@ def parse_endpoint(text: str, *, to_bind: bool = False) -> Endpoint:
     if not separator or host.endswith(":") or (host.startswith("[") and not host.endswith("]")):
         raise ConfigError(f"the endpoint {text!r} has no port; for example tcp://{rest}:5555")
     if not re.fullmatch("[0-9]{1,5}", port_text) or int(port_text) > 65535:
-        raise ConfigError(f"{port_text!r} in {text!r} is not a port; ports go from 1 to 65535")
+        first = 0 if to_bind else 1
+        raise ConfigError(
+            f"{port_text!r} in {text!r} is not a port; ports go from {first} to 65535"
+        )
     if int(port_text) == 0 and not to_bind:
         raise ConfigError(f"port 0 in {text!r} can only be bound to; ports go from 1 to 65535")
     return Endpoint("tcp", _parse_host(text, host), int(port_text), "")
@@ -145,7 +148,7 @@ def _parse_ipc(text: str, path: str) -> Endpoint:
 def _parse_host(text: str, host: str) -> str:
     if host == "*":
         raise ConfigError(
-            f"{text!r} names all interfaces; name one, for example tcp://127.0.0.1:5555"
+            f"{text!r} has no host; name one, for example tcp://127.0.0.1:5555, or the address that stands for all interfaces"
         )
     if host.startswith("["):
         try:
@@ -246,8 +249,12 @@ def _bind(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
     try:
         socket.bind(str(endpoint))
     except zmq.ZMQError as error:
-        hint = "; port 0 takes any free one" if error.errno == errno.EADDRINUSE else ""
-        raise ConfigError(f"cannot listen on {endpoint}: {error.strerror or error}{hint}") from None
+        reason, hint = error.strerror or str(error), ""
+        if error.errno == errno.EADDRINUSE:
+            hint = "; port 0 takes any free one"
+        elif error.errno == errno.ENODEV:  # libzmq says so of a name that it cannot resolve, too
+            reason = "no interface of this host has that name or address"
+        raise ConfigError(f"cannot listen on {endpoint}: {reason}{hint}") from None
 
 
 class Dialed(NamedTuple):

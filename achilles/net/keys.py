@@ -383,12 +383,16 @@ def check_join(join: Join, name: str, role: str, address: str | None) -> Join:
     """
     if join.role != role:
         raise KeyFileError(
-            f"{name} is for a {join.role}, and this is a {role}; "
+            f"{name} is for {_a(join.role)}, and this is {_a(role)}; "
             f"export one on the broker's host with: achilles keys export {role}"
         )
     if address not in (None, "auto") and not _same_place(str(address), join.address):
         raise ConfigError(f"{name} is for the broker at {join.address}, not for {address}")
     return join
+
+
+def _a(role: str) -> str:
+    return f"an {role}" if role[0] in "aeiou" else f"a {role}"
 
 
 def find_join(base: Path, role: str, address: str | None) -> Join:
@@ -407,7 +411,10 @@ def find_join(base: Path, role: str, address: str | None) -> Join:
             text = f"no achilles broker of yours is running ({base} has no join file)"
         else:
             text = f"no achilles broker of yours is running at {wanted} ({base} has no key for it)"
-        raise BrokerUnreachableError(f"{text}; start one with: achilles broker") from None
+        raise BrokerUnreachableError(
+            f"{text}; start one with: achilles broker; or, for another host's, name the join file that "
+            f"`achilles keys export {role}` wrote there, with the setting join (ACHILLES_JOIN)"
+        ) from None
     places = [place for place in (join.address, join.far_address) if place]
     if wanted is not None and not (
         wanted == join.ipc or any(_same_place(wanted, place) for place in places)

@@ -99,6 +99,8 @@ def serve(
         if run.parent != home:
             leave.callback(_remove_directory, run)
         leave.callback(remove_joins, home)
+        if not with_ipc:
+            _remove_sockets(run)  # of a broker that was killed
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         leave.callback(context.destroy, 0)
         gatekeeper = Gatekeeper(context, _users(home))
@@ -281,6 +283,11 @@ def _write_joins(home: Path, addresses: Addresses, pid: int | None) -> None:
         far_worker_address=str(addresses.far_workers),
         pid=pid,
     )
+
+
+def _remove_sockets(run: Path) -> None:
+    for name, _ in _DOORS.values():
+        (run / name).unlink(missing_ok=True)
 
 
 def _remove_directory(path: Path) -> None:

@@ -24,6 +24,7 @@ from achilles.runtime.shared import store
 CLOSE_SECONDS = 5.0
 MEMORY_INTERVAL = 0.1
 SILENT_SECONDS = 1.5  # without a first session, before that is said
+ALONE_SECONDS = 10.0  # without a word of the broker, before that is said
 AWAY_SECONDS = 5.0  # a worker that drains waits for another broker
 
 _LOG = logging.getLogger("achilles.worker")
@@ -78,8 +79,10 @@ class Worker:
         self._connect_by = monotonic() + connect_timeout
         self._complain_at = monotonic() + SILENT_SECONDS
         self._memory_limit = memory_limit
+        self._is_debugged = _LOG.isEnabledFor(logging.DEBUG)
         self._look_at = 0.0  # when to look how much memory the runners have
         self._was_joined = False
+        self._is_alone = False  # nothing is heard of the broker, and that was said
         self._cut_off_at: float | None = None
         self._on_joined: Callable[[], None] = lambda: None
         self._farewell: p.Goodbye | None = None  # waits until the broker has all reports
@@ -156,14 +159,30 @@ class Worker:
             self._look_at = now + MEMORY_INTERVAL
             self._check_memory(self._memory_limit, now)
         self._pump(now)
-        if not self._was_joined and now > min(self._complain_at, self._connect_by):
+        if self._was_joined:
+            self._tell_of_silence(now)
+        elif now > min(self._complain_at, self._connect_by):
             if now > self._connect_by:
                 raise self._peer.problem()
             self._complain_at = math.inf
             left = self._connect_by - now
             _LOG.warning("no session so far; trying for %.0f s: %s", left, self._peer.problem())
 
+    def _tell_of_silence(self, now: float) -> None:
+        """Say that the broker is not heard any more, and that it is again."""
+        is_alone = self._peer.silent_for(now) > ALONE_SECONDS
+        if is_alone and not self._is_alone:
+            _LOG.warning(
+                "nothing heard of the broker for %.0f s; this worker goes on with what it runs, keeps the results, and looks for it",
+                ALONE_SECONDS,
+            )
+        elif self._is_alone and not is_alone:
+            _LOG.info("the broker is heard again")
+        self._is_alone = is_alone
+
     def _from_broker(self, message: p.Wire, now: float) -> None:
+        if self._is_debugged:
+            _LOG.debug("from the broker: %s", type(message).__name__)
         match message:
             case p.Welcome(epoch=epoch):
                 _LOG.info("joined the broker")
@@ -212,6 +231,8 @@ class Worker:
         outgoing: list[p.Wire] = []
         while sends:
             to, message = sends.popleft()
+            if self._is_debugged:
+                _LOG.debug("to the %s: %s", to, type(message).__name__)
             if to == "host":
                 for event in self._host.apply(message):  # type: ignore[arg-type]
                     sends += self._agent.receive(event, now)

@@ -326,8 +326,10 @@ class Rig:
         assert isinstance(answer, p.Status)
         return status_dict(answer)
 
-    def await_status(self, holds: Callable[[dict[str, Any]], bool], what: str) -> None:
-        """Wait for the status to be as wanted.
+    def await_status(
+        self, holds: Callable[[dict[str, Any]], bool], what: str, *, tends: bool = False
+    ) -> None:
+        """Wait for the status to be as wanted; ``tends``: what ends meanwhile is started anew.
 
         Raises:
             AssertionError: it is not, for too long.
@@ -335,6 +337,8 @@ class Rig:
         last: list[object] = [None]
 
         def is_so() -> bool:
+            if tends:
+                self.tend(time.monotonic())
             status = self.status()
             last[0] = status or self.no_status
             return status is not None and holds(status)

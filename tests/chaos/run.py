@@ -219,7 +219,9 @@ class _Run:
                 code = client.process.returncode
                 self.report.problems.append(f"{client.name} ended with {code}")
         if not self.report.problems:
-            self.rig.await_status(_is_as_new, "workers, slots and queues as at the start")
+            # The last that was told to end may only end now.
+            what = "workers, slots and queues as at the start"
+            self.rig.await_status(_is_as_new, what, tends=True)
             self._look()
             self.report.problems += self.rig.stop()
 

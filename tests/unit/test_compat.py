@@ -186,6 +186,14 @@ def test_one_executor_for_all(backends: list[Backend]) -> None:
     assert [backend.starts for backend in backends] == [1, 1]
 
 
+def test_what_is_no_executor_is_refused_by_name(backends: list[Backend]) -> None:
+    wrong: Any = 3
+    for call in (compat.map, compat.imap, compat.imap_unordered):
+        with pytest.raises(TypeError, match="must be a DistributedExecutor or None, not int"):
+            call(tasks.echo, [1], executor=wrong)
+    assert not backends
+
+
 def test_another_executor_when_it_cannot_be_used(backends: list[Backend]) -> None:
     first = compat.shared_executor()
     assert compat.shared_executor() is first

@@ -98,7 +98,7 @@ def test_texts_are_separated_by_commas_in_the_environment(tmp_path: Path) -> Non
         ("[broker]\nbnd = 1", r"unknown setting 'broker\.bnd' .*did you mean broker\.bind\?"),
         ("[worker]\nbind = 'x'", r"'worker\.bind' .*did you mean broker\.bind\?"),
         ("slots = 2", r"'slots' .*did you mean worker\.slots\?"),
-        ("[brokr]\nbind = 'x'", r"'brokr' .*did you mean (broker\.bind|\[broker\])\?"),
+        ("[brokr]\nbind = 'x'", r"'brokr' .*did you mean \[broker\]\?"),
         ("broker = 1", r"broker in .*some\.toml must be a section: \[broker\]"),
         ("zzz = 1", r"unknown setting 'zzz' in \S+some\.toml$"),
         ('"a\\nb" = 1', r"unknown setting 'a\\nb'"),
@@ -112,6 +112,10 @@ def test_texts_are_separated_by_commas_in_the_environment(tmp_path: Path) -> Non
         ("[worker]\nslots = 99999", "worker.slots must be at most 4096, not 99999"),
         (f"[worker]\nname = '{'x' * 201}'", "worker.name must be at most 200 characters long"),
         ("[worker]\ntags = 'gpu'", "worker.tags must be a list of texts"),
+        ("[client]\nresults = ['not a name']", "client.results must be a list of names like"),
+        ("[client]\nresults = ['a..b']", "client.results must be a list of names like"),
+        ("[broker]\nmemory = 5", "broker.memory must be at least 64MiB, not 5"),
+        ("[brocker]\nbind = 'x'", r"unknown section 'brocker' in .*; did you mean \[broker\]\?"),
         ("[worker]\ntags = ['a', 1]", "worker.tags must be a list of texts"),
         (f"[worker]\ntags = {['x'] * 65}", "worker.tags must be a list of at most 64 texts"),
         ("[broker]\ncredit = 10000000000", "broker.credit must be at most 1000000000"),
@@ -180,7 +184,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "achilles.toml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"achilles\.toml is not text in UTF-8"):
         load(tmp_path / "achilles.toml")
-    with pytest.raises(ConfigError, match="there is no configuration file"):
+    with pytest.raises(ConfigError, match="is a directory, not a configuration file"):
         load(tmp_path)
 
 

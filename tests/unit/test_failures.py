@@ -46,7 +46,10 @@ def test_what_a_task_may_not_submit_is_refused_with_the_reason() -> None:
 def test_what_is_too_large_names_both_sizes_and_the_setting() -> None:
     argument = failure(p.Failed(7, p.OVERSIZED, ["200 100"]), TASK)
     assert type(argument) is ArgumentTooLargeError
-    assert "hold 200 bytes, and the broker takes 100 at most: broker.argument_max" in str(argument)
+    assert (
+        "hold 200 bytes, and the broker takes 100 at most: the smaller of broker.argument_max and half of broker.memory"
+        in str(argument)
+    )
     result = result_too_large("200 100", TASK)
     assert type(result) is ResultTooLargeError
     assert "broker.result_max" in str(result)

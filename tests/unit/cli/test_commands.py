@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -40,6 +43,46 @@ def test_our_errors_are_one_line_and_an_exit_code(
     done = CliRunner().invoke(main, ["fail"])
     assert done.exit_code == code
     assert done.output == "achilles: what\\nbroke \\x1b[31m\n"
+
+
+def test_too_many_open_files_are_one_line_and_anything_unforeseen_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = OSError(errno.EMFILE, "Too many open files")
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setitem(main.commands, "fail", click.Command("fail", callback=fail))
+    done = CliRunner().invoke(main, ["fail"])
+    assert (done.exit_code, done.output) == (
+        71,
+        "achilles: too many open files; raise the limit that `ulimit -n` shows\n",
+    )
+    error.errno = errno.EIO
+    done = CliRunner().invoke(main, ["fail"])
+    assert done.exception is error
+
+
+def _options(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
+    """Each command with each of its options."""
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            yield from ((path, option) for option in (*parameter.opts, *parameter.secondary_opts))
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield path, name
+            yield from _options(inner, f"{path} {name}")
+
+
+def test_the_reference_has_every_command_and_option() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "commands.md").read_text()
+    missing = [
+        f"{path}: {word}"
+        for path, word in _options(main, "achilles")
+        if not re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text)
+    ]
+    assert not missing
 
 
 @pytest.mark.bad_input(75)

@@ -156,8 +156,8 @@ def test_nobody_joins_a_broker_that_shuts_down() -> None:
     assert bench.sent() == [("client", goodbye), ("admin", goodbye)]
 
 
-def test_an_administrator_drains_the_workers_of_a_name() -> None:
-    """And is told how many there are; they give back what waits, and say goodbye themselves."""
+def test_an_administrator_drains_a_worker_by_name() -> None:
+    """And is told whether there is one; it gives back what waits, and says goodbye itself."""
     bench = SessionsBench()
     admin = bench.join("admin", "admin")
     for peer in ("one", "two"):
@@ -169,6 +169,21 @@ def test_an_administrator_drains_the_workers_of_a_name() -> None:
     assert answer == ("admin", p.WorkerDrains(count=1))
     bench.say(admin, p.DrainWorker("nobody"))
     assert bench.sent() == [("admin", p.WorkerDrains(count=0))]
+
+
+def test_of_workers_with_one_name_the_one_that_a_status_calls_so_is_drained() -> None:
+    bench = SessionsBench()
+    admin = bench.join("admin", "admin")
+    for pid, route in enumerate(("one", "two"), 7):
+        peer = bench.peer(route, "worker")
+        assert isinstance(peer.hello, p.WorkerHello)
+        peer.hello.name, peer.hello.pid = "twin", pid
+        bench.hello(peer)
+        bench.sent()
+    bench.say(admin, p.DrainWorker("twin"))
+    assert bench.sent() == [("admin", p.WorkerDrains(count=0))]
+    bench.say(admin, p.DrainWorker("twin (8)"))
+    assert bench.sent() == [("two", p.Drain()), ("admin", p.WorkerDrains(count=1))]
 
 
 # --- Tokens and routes ----------------------------------------------------------------------------

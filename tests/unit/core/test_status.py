@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from achilles.core import protocol as p
-from achilles.core.status import status_dict
+from achilles.core.status import labels, status_dict
 
 STATUS = p.Status(
     workers=[
@@ -31,6 +31,13 @@ def test_workers_are_counted_and_listed_by_name() -> None:
     assert values["slots"] == 6
     assert values["workers_by_name"]["v"]["state"] == "suspect"
     assert values["clients"] == [{"name": "c", "queued": 1, "running": 2, "done": 3}]
+
+
+def test_where_several_have_a_name_each_has_one_of_its_own() -> None:
+    """What `achilles drain` takes, so nobody may be called what another one is called."""
+    workers = [("twin", 7), ("alone", 7), ("twin", 8), ("twin", 8)]
+    assert labels(workers) == ["twin (7)", "alone", "twin (8)", "twin (8)'"]
+    assert labels([]) == []
 
 
 def test_it_is_json() -> None:

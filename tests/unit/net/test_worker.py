@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -141,6 +142,25 @@ def test_an_end_at_once_says_what_it_gave_up(broker: RunningBroker, tmp_path: Pa
 def test_it_ends_with_its_broker(broker: RunningBroker) -> None:
     worker = RunningWorker(broker)
     broker.stop()
+    assert worker.wait() == 0
+
+
+def _is_in_log(caplog: pytest.LogCaptureFixture, text: str) -> bool:
+    return text in caplog.text
+
+
+def test_it_says_that_its_broker_is_silent_and_that_it_is_not(
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    worker = RunningWorker(broker)
+    silence = 0.0
+    monkeypatch.setattr(worker.worker._peer, "silent_for", lambda now: silence)
+    for silence, said in ((11.0, "nothing heard of the broker for 10 s"), (0.0, "is heard again")):
+        worker.worker.loop.wake()
+        wait_for(partial(_is_in_log, caplog, said), said)
+    assert caplog.text.count("nothing heard") == 1
+    worker.end(2)
     assert worker.wait() == 0
 
 
