@@ -8,6 +8,8 @@ Rules
     1. "Not written" is certain; what is not certain is "written". Pages that were freed, mapped anew or moved count as written.
     2. Only private anonymous memory is watched: what others have mapped too, they can write to without a page of ours noting it.
     3. Only whole pages are, so that neighbours do not matter; `Watch.head` and `Watch.tail` are the bytes before and behind them.
+    4. The kernel has one note of a page, whoever watches it. Who begins anew takes the notes of what was written with that,
+       and passes them on to all others that watch the same pages: they count as written.
 
 For 64 MiB a look takes 15 µs, memcmp 4 to 10 ms. The first write to a page costs its writer 1 µs more, once after each `Watch.begin`.
 What a device writes to pages that a driver has pinned for it (RDMA, io_uring's fixed buffers, CUDA's registered host memory) is seen
@@ -21,13 +23,15 @@ import os
 import platform
 import sys
 import threading
+import weakref
 from _struct import Struct
 from array import array
 from contextlib import suppress
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes long
 if TYPE_CHECKING:
-    from typing import Final
+    from collections.abc import Iterator
+    from typing import Any, Final
 
 WATCH_MIN = 1 << 20  # bytes; comparing fewer is nearly as fast
 PAGE = mmap.PAGESIZE
@@ -42,6 +46,9 @@ _PAGEMAP_SCAN = 0xC0606610
 _WP_MATCHING, _CHECK_WPASYNC = 1, 2
 _IS_WRITTEN = 2
 _API, _RANGE, _REGISTER, _SCAN = Struct("=QQQ"), Struct("=QQ"), Struct("=QQQQ"), Struct("=12Q")
+_WALK_END = 4  # where in the answer to a scan it says how far that went
+_REGION_SIZE = 24  # of what it finds: from where, to where, what
+REGIONS_MAX = 256  # found at once
 _TEST_SIZE = 4 << 20  # holds one aligned huge page at least
 _HUGE = 2 << 20
 
@@ -61,7 +68,8 @@ class _Kernel:
         self._errno = ctypes.get_errno
         self._ioctl = ctypes.PyDLL(None, use_errno=True).ioctl
         self._ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p)
-        self._found: Final = array("Q", (0, 0, 0))  # room for one region, at which nobody looks
+        self._found: Final = array("Q", bytes(REGIONS_MAX * _REGION_SIZE))
+        self._question: Any = ctypes.create_string_buffer(_SCAN.size)
         self._descriptors: list[int] = []
         try:
             self._faults = self._open(_userfaultfd())
@@ -76,7 +84,7 @@ class _Kernel:
         self._descriptors.append(fd)
         return fd
 
-    def _call(self, fd: int, request: int, about: bytes) -> int:
+    def _call(self, fd: int, request: int, about: Any) -> int:
         found: int = self._ioctl(
             fd, request, about
         )  # the kernel writes to it, and nobody else has it
@@ -95,47 +103,74 @@ class _Kernel:
     def unregister(self, start: int, size: int) -> None:
         self._call(self._faults, _UFFDIO_UNREGISTER, _RANGE.pack(start, size))
 
-    def scan(self, start: int, size: int, *, protect: bool) -> bool:
-        """Whether a page was written to since it was protected; ``protect``: instead, each that was, anew."""
-        place, room = (0, 0) if protect else (self._found.buffer_info()[0], 1)
-        flags = _CHECK_WPASYNC | (_WP_MATCHING if protect else 0)
-        about = (_SCAN.size, flags, start, start + size, 0, place, room, 0)
+    def is_written(self, start: int, size: int) -> bool:
+        """Whether a page was written to since it was protected."""
+        return self._scan(_CHECK_WPASYNC, start, start + size, 1) > 0
+
+    def protect(self, start: int, size: int) -> Iterator[tuple[int, int]]:
+        """Protect each page anew that was written to; from where to where those are."""
+        end = start + size
+        while start < end:
+            count = self._scan(_CHECK_WPASYNC | _WP_MATCHING, start, end, REGIONS_MAX)
+            start = _SCAN.unpack(self._question)[_WALK_END]
+            yield from [(self._found[3 * n], self._found[3 * n + 1]) for n in range(count)]
+
+    def _scan(self, flags: int, start: int, end: int, room: int) -> int:
+        """How many regions of pages there are that were written to, of as many as there is room for."""
+        about = (_SCAN.size, flags, start, end, 0, self._found.buffer_info()[0], room, 0)
         wanted = (0, _IS_WRITTEN, 0, _IS_WRITTEN)  # inverted, all of, any of, told
-        return self._call(self._pages, _PAGEMAP_SCAN, _SCAN.pack(*about, *wanted)) > 0
+        _SCAN.pack_into(self._question, 0, *about, *wanted)
+        return self._call(self._pages, _PAGEMAP_SCAN, self._question)
 
 
 class Watch:
     """Watches ``size`` bytes from ``address`` on; not before `begin` is called."""
 
-    __slots__ = ("_kernel", "_size", "_start", "head", "tail")
+    __slots__ = ("__weakref__", "_is_stale", "_kernel", "_size", "_start", "head", "tail")
 
     def __init__(self, kernel: _Kernel, address: int, size: int) -> None:
         self._start = -(-address // PAGE) * PAGE
         self._size = (address + size) // PAGE * PAGE - self._start
         self.head = self._start - address
         self.tail = size - self.head - self._size
-        kernel.register(self._start, self._size)
-        self._kernel = kernel
+        self._is_stale = True  # others have, or may have, the note of a write
+        with _lock:
+            kernel.register(self._start, self._size)
+            self._kernel = kernel
+            _watches.add(self)
 
     def begin(self) -> bool:
         """What is written from here on counts; False: it cannot be watched any more."""
-        try:
-            self._kernel.scan(self._start, self._size, protect=True)
-        except OSError:
-            return False
-        return True
+        with _lock:
+            try:
+                for start, end in self._kernel.protect(self._start, self._size):
+                    self._pass_on(start, end)
+            except OSError:
+                self._pass_on(self._start, self._start + self._size)
+                return False
+            self._is_stale = False
+            return True
 
     def is_untouched(self) -> bool:
         """Whether surely nothing of the whole pages was written to since `begin`."""
-        try:
-            return not self._kernel.scan(self._start, self._size, protect=False)
-        except OSError:
-            return False  # other memory is there now
+        with _lock:
+            try:
+                return not (self._is_stale or self._kernel.is_written(self._start, self._size))
+            except OSError:
+                return False  # other memory is there now
+
+    def _pass_on(self, start: int, end: int) -> None:
+        """Tell the others who watch something of this memory that it counts as written."""
+        for other in _watches:
+            if other._start < end and start < other._start + other._size:
+                other._is_stale = True
 
     def __del__(self) -> None:
         if hasattr(self, "_kernel") and self._kernel is _kernel:
-            with suppress(OSError, ValueError):  # it is not mapped any more
-                self._kernel.unregister(self._start, self._size)
+            with _lock:
+                with suppress(OSError, ValueError):  # it is not mapped any more
+                    self._kernel.unregister(self._start, self._size)
+                self._pass_on(self._start, self._start + self._size)
 
     def __repr__(self) -> str:
         return f"<Watch of {self._size} bytes at {self._start:#x}>"
@@ -143,7 +178,8 @@ class Watch:
 
 _kernel: _Kernel | None = None
 _is_known = False  # whether there is one
-_lock = threading.Lock()
+_lock = threading.RLock()  # a watch may end while another one begins
+_watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 
 def watch(address: int, size: int) -> Watch | None:
@@ -178,7 +214,8 @@ def _forget_kernel() -> None:
     global _kernel, _is_known, _lock
     if _kernel is not None:
         _kernel.close()
-    _kernel, _is_known, _lock = None, False, threading.Lock()
+    _kernel, _is_known, _lock = None, False, threading.RLock()
+    _watches.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -154,11 +154,13 @@ def test_it_says_that_its_broker_is_silent_and_that_it_is_not(
 ) -> None:
     caplog.set_level("INFO")
     worker = RunningWorker(broker)
-    silence = 0.0
-    monkeypatch.setattr(worker.worker._peer, "silent_for", lambda now: silence)
-    for silence, said in ((11.0, "nothing heard of the broker for 10 s"), (0.0, "is heard again")):
-        worker.worker.loop.wake()
-        wait_for(partial(_is_in_log, caplog, said), said)
+    silence = [11.0]
+    monkeypatch.setattr(worker.worker._peer, "silent_for", lambda now: silence[0])
+    worker.worker.loop.wake()
+    wait_for(partial(_is_in_log, caplog, "nothing heard of the broker for 10 s"), "a warning")
+    silence[0] = 0.0
+    worker.worker.loop.wake()
+    wait_for(partial(_is_in_log, caplog, "is heard again"), "the end of it")
     assert caplog.text.count("nothing heard") == 1
     worker.end(2)
     assert worker.wait() == 0

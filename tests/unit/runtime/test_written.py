@@ -121,6 +121,66 @@ def test_only_whole_pages_are_watched(memory: Memory) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("size", [SIZE, SIZE - PAGE])
+def test_a_write_counts_for_all_who_watch_though_one_begins_anew(memory: Memory, size: int) -> None:
+    one, other = memory.watch(), memory.watch(size=size)
+    assert one.is_untouched()
+    memory.map[PAGE] = 2
+    assert other.begin()
+    assert other.is_untouched()
+    assert not one.is_untouched()
+    assert one.begin()
+    assert [one.is_untouched(), other.is_untouched()] == [True, True], "nothing was written between"
+    memory.map[PAGE] = 3
+    assert [one.is_untouched(), other.is_untouched()] == [False, False]
+
+
+@needs_kernel
+def test_who_watches_other_pages_is_not_told(memory: Memory) -> None:
+    half = SIZE // 2 // PAGE * PAGE
+    big = Memory(4 * SIZE)
+    one, other = big.watch(size=2 * SIZE), big.watch(offset=2 * SIZE, size=2 * SIZE)
+    big.map[half] = 2
+    assert other.begin()
+    assert not one.is_untouched()
+    assert one.begin()
+    big.map[3 * SIZE] = 2
+    assert one.is_untouched()
+    assert other.begin()
+    assert one.is_untouched()
+    del one, other
+    big.map.close()
+
+
+@needs_kernel
+def test_many_scattered_writes_are_all_passed_on() -> None:
+    count = 2 * written.REGIONS_MAX + 3
+    big = Memory((2 * count + 1) * PAGE)
+    whole = big.watch(size=(2 * count + 1) * PAGE)
+    last = big.watch(offset=PAGE * (2 * count - WATCH_MIN // PAGE), size=WATCH_MIN + PAGE)
+    for page in range(count):
+        big.map[2 * page * PAGE] = 2
+    assert whole.begin()
+    assert whole.is_untouched()
+    assert not last.is_untouched()
+    del whole, last
+    big.map.close()
+
+
+@needs_kernel
+def test_the_end_of_one_watch_counts_as_a_write_for_another(memory: Memory) -> None:
+    """The kernel forgets its notes with it; who watches next begins with none."""
+    one, other = memory.watch(), memory.watch()
+    del other
+    assert not one.is_untouched()
+    third = memory.watch()
+    assert not one.is_untouched()
+    assert third.is_untouched()
+    assert one.begin()
+    assert one.is_untouched()
+
+
+@needs_kernel
 def test_a_watch_that_ends_leaves_the_memory_to_others(memory: Memory) -> None:
     first = memory.watch()
     assert repr(first) == f"<Watch of {SIZE} bytes at {memory.place:#x}>"
