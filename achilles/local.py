@@ -22,7 +22,7 @@ from achilles.core import protocol as p
 from achilles.mailbox import Mailbox
 from achilles.runtime.authkey import own_authkey
 from achilles.runtime.host import RunnerHost
-from achilles.runtime.loop import Loop
+from achilles.runtime.loop import Loop, PatientThread
 
 CLIENT, WORKER = "client", "worker"
 CLOSE_SECONDS = 5.0
@@ -62,7 +62,8 @@ class LocalCluster:
 
     def start(self) -> None:
         """Start the I/O thread."""
-        self.thread = threading.Thread(target=self._run, name="achilles-io", daemon=True)
+        self._host.setup["path"] = list(sys.path)  # the program may have changed it by now
+        self.thread = PatientThread(self._run, "achilles-io")
         self.thread.start()
 
     def discard(self) -> None:

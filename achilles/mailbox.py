@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from achilles.bundles import BundleSink
@@ -30,6 +31,7 @@ from achilles.runtime.allowed import Allowed, Guarded
 from achilles.runtime.arguments import Attached
 from achilles.runtime.bundle import TASK_ID
 from achilles.runtime.functions import Pickled, bytes_of
+from achilles.runtime.loop import PatientThread
 from achilles.runtime.seal import ONCE_SIZE, TAG_SIZE, Sealer
 from achilles.runtime.seal import PARTS as PARTS_LETTER
 from achilles.runtime.serialize import load_outcome, loads
@@ -216,12 +218,8 @@ class Mailbox:
             return False
         if self.callback_thread is None:
             # The program's end waits for it, as for the standard's: it ends after the I/O thread.
-            self.callback_thread = threading.Thread(
-                target=_run_callbacks,
-                args=(self._callbacks,),
-                name="achilles-callbacks",
-                daemon=False,
-            )
+            run = partial(_run_callbacks, self._callbacks)
+            self.callback_thread = PatientThread(run, "achilles-callbacks", daemon=False)
             try:
                 self.callback_thread.start()
             except RuntimeError:  # Python 3.12 starts no thread while the interpreter ends

@@ -30,6 +30,7 @@ from achilles.mailbox import INIT_BLOB, Mailbox
 from achilles.runtime import context
 from achilles.runtime.arguments import ArgumentTable
 from achilles.runtime.functions import FunctionTable
+from achilles.runtime.loop import PatientThread
 from achilles.runtime.seal import Sealer
 from achilles.runtime.shared import copy
 from achilles.runtime.side import NESTED, RunnerSide
@@ -111,7 +112,7 @@ class NestedConnection:
 
     def start(self) -> None:
         """Start the I/O thread."""
-        self.thread = threading.Thread(target=self._run, name="achilles-nested", daemon=True)
+        self.thread = PatientThread(self._run, "achilles-nested")
         self.thread.start()
         self._side.handle(NESTED, self._take_letter)
         self._side.before_results(self.flush)

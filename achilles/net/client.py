@@ -25,6 +25,7 @@ from achilles.net.peer import Dial, Peer, dialer_to
 from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
 from achilles.runtime.allowed import Allowed
+from achilles.runtime.loop import PatientThread
 from achilles.runtime.seal import Seal, Sealer
 
 STATUS_SECONDS = 5.0
@@ -127,7 +128,7 @@ class Connection:
         """
         if self.thread is not None:
             return
-        self.thread = threading.Thread(target=self._run, name="achilles-io", daemon=True)
+        self.thread = PatientThread(self._run, "achilles-io")
         self.thread.start()
         while not self._joined.wait(0.1):
             if not self.thread.is_alive():

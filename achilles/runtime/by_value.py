@@ -41,7 +41,7 @@ from cloudpickle import cloudpickle
 
 from achilles.runtime import context
 from achilles.runtime.functions import Watch, fingerprint
-from achilles.runtime.reducers import MAIN, reducer
+from achilles.runtime.reducers import MAIN, reducer, shared_reducer
 from achilles.runtime.serialize import LARGE
 
 NAMESPACES_MAX = 8  # of one client, whose program has one; those beyond begin anew
@@ -111,7 +111,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         self.ids: dict[int, tuple[int, int]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        if (reduce := reducer(obj)) is not None:
+        if (reduce := reducer(obj) or shared_reducer(obj)) is not None:
             return reduce(obj)
         if isinstance(obj, type) and obj.__module__ == MAIN and self.whole is None:
             kept = _pickle_of(obj, self.is_result)
@@ -299,6 +299,8 @@ class _TokenPickler(CloudPickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if (reduce := reducer(obj)) is not None:
             return reduce(obj)
+        if shared_reducer(obj) is not None:  # which may have an effect
+            raise TypeError(f"a {type(obj).__name__} has no content")
         reduced = super().reducer_override(obj)
         if type(reduced) is tuple and len(reduced) == 6:
             if reduced[5] is cloudpickle._class_setstate:

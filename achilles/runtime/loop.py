@@ -82,6 +82,32 @@ class Loop:
                 os.read(self._wake_read, 4096)
 
 
+class PatientThread(threading.Thread):
+    """A thread that can still be waited for when a wait was interrupted.
+
+    Python 3.10 and 3.11 take a thread for dead whose `join` was interrupted by Ctrl-C.
+    """
+
+    def __init__(self, target: Callable[[], object], name: str, *, daemon: bool = True) -> None:
+        super().__init__(name=name, daemon=daemon)
+        self._call = target
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._call()
+        finally:
+            self._ended.set()
+
+    def join(self, timeout: float | None = None) -> None:
+        is_started = self.ident is not None
+        if not is_started or self is threading.current_thread() or self._ended.wait(timeout):
+            super().join(timeout)  # which raises an error in the first two cases
+
+    def is_alive(self) -> bool:
+        return self.ident is not None and not self._ended.is_set()
+
+
 def seconds_until(now: float, *deadlines: float | None) -> float | None:
     """How long to wait for the first of the deadlines; None if there is none."""
     known = [deadline for deadline in deadlines if deadline is not None]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import socket
+import sys
 import weakref
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any, NewType, ParamSpec
 
 from cloudpickle import cloudpickle
+
+from achilles.runtime import context
 
 MAIN = "__main__"
 NO_FILE = "<dynamic-code>"  # cloudpickle's, in place of a file's name
@@ -71,6 +75,41 @@ _BY_NAME: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     NewType: _reduce_new_type,
     ParamSpec: _reduce_param_spec,
 }
+
+
+# What multiprocessing registers and cloudpickle can do as well, for functions of ``__main__``, too.
+_PLAIN = frozenset(
+    {MethodType, functools.partial, type([].append), type(list.append), type(int.__add__)}
+)
+
+
+def shared_reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:
+    """That of `multiprocessing`, where something is registered there: for its connections, for sockets, or by the program."""
+    reduction = sys.modules.get("multiprocessing.reduction")
+    kind = type(obj)
+    if reduction is None or kind in _PLAIN:
+        return None
+    reduce: Callable[[Any], tuple[Any, ...]] | None = reduction.ForkingPickler._extra_reducers.get(
+        kind
+    )
+    if reduce is not None and (
+        kind.__module__.startswith("multiprocessing.") or kind is socket.socket
+    ):
+        return functools.partial(_reduce_handle, reduce)
+    return reduce
+
+
+def _reduce_handle(reduce: Callable[[Any], tuple[Any, ...]], obj: Any) -> tuple[Any, ...]:
+    return _handle, (type(obj).__name__, *reduce(obj)[:2])
+
+
+def _handle(name: str, rebuild: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """What holds a descriptor, which comes from the process that has it."""
+    if context.client and not context.is_embedded:
+        raise TypeError(
+            f"a {name} is of the machine and the program that made it: tasks on a cluster cannot be given one"
+        )
+    return rebuild(*args)
 
 
 def reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:

@@ -39,6 +39,7 @@ VALUE = 0  # the statuses of a result; achilles.core.protocol has the same for t
 ERROR = 1
 INIT_FAILED = 2
 
+HANDLES = b"multiprocessing.connection"  # a plain pickle of what is in there has the numbers of its descriptors
 LARGE = 128 * 1024  # from here on sharing memory beats copying (measured)
 SHORT = 16  # too few bytes to name anything of __main__
 REPR_MAX = 200
@@ -132,7 +133,7 @@ def keeper(buffers: list[memoryview] | None) -> Callable[[PickleBuffer], bool] |
 
 def is_plain(data: bytes) -> bool:
     """Whether the other process finds all that the pickle names."""
-    if b"__main__" in data:
+    if b"__main__" in data or HANDLES in data:
         return False
     return not any(name.encode() in data for name in by_value_modules())
 
@@ -185,8 +186,10 @@ def dumps_call(
     ):
         try:
             data = _dumps((args, kwargs), 5, buffer_callback=_keep_small)
-            if b"__main__" not in data and not (
-                by_value_modules() if _registered is None else _registered
+            if (
+                b"__main__" not in data
+                and HANDLES not in data
+                and not (by_value_modules() if _registered is None else _registered)
             ):
                 if len(data) < SHARE_MIN or table is None or not table.has_large(args, kwargs):
                     return data
@@ -217,7 +220,7 @@ def dump_result(value: object, call: object) -> tuple[int, Encoded]:
     """The status and payload of what ``call`` returned; an ERROR if the value cannot be pickled."""
     try:
         data = _dumps(value, 5, buffer_callback=_keep_small)
-        if (len(data) < SHORT or b"__main__" not in data) and not (
+        if (len(data) < SHORT or (b"__main__" not in data and HANDLES not in data)) and not (
             by_value_modules() if _registered is None else _registered
         ):
             return VALUE, data

@@ -406,6 +406,121 @@ DistributedExecutor(1).submit(work, 0).result()
 
 
 @of_modes(*OURS)
+def test_tasks_see_the_program_as_it_was_when_they_were_submitted(
+    make: Maker, tmp_path: Path
+) -> None:
+    """Through helpers, methods and defaults, in whatever order they run; and what tasks have set stays beside that."""
+    text = """
+scale, hits, table = 1, 0, [1]
+def helper(): return scale
+def through_helper(x): return x * helper()
+class Scaled:
+    def get(self): return helper(), scale
+def default(seen=[]): return list(seen)
+def large(x): return table[0], len(table)
+def count():
+    global hits
+    hits += 1
+    return scale, hits
+
+with DistributedExecutor(max_workers=1) as executor:
+    submit, kept = executor.submit, []
+    for scale in (1, 2, 1, 3):
+        default.__defaults__[0].append(scale)
+        table = [scale] * 100_000
+        kept += [
+            submit(through_helper, 10), submit(Scaled().get), submit(helper), submit(default), submit(large, 0),
+            submit(lambda: helper()),
+        ]
+    print([future.result() for future in kept])
+    counts = []
+    for scale in (1, 2, 2, 1):
+        counts.append(submit(count).result())
+    print(counts)
+    print(list(executor.map(through_helper, range(3))))
+"""
+    out, _ = run(make, tmp_path, text)
+    wanted: list[object] = []
+    seen: list[int] = []
+    for scale in (1, 2, 1, 3):
+        seen.append(scale)
+        wanted += [10 * scale, (scale, scale), scale, list(seen), (scale, 100_000), scale]
+    lines = out.splitlines()
+    assert lines[0] == str(wanted)
+    if make.mode == EMBEDDED:  # a worker may have the next task run by another runner
+        assert lines[1] == str([(1, 1), (2, 2), (2, 3), (1, 4)])
+    assert lines[2] == "[0, 1, 2]"
+
+
+@of_modes(*OURS)
+def test_arrays_that_overlap_or_are_shared_between_executors(make: Maker, tmp_path: Path) -> None:
+    pytest.importorskip("numpy")
+    text = """
+import numpy as np
+def at(array): return float(array[100_000])
+with DistributedExecutor(max_workers=1) as one, DistributedExecutor(max_workers=1) as two:
+    whole = np.ones(4 << 20)
+    part = whole[: 3 << 20]
+    found = []
+    for value in range(1, 5):
+        whole[100_000] = value
+        for executor in (one, two):
+            for array in (part, whole, part):
+                found.append(executor.submit(at, array).result())
+    print(found)
+"""
+    out, _ = run(make, tmp_path, text)
+    assert out == f"{[float(value) for value in range(1, 5) for _ in range(6)]}\n"
+
+
+@of_modes(EMBEDDED)
+def test_a_connection_and_a_socket_reach_a_task(make: Maker, tmp_path: Path) -> None:
+    text = """
+import multiprocessing, socket
+def say(to): to.send("hi")
+def say_bytes(to): to.sendall(b"ho")
+near, far = multiprocessing.Pipe()
+left, right = socket.socketpair()
+with DistributedExecutor(max_workers=1) as executor:
+    executor.submit(say, far).result()
+    executor.submit(say_bytes, right).result()
+    print(near.recv(), left.recv(9))
+"""
+    assert run(make, tmp_path, text)[0] == "hi b'ho'\n"
+
+
+@of_modes(CLUSTER)
+def test_a_connection_is_not_for_workers(make: Maker, tmp_path: Path) -> None:
+    """A plain pickle of it names a descriptor by its number, which there is anything, the runner's own included."""
+    text = """
+import multiprocessing
+near, far = multiprocessing.Pipe()
+with DistributedExecutor(max_workers=1) as executor:
+    print(executor.submit(type, far).exception())
+    print(executor.submit(abs, -1).result())
+"""
+    out, _ = run(make, tmp_path, text)
+    assert "a Connection is of the machine and the program that made it" in out.splitlines()[0]
+    assert out.splitlines()[1] == "1"
+
+
+@of_modes(EMBEDDED)
+def test_modules_are_found_where_the_program_looks_when_it_submits(
+    make: Maker, tmp_path: Path
+) -> None:
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "late_module.py").write_text("def answer(): return 42\n")
+    text = """
+executor = DistributedExecutor(max_workers=1)
+sys.path.insert(0, os.path.abspath("later"))
+import late_module
+with executor:
+    print(executor.submit(late_module.answer).result())
+"""
+    assert run(make, tmp_path, text)[0] == "42\n"
+
+
+@of_modes(*OURS)
 def test_print_and_logging_of_a_task_do_no_harm(make: Maker, tmp_path: Path) -> None:
     text = """
 import logging

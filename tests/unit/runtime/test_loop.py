@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from achilles.runtime.loop import Loop, seconds_until
+from achilles.runtime.loop import Loop, PatientThread, seconds_until
 
 
 @pytest.fixture(params=["native", "poll"])
@@ -94,6 +95,43 @@ def test_waking_a_closed_loop_does_nothing() -> None:
     loop.close()
     loop.close()
     loop.wake()
+
+
+def test_a_thread_lives_on_when_who_waits_for_it_is_interrupted() -> None:
+    """On Python 3.10 and 3.11 a `threading.Thread` looks dead then."""
+    go_on = threading.Event()
+    thread = PatientThread(lambda: go_on.wait(10), "patient")
+    assert not thread.is_alive()
+    with pytest.raises(RuntimeError, match="before it is started"):
+        thread.join()
+    thread.start()
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            thread.join(10)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert thread.is_alive()
+    thread.join(0.01)
+    assert thread.is_alive()
+    go_on.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_thread_that_fails_has_ended() -> None:
+    failed: list[object] = []
+    thread = PatientThread(lambda: 1 / 0, "failing")
+    hook, threading.excepthook = threading.excepthook, failed.append
+    try:
+        thread.start()
+        thread.join(10)
+    finally:
+        threading.excepthook = hook
+    assert not thread.is_alive()
+    assert len(failed) == 1
 
 
 def test_seconds_until_the_first_deadline() -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import gc
+import multiprocessing
+import threading
 import weakref
+from collections.abc import Iterator
+from multiprocessing import reduction, resource_sharer
 from typing import Any
 
 import pytest
 
+from achilles.runtime import by_value, context
 from achilles.runtime.by_value import dumps
-from achilles.runtime.reducers import reducer
-from achilles.runtime.serialize import loads
+from achilles.runtime.reducers import reducer, shared_reducer
+from achilles.runtime.serialize import VALUE, dump_result, dumps_call, loads
 from tests.unit.runtime.test_by_value import program
 
 PROGRAM = """
@@ -54,6 +59,61 @@ def test_weak_keys_are_weak_again() -> None:
     key = frozenset({1})
     arrived, kept = loads(dumps((weakref.WeakKeyDictionary({key: "value"}), key)))
     assert arrived == {kept: "value"}
+
+
+class Registered:
+    """What nothing can pickle, but for what is registered."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.lock = threading.Lock()
+
+
+def _reduce_registered(one: Registered) -> tuple[Any, ...]:
+    return Registered, (one.n,)
+
+
+def test_what_is_registered_with_multiprocessing_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+    monkeypatch.setitem(known, Registered, _reduce_registered)
+    assert loads(dumps([Registered(3)]))[0].n == 3
+    with pytest.raises(TypeError, match="has no content"):
+        by_value._token([Registered(3)])
+    assert shared_reducer(functools.partial(abs, 1)) is None
+    assert shared_reducer(3) is None
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[Any, Any]]:
+    near, far = multiprocessing.Pipe()
+    yield near, far
+    near.close()
+    far.close()
+    resource_sharer.stop(timeout=10)
+
+
+def test_a_connection_is_handed_over_by_descriptor(pipe: tuple[Any, Any]) -> None:
+    near, far = pipe
+    payload = dumps_call((far,), {})
+    (arrived,), _ = loads(payload)
+    assert arrived.fileno() != far.fileno()
+    arrived.send("hi")
+    assert near.recv() == "hi"
+    arrived.close()
+    status, result = dump_result([far], len)
+    (arrived,) = loads(result)
+    assert status == VALUE
+    assert arrived.fileno() != far.fileno()
+    arrived.close()
+
+
+def test_a_connection_is_refused_on_a_worker(
+    pipe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = dumps_call(pipe[:1], {})
+    monkeypatch.setattr(context, "client", 7)
+    with pytest.raises(TypeError, match="a Connection is of the machine"):
+        loads(payload)
 
 
 def test_importable_ones_are_left_to_others() -> None:
