@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tasks
+from tests import changing_program, tasks
 from tests.modes import CLUSTER, EMBEDDED, OURS, PROCESSES, Maker, of_modes, wait_until
 
 RUN_SECONDS = 30.0
@@ -450,6 +450,20 @@ with DistributedExecutor(max_workers=1) as executor:
     if make.mode == EMBEDDED:  # a worker may have the next task run by another runner
         assert lines[1] == str([(1, 1), (2, 2), (2, 3), (1, 4)])
     assert lines[2] == "[0, 1, 2]"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@of_modes(*OURS)
+def test_tasks_see_what_a_changing_program_was(make: Maker, tmp_path: Path, seed: int) -> None:
+    words = [sys.executable, "-m", "tests.changing_program", str(seed)]
+    if make.mode == CLUSTER:
+        assert make.cluster is not None
+        words.append(make.cluster.address)
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=RUN_SECONDS, check=False, env=environ(make)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{changing_program.CALLS} calls\n"
 
 
 @of_modes(*OURS)
