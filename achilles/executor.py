@@ -166,7 +166,7 @@ class DistributedExecutor(concurrent.futures.Executor):
 
             backend = LocalCluster(self._max_workers_given or 1, tasks_max=self._max_tasks)
         backend.mailbox.init_blob = init_blob
-        table = ArgumentTable(store=shared.copy if self._address else shared.store)
+        table = ArgumentTable(is_far=True, store=shared.copy) if self._address else ArgumentTable()
         self._attach(Core(backend), FunctionTable(table), threading.RLock())
         if self._address:
             self._start()

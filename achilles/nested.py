@@ -96,7 +96,7 @@ class NestedConnection:
             self.mailbox.sealer = Sealer(context.seal, self.root)
         self.mailbox.credit = credit
         self.mailbox.slots = slots
-        self.functions = FunctionTable(ArgumentTable(store=copy))
+        self.functions = FunctionTable(ArgumentTable(store=copy, is_far=not context.is_embedded))
         self.table_lock = threading.RLock()
         self._submission = Submission()
         self._submission.connect(credit)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
@@ -31,7 +32,8 @@ def run(*arguments: str, text: str = "", **environ: str) -> subprocess.Completed
 class Command:
     """A command that runs until it is told to end; a context manager that ends it.
 
-    Its error output is read to the line in which it says that it is ready.
+    Its error output is read to the line in which it says that it is ready, and from there on by a thread, so that a command that
+    says much is not held up.
     """
 
     def __init__(self, command: Sequence[str], *, ready: str, environ: Mapping[str, str]) -> None:
@@ -44,13 +46,17 @@ class Command:
             text=True,
         )
         self.said = ""
-        assert self.process.stderr is not None
+        stderr = self.process.stderr
+        assert stderr is not None
         while ready not in self.said:
-            line = self.process.stderr.readline()
+            line = stderr.readline()
             self.said += line
             if not line:
                 self.process.wait(WAIT_SECONDS)
                 raise AssertionError(f"it ended ({self.process.returncode}): {self.said}")
+        self._rest: list[str] = []
+        self._reader = threading.Thread(target=lambda: self._rest.append(stderr.read()))
+        self._reader.start()
 
     def serving(self) -> psutil.Process:
         """Of a broker: the process that serves, whose parent `process` is."""
@@ -64,10 +70,20 @@ class Command:
 
     def wait(self) -> int:
         """Its exit code, when it has ended."""
-        output, said = self.process.communicate(timeout=WAIT_SECONDS)
-        self.said += said
-        self.output = output
-        return self.process.returncode
+        assert self.process.stdout is not None
+        code = self.process.wait(WAIT_SECONDS)
+        self._reader.join(WAIT_SECONDS)
+        self.said += "".join(self._rest)
+        self._rest.clear()
+        if not self.process.stdout.closed:
+            self.output = self.process.stdout.read()
+        self._close()
+        return code
+
+    def _close(self) -> None:
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
 
     def __enter__(self) -> Command:
         return self
@@ -80,7 +96,7 @@ class Command:
     ) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.communicate(timeout=WAIT_SECONDS)
+        self.wait()
 
 
 def broker(*arguments: str, **environ: str) -> Command:

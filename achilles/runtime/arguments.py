@@ -35,6 +35,7 @@ from functools import partial
 from io import BytesIO
 from pickle import Pickler, Unpickler
 
+from achilles.runtime import context
 from achilles.runtime.serialize import (
     ALIGN,
     LARGE,
@@ -159,10 +160,14 @@ class ArgumentTable:
     """What large parts the calls of one executor have. Threads may share it.
 
     ``store`` makes the copies of them: in memory that can be handed on (`shared.store`), or not (`shared.copy`).
+    ``is_far``: the calls are for other machines.
     """
 
-    def __init__(self, bytes_kept: int = BYTES_KEPT, *, store: Store = store) -> None:
+    def __init__(
+        self, bytes_kept: int = BYTES_KEPT, *, store: Store = store, is_far: bool = False
+    ) -> None:
         self.store = store
+        self.is_far = is_far
         self.is_watching = False  # for bytes and str: there were large ones
         self.expects_buffers = False  # the last call that was encoded here had some to attach
         self._bytes_kept = bytes_kept
@@ -187,6 +192,10 @@ class ArgumentTable:
         Raises:
             Exception: as `encode` does.
         """
+        with context.Pickling(self.is_far):
+            return self._encode(obj)
+
+    def _encode(self, obj: object) -> Encoded | Attached:
         buffers: list[memoryview] = []
         shared: dict[int, Shared] = {}
         found = _find_large(obj)

@@ -1,6 +1,8 @@
-"""What a task may ask about itself. The runner sets it; this module imports nothing, for runners start with it."""
+"""What a task may ask about itself. The runner sets it; this module imports nothing that takes time, for runners start with it."""
 
 from __future__ import annotations
+
+from _thread import get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,8 +15,23 @@ seq = 0  # of the chunk that runs
 pickle = ""  # the number, or numbers, of the pickle that is being read, where the same one comes again under them
 root = b""  # the name of the session that the task is done for in the end, where calls are sealed
 seal: Seal | None = None  # what a runner of a worker seals with; None elsewhere
+far: set[int] = set()  # threads that are in a `Pickling` for other machines
 is_embedded = False  # the runner belongs to an embedded executor, not to a worker
 side: RunnerSide | None = None  # a runner's side channel; None elsewhere
+
+
+class Pickling:
+    """A context: what this thread pickles in it is for other machines, if ``is_far``."""
+
+    def __init__(self, is_far: bool) -> None:
+        self._is_far = is_far
+
+    def __enter__(self) -> None:
+        if self._is_far:
+            far.add(get_ident())
+
+    def __exit__(self, *exc: object) -> None:
+        far.discard(get_ident())
 
 
 def current_attempt() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import socket
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from types import CodeType, MethodType
@@ -100,16 +101,20 @@ def shared_reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:
 
 
 def _reduce_handle(reduce: Callable[[Any], tuple[Any, ...]], obj: Any) -> tuple[Any, ...]:
+    if threading.get_ident() in context.far:
+        raise TypeError(_refusal(type(obj).__name__))
     return _handle, (type(obj).__name__, *reduce(obj)[:2])
 
 
 def _handle(name: str, rebuild: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """What holds a descriptor, which comes from the process that has it."""
     if context.client and not context.is_embedded:
-        raise TypeError(
-            f"a {name} is of the machine and the program that made it: tasks on a cluster cannot be given one"
-        )
+        raise TypeError(_refusal(name))
     return rebuild(*args)
+
+
+def _refusal(name: str) -> str:
+    return f"a {name} is of the machine and the program that made it: tasks on a cluster cannot be given one"
 
 
 def reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:

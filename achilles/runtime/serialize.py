@@ -25,6 +25,8 @@ from _struct import Struct
 from io import TextIOWrapper
 from types import BuiltinFunctionType, FunctionType, ModuleType
 
+from achilles.runtime import context
+
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all the rest
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -198,7 +200,8 @@ def dumps_call(
     try:
         encoded = encode((args, kwargs)) if table is None else table.encode((args, kwargs))
     except (Exception, SystemExit) as error:
-        _blame_argument(args, kwargs, fn, error)
+        with context.Pickling(table is not None and table.is_far):
+            _blame_argument(args, kwargs, fn, error)
     _warn_of_files((*args, *kwargs.values()), fn)
     if not isinstance(encoded, list):
         return encoded

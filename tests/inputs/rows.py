@@ -26,7 +26,7 @@ ROWS: dict[int, Row] = {
         "an argument that holds a lock",
         "ArgumentPickleError names argument, function, type and why",
     ),
-    2: Row("a generator, an open socket, a frame as an argument", "the same"),
+    2: Row("a generator, a frame, on a cluster a socket as an argument", "the same"),
     3: Row("an open text file as an argument", "a warning: it is copied by content"),
     4: Row("a list that is nested 200,000 deep", "ArgumentPickleError: nested too deeply"),
     5: Row(

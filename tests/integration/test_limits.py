@@ -44,7 +44,7 @@ def test_what_is_too_large_fails_alone_and_names_the_limit(broker: commands.Comm
         error = futures[1].exception(30)
         assert isinstance(error, ArgumentTooLargeError)
         assert "the arguments of len() (task 2) hold" in str(error)
-        assert f"takes {3 * MIB} at most: broker.argument_max" in str(error)
+        assert f"takes {3 * MIB} at most: the smaller of broker.argument_max and half" in str(error)
         made = [executor.submit(bytes, size) for size in (2 * MIB, 4 * MIB, 2 * MIB)]
         assert [len(made[at].result(30)) for at in (0, 2)] == [2 * MIB] * 2
         error = made[1].exception(30)
