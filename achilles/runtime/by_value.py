@@ -13,23 +13,19 @@ Rules
     3. A class is made once in each process; of one that is there its state is set again if its token changed.
     4. What a task returns changes nothing of the program: its own classes and functions are found again, not made.
 
-A token is compared with tokens only, by whoever runs the task; it is made by whoever submits it. That of a function is a
-number for the function object with the hash of what can change of it, that of a class its content's, and that of a value its
-pickle's hash. What is large has none: it is known by the pickle that it came in, where that has a number, and set each time else.
+What is large has no token: it is known by the pickle that it came in, where that has a number, and set each time else.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import marshal
 import os
 import pickle
 import sys
 import threading
-import uuid
 import weakref
 from collections.abc import Callable
-from hashlib import blake2b
 from io import BytesIO
 from pickle import PickleBuffer
 from struct import Struct
@@ -42,19 +38,12 @@ from cloudpickle import cloudpickle
 from achilles.runtime import context
 from achilles.runtime.functions import Watch, fingerprint
 from achilles.runtime.reducers import MAIN, reducer, shared_reducer
-from achilles.runtime.serialize import LARGE
+from achilles.runtime.tokens import adopt, function_token, renew, token_of, unique, value_token
 
 NAMESPACES_MAX = 8  # of one client, whose program has one; those beyond begin anew
+MEMBERS = "__achilles_members__"  # in an enumeration's state, the attributes of its members
+_OF_EACH_MEMBER = frozenset({"_value_", "_name_", "__objclass__", "_sort_order_", "_inverted_"})
 _LENGTH = Struct("<I")
-
-_function_tokens: weakref.WeakKeyDictionary[FunctionType, tuple[tuple[int, ...], str]]
-_function_tokens = weakref.WeakKeyDictionary()
-_process = uuid.uuid4().hex
-_numbers = itertools.count(1)
-
-
-class _Large(Exception):
-    """A value is too large for a token."""
 
 
 def dumps(
@@ -141,7 +130,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         if self.is_result:
             args = (fn.__module__, fn.__qualname__, code, base, *rest)
             return find_function, args, state, None, None, set_new_function
-        token = _function_token(fn)
+        token = function_token(fn)
         if fn.__globals__.get("__name__") == MAIN:
             key = id(fn.__globals__)
             record = _records.get(key)
@@ -166,7 +155,15 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         slots = [name for name, value in state.items() if _is_slot(value, cls)]
         for name in slots:
             del state[name]
-        if not is_enum:
+        if is_enum:
+            bases, name, qualname, _, *rest = args
+            members: dict[str, Any] = cls.__members__  # type: ignore[attr-defined]
+            for name_of_member in members:  # an alias among them
+                state.pop(name_of_member, None)
+            state[MEMBERS] = {name: _own_attributes(one) for name, one in members.items()}
+            values = {name: one.value for name, one in members.items()}
+            args = (bases, name, qualname, values, *rest)
+        else:
             kind, name, bases, more, *rest = args
             more = {**more, "__qualname__": cls.__qualname__}
             if "__slots__" in state and (
@@ -177,7 +174,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         if self.is_result:
             return make_class, (is_enum, *args), state, None, None, set_new_class
         try:
-            token = _token(state)
+            token = token_of(state)
         except Exception:
             token = None
         return make_class, (is_enum, *args), (state, token), None, None, set_class
@@ -209,7 +206,7 @@ def _pickle_of(cls: type, is_result: bool) -> _ClassPickle | None:
     pickler.whole = cls
     pickler.dump(cls)
     scopes = [(key, one.number, one.base, one.tokens) for key, one in pickler.scopes.items()]
-    kept = _ClassPickle(f"{_process}-{next(_numbers)}", file.getvalue(), scopes, watches)
+    kept = _ClassPickle(unique(), file.getvalue(), scopes, watches)
     _class_pickles.setdefault(cls, {})[is_result] = kept
     return kept
 
@@ -227,13 +224,18 @@ def _with_tokens(
     for name, value in values.items():
         if name not in scope.tokens:
             try:
-                scope.tokens[name] = _value_token(value)
+                scope.tokens[name] = value_token(value)
             except Exception:
                 if record is not None:
                     continue  # made on this runner, as an initializer makes one on each
                 scope.tokens[name] = None
         travelling[name] = value
     return travelling
+
+
+def _own_attributes(member: Any) -> dict[str, Any]:
+    """What an enumeration's own ``__init__`` or ``__new__`` has given to a member: neither is called where it is made anew."""
+    return {name: value for name, value in vars(member).items() if name not in _OF_EACH_MEMBER}
 
 
 def _is_slot(value: object, cls: type) -> bool:
@@ -245,73 +247,6 @@ def _slots_of(cls: type) -> Any:
     if isinstance(given, str | tuple | list | dict):
         return given
     return tuple(name for name, value in vars(cls).items() if _is_slot(value, cls))
-
-
-# --- Tokens ---------------------------------------------------------------------------------------
-
-
-def _value_token(value: object) -> str | None:
-    """Raises whatever the pickler does, where the value cannot be pickled."""
-    if isinstance(value, FunctionType) and cloudpickle._should_pickle_by_reference(value) is False:
-        return _function_token(value)
-    if isinstance(value, bytes | str) and len(value) >= LARGE:
-        return None
-    try:
-        return _token(value)
-    except _Large:
-        return None
-
-
-def _function_token(fn: FunctionType) -> str | None:
-    """A number for the function object, and what can change of it without another."""
-    facts = _facts(fn)
-    known = _function_tokens.get(fn)
-    if known is None or known[0] != facts:
-        known = _function_tokens[fn] = (facts, f"{_process}-{next(_numbers)}")
-    if not (fn.__closure__ or fn.__dict__ or fn.__defaults__ or fn.__kwdefaults__):
-        return known[1]
-    try:
-        cells = [cloudpickle._get_cell_contents(cell) for cell in fn.__closure__ or ()]
-        return f"{known[1]}-{_token((cells, fn.__dict__, fn.__defaults__, fn.__kwdefaults__))}"
-    except Exception:
-        return None
-
-
-def _facts(fn: FunctionType) -> tuple[int, ...]:
-    return (id(fn.__code__),)
-
-
-def _token(value: object) -> str:
-    file = BytesIO()
-    _TokenPickler(file, 5, _refuse_large).dump(value)
-    return blake2b(file.getvalue(), digest_size=16).hexdigest()
-
-
-def _refuse_large(buffer: PickleBuffer) -> bool:
-    if buffer.raw().nbytes >= LARGE:
-        raise _Large
-    return True
-
-
-class _TokenPickler(CloudPickler):  # type: ignore[misc]
-    """Names functions and classes that would travel by value, instead of going into them."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if (reduce := reducer(obj)) is not None:
-            return reduce(obj)
-        if shared_reducer(obj) is not None:  # which may have an effect
-            raise TypeError(f"a {type(obj).__name__} has no content")
-        reduced = super().reducer_override(obj)
-        if type(reduced) is tuple and len(reduced) == 6:
-            if reduced[5] is cloudpickle._class_setstate:
-                return str, (cloudpickle._get_or_create_tracker_id(obj),)
-            if reduced[5] is cloudpickle._function_setstate:
-                known = _function_tokens.get(obj)
-                if known is None:
-                    _function_token(obj)
-                    known = _function_tokens[obj]
-                return str, (known[1],)
-        return reduced
 
 
 # --- Put together: functions ----------------------------------------------------------------------
@@ -388,7 +323,7 @@ def begin(data: bytes) -> None:
     client = context.client
     if not client:
         return
-    place = context.pickle or f"{_process}-{next(_numbers)}"
+    place = context.pickle or unique()
     known = _namespaces.setdefault(client, {})
     for scope, pairs in marshal.loads(data):
         tokens = {name: f"#{place}" if token is None else token for name, token in pairs}
@@ -454,8 +389,7 @@ def make_function(token: str | None, code: Any, scope: dict[str, Any], *args: An
     _new_functions.add(made)
     if record is not None and token is not None:
         record.functions[token] = made
-        number = "-".join(token.split("-", 2)[:2])
-        _function_tokens[made] = ((), number)
+        adopt(made, token)
     return made
 
 
@@ -474,8 +408,6 @@ def set_function(fn: FunctionType, state: Any) -> None:
         return
     if fn.__qualname__ == fn.__name__ and fn.__name__ not in record.tokens:
         fn.__globals__.setdefault(fn.__name__, fn)
-    if fn in _function_tokens:
-        _function_tokens[fn] = (_facts(fn), _function_tokens[fn][1])
 
 
 def find_function(module: str, qualname: str, code: Any, *args: Any) -> FunctionType:
@@ -536,11 +468,9 @@ def _last_token(cls: type) -> str | None:
 
 
 def _renew() -> None:
-    """In a forked child, whose tokens are not its parent's: a runner may serve both."""
-    global _process
-    _process = uuid.uuid4().hex
+    """In a forked child."""
+    renew()
     _class_pickles.clear()
-    _function_tokens.clear()
 
 
 os.register_at_fork(after_in_child=_renew)
@@ -558,6 +488,9 @@ def make_class(is_enum: bool, *args: Any) -> type:
     """The class of that tracker id, or else a new one that is still empty."""
     found = cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(args[-2])
     if found is not None:
+        if not is_enum and found in _arrived and found.__bases__ != args[2]:
+            with contextlib.suppress(TypeError):  # of another layout
+                found.__bases__ = args[2]
         return found  # type: ignore[no-any-return]
     make = cloudpickle._make_skeleton_enum if is_enum else cloudpickle._make_skeleton_class
     made: type = make(*args)
@@ -575,8 +508,8 @@ def set_class(cls: type, state: Any) -> None:
     is_changed = cls in _arrived and (token is None or known != token)
     if cls in _new_classes or is_changed:
         _new_classes.discard(cls)
-        _arrived[cls] = token, frozenset(attributes)
-        cloudpickle._class_setstate(cls, (attributes, {}))
+        _arrived[cls] = token, frozenset(attributes) - {MEMBERS}
+        _set_state(cls, attributes)
         for name in names - attributes.keys():  # deleted by the program, since
             if name in vars(cls):
                 delattr(cls, name)
@@ -588,4 +521,13 @@ def set_new_class(cls: type, state: dict[str, Any]) -> None:
     """The state of a class that a task returned; nothing is done to the program's own."""
     if cls in _new_classes:
         _new_classes.discard(cls)
-        cloudpickle._class_setstate(cls, (state, {}))
+        _set_state(cls, state)
+
+
+def _set_state(cls: Any, attributes: dict[str, Any]) -> None:
+    members = attributes.get(MEMBERS)
+    if members is not None:
+        attributes = {name: one for name, one in attributes.items() if name != MEMBERS}
+    cloudpickle._class_setstate(cls, (attributes, {}))
+    for name, own in (members or {}).items():
+        vars(cls.__members__[name]).update(own)

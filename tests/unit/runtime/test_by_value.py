@@ -113,72 +113,53 @@ def test_what_the_program_changed_is_seen_through_other_functions(client: int, h
         assert loads(old)() in (1, (1, 1))
 
 
-def test_what_changes_in_place_in_a_default_is_seen(client: int) -> None:
-    scope = program("def f(x=[], *, k={}): return x, k")
-    assert arrive(scope["f"])() == ([], {})
-    scope["f"].__defaults__[0].append(1)
-    assert arrive(scope["f"])() == ([1], {})
-    scope["f"].__kwdefaults__["k"][2] = 3
-    assert arrive(scope["f"])() == ([1], {2: 3})
+ENUMERATIONS = """
+import enum
+class Planet(enum.Enum):
+    EARTH = (1, 2)
+    TERRA = (1, 2)
+    MARS = (3, 4)
+    def __init__(self, mass, radius): self.mass, self.radius = mass, radius
+class Label(str, enum.Enum):
+    def __new__(cls, value, label):
+        one = str.__new__(cls, value)
+        one._value_, one.label = value, label
+        return one
+    A = "a", "Label A"
+class Bits(enum.Flag):
+    READ = 1
+    WRITE = 2
+    BOTH = 3
+"""
 
 
-def numbered(monkeypatch: pytest.MonkeyPatch, number: str, data: bytes) -> Any:
-    """What a runner makes of a pickle with a number, and its snapshot."""
-    monkeypatch.setattr(context, "pickle", number)
-    value = loads(data)
-    monkeypatch.setattr(context, "pickle", "")
-    return value, by_value.take_snapshot()
-
-
-def test_a_snapshot_holds_until_something_that_it_is_of_is_set(
-    client: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scope = program("a = b = 1\ndef f(): return a\ndef g(): return b")
-    first = dumps(scope["f"])
-    f, snapshot = numbered(monkeypatch, "1", first)
-    assert (f(), snapshot.holds()) == (1, True)
-    scope["b"] = 2
-    assert arrive(scope["g"])() == 2
-    assert snapshot.holds(), "of which it is not"
-    scope["a"] = 2
-    arrive(scope["f"])
-    assert not snapshot.holds()
-    f, snapshot = numbered(monkeypatch, "1", first)
-    assert (f(), snapshot.holds()) == (1, True)
-    assert by_value.take_snapshot() is None
-
-
-@pytest.mark.parametrize("attribute", ["n = 0", "n, items = 0, []"])
-def test_a_snapshot_is_of_classes_too(
-    client: int, monkeypatch: pytest.MonkeyPatch, attribute: str
-) -> None:
-    scope = program(f"class C: {attribute}\ndef f(): return C.n")
-    datas = []
-    for scope["C"].n in (0, 1):
-        datas.append(dumps(scope["f"]))
+def test_members_of_an_enumeration_keep_what_it_gave_them(client: int) -> None:
+    scope = program(ENUMERATIONS)
+    datas = [dumps(scope[name]) for name in ("Planet", "Label", "Bits")]
+    results = [dumps(scope[name], is_result=True) for name in ("Planet", "Label", "Bits")]
     forget(scope)
-    f, zero = numbered(monkeypatch, "1", datas[0])
-    assert (f(), zero.holds()) == (0, True)
-    f, one = numbered(monkeypatch, "2", datas[1])
-    assert (f(), zero.holds(), one.holds()) == (1, False, True)
-    f, zero = numbered(monkeypatch, "1", datas[0])
-    assert (f(), zero.holds(), one.holds()) == (0, True, False)
+    for planet, label, bits in (map(loads, datas), map(loads, results)):
+        assert (planet.EARTH.mass, planet.MARS.radius) == (1, 4)
+        assert planet["TERRA"] is planet.EARTH
+        assert list(planet.__members__) == ["EARTH", "TERRA", "MARS"]
+        assert (label.A.label, label.A + "x", label("a")) == ("Label A", "ax", label.A)
+        assert bits.READ | bits.WRITE is bits.BOTH
 
 
-def test_a_large_value_is_known_by_the_number_that_it_came_under(
-    client: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scope = program("def f(): return data[0]\ndef g(): return data[0]")
-    scope["data"] = b"x" * LARGE
-    one = dumps(scope["f"])
-    f, snapshot = numbered(monkeypatch, "1", one)
-    numbered(monkeypatch, "1", one)
-    assert snapshot.holds()
-    scope["data"] = b"y" * LARGE
-    g, other = numbered(monkeypatch, "2", dumps(scope["g"]))
-    assert (g(), snapshot.holds(), other.holds()) == (ord("y"), False, True)
-    f, _ = numbered(monkeypatch, "1", one)
-    assert (f(), other.holds()) == (ord("x"), False)
+def test_other_bases_are_seen(client: int) -> None:
+    scope = program(
+        "class A:\n    def who(self): return 'a'\n"
+        "class B:\n    def who(self): return 'b'\n"
+        "class C(A): pass"
+    )
+    before = dumps(scope["C"])
+    scope["C"].__bases__ = (scope["B"],)
+    after = dumps(scope["C"])
+    forget(scope)
+    kind = loads(before)
+    assert kind().who() == "a"
+    assert loads(after) is kind
+    assert kind().who() == "b"
 
 
 def test_what_is_deleted_from_a_class_is_gone(client: int) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from achilles.runtime import by_value, context
+from achilles.runtime import context
 from achilles.runtime.by_value import dumps
 from achilles.runtime.reducers import reducer, shared_reducer
 from achilles.runtime.serialize import VALUE, dump_result, dumps_call, loads
+from achilles.runtime.tokens import token_of
 from tests.unit.runtime.test_by_value import program
 
 PROGRAM = """
@@ -78,7 +79,7 @@ def test_what_is_registered_with_multiprocessing_is_used(monkeypatch: pytest.Mon
     monkeypatch.setitem(known, Registered, _reduce_registered)
     assert loads(dumps([Registered(3)]))[0].n == 3
     with pytest.raises(TypeError, match="has no content"):
-        by_value._token([Registered(3)])
+        token_of([Registered(3)])
     assert shared_reducer(functools.partial(abs, 1)) is None
     assert shared_reducer(3) is None
 
