@@ -25,7 +25,7 @@ from achilles.handles import Handle, restore
 from achilles.mailbox import INIT_BLOB, Mailbox
 from achilles.maps import name_of, results
 from achilles.options import count, merge_options
-from achilles.runtime import context, shared
+from achilles.runtime import shared
 from achilles.runtime.arguments import ArgumentTable, Attached, join_attached
 from achilles.runtime.functions import FunctionTable, bytes_of
 from achilles.runtime.serialize import dumps, dumps_call, join_inline
@@ -125,8 +125,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         from achilles.config import cores, load
 
         settings = load(config)
-        if max_workers is None:
-            max_workers = settings["client.max_workers"]
+        max_workers = settings["client.max_workers"] if max_workers is None else max_workers
         self._join_file = settings["join"]
         self._prints = settings["client.output"] == "print"
         self._results = settings["client.results"]
@@ -194,6 +193,7 @@ class DistributedExecutor(concurrent.futures.Executor):
             self._mailbox.credit,
             self._mailbox.slots,
             b"" if self._is_embedded else self._mailbox.init_blob,
+            self._mailbox.cluster,
         )
         return restore, (type(self), *handle.but(self._options))
 
@@ -213,11 +213,11 @@ class DistributedExecutor(concurrent.futures.Executor):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _connect(self, handle: Handle) -> None:
-        """Through the runner, in a task on the same kind of runners; else as the pickled one was connected."""
+        """Through the runner, in a task of the same cluster; else as the pickled one was connected."""
         self._check_process()
         if self._was_shut_down:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        if context.side is not None and context.is_embedded == self._is_embedded:
+        if handle.is_here:
             from achilles.nested import connection as nested
 
             backend = nested(handle.credit, handle.slots)

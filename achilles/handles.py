@@ -6,6 +6,7 @@ import os
 from typing import Any, NamedTuple, TypeVar
 
 from achilles.core.protocol import Options
+from achilles.runtime import context
 
 E = TypeVar("E")
 
@@ -23,6 +24,16 @@ class Handle(NamedTuple):
     credit: int
     slots: int
     init_blob: bytes  # for a connection of its own
+    cluster: str  # whose runners it used, as in `context`
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the runner in which this is belongs to the cluster that the pickled one had."""
+        if context.side is None:
+            return False
+        if self.cluster and context.cluster:
+            return self.cluster == context.cluster
+        return context.is_embedded == (not self.address)
 
     def but(self, options: Options | None) -> Handle:
         """The same with these options."""

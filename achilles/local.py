@@ -39,6 +39,7 @@ class LocalCluster:
     def __init__(self, slots: int, *, tasks_max: int = 0, name: str = "local") -> None:
         self._loop = Loop()
         self.mailbox = Mailbox(self._loop.wake)
+        self.mailbox.cluster = os.urandom(16).hex()
         self._submission = submission.Submission()
         self._scheduler = scheduler.Scheduler(now=monotonic())
         self._agent = agent.Agent(slots, tasks_max=tasks_max)
@@ -49,6 +50,7 @@ class LocalCluster:
             cwd=None,
             argv=list(sys.argv),
             authkey=own_authkey(),
+            cluster=self.mailbox.cluster,
         )
         self._sends: deque[submission.Send | dispatch.Send | agent.Send] = deque()
         self._requests: deque[Callable[[], None]] = deque()

@@ -67,6 +67,7 @@ class Mailbox:
         self._groups: dict[tuple[Any, ...], Group] = {}
         self._callbacks: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
         self.callback_thread: threading.Thread | None = None
+        self.cluster = ""  # whose runners run the tasks, as in `context`
         self._io_thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self.is_awake = False  # the I/O thread looks into the inbox before it waits

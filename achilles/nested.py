@@ -94,6 +94,7 @@ class NestedConnection:
         self.mailbox = Mailbox(lambda: self._letters.put(None))
         if context.seal is not None:
             self.mailbox.sealer = Sealer(context.seal, self.root)
+        self.mailbox.cluster = context.cluster
         self.mailbox.credit = credit
         self.mailbox.slots = slots
         self.functions = FunctionTable(ArgumentTable(store=copy, is_far=not context.is_embedded))

@@ -81,6 +81,7 @@ def worker(
         captures=settings["worker.output"] == "client",
         memory_limit=settings["worker.memory_limit"],
         connect_timeout=settings["client.connect_timeout"],
+        cluster=found.broker_public,
     )
     stop.wake = running.loop.wake
     is_first = True

@@ -69,6 +69,7 @@ def connection(
         broker_timeout=broker_timeout,
         prints=prints,
     )
+    made.mailbox.cluster = found.broker_public
     if results is not None:
         made.mailbox.allowed = Allowed(results)
     return made

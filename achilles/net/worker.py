@@ -40,6 +40,7 @@ class Worker:
         memory_limit: bytes that a runner may have for itself; None: any number.
         captures: what tasks print goes to their client, instead of where our own output goes.
         connect_timeout: seconds until the first session must have begun.
+        cluster: the broker's public key, by which a task knows executors of its own cluster.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Worker:
         connect_timeout: float,
         memory_limit: int | None = None,
         captures: bool = True,
+        cluster: str = "",
     ) -> None:
         self.loop = SocketLoop()
         hello = p.WorkerHello(
@@ -74,6 +76,7 @@ class Worker:
             is_remote=True,
             captures=captures,
             code=code,
+            cluster=cluster,
         )
         self._sends: deque[Send] = deque()
         self._connect_by = monotonic() + connect_timeout

@@ -16,6 +16,7 @@ pickle = ""  # the number, or numbers, of the pickle that is being read, where t
 root = b""  # the name of the session that the task is done for in the end, where calls are sealed
 seal: Seal | None = None  # what a runner of a worker seals with; None elsewhere
 far: set[int] = set()  # threads that are in a `Pickling` for other machines
+cluster = ""  # what this runner is of: an embedded executor (a random number), or a broker (its public key)
 is_embedded = False  # the runner belongs to an embedded executor, not to a worker
 side: RunnerSide | None = None  # a runner's side channel; None elsewhere
 

@@ -96,6 +96,7 @@ class RunnerHost:
         is_remote: bool = False,
         captures: bool = False,
         code: bytes | None = None,
+        cluster: str = "",
     ) -> None:
         self.register = register
         self.unregister = unregister
@@ -108,6 +109,7 @@ class RunnerHost:
             "is_remote": is_remote,
             "captures": captures,
             "code": code,
+            "cluster": cluster,
         }
         self.seal = None if code is None else Seal(code)
         self.pieces = itertools.count(1)  # of what was printed

@@ -222,6 +222,7 @@ class Runner:
                     self._receive()
             case ("setup", setup):
                 _setup(setup["path"], setup["argv"], setup["cwd"], setup["authkey"])
+                context.cluster = setup["cluster"]
                 if setup["captures"]:
                     _print_by_line()
                 if setup["is_remote"]:

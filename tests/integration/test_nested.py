@@ -279,3 +279,15 @@ def test_many_threads_and_tasks(make: Maker) -> None:
         thread.join(WAIT)
     assert found == [sum(n * (n + 1) // 2 for n in range(10)) + 20100] * 3
     assert time.monotonic() - start < WAIT
+
+
+def _through(executor: Any) -> int:
+    pid: int = executor.submit(os.getpid).result(30)
+    return pid
+
+
+def test_another_embedded_executor_is_not_taken_for_the_tasks_own() -> None:
+    with DistributedExecutor(1) as one, DistributedExecutor(1) as other:
+        assert one.submit(_through, one).result(30)
+        with pytest.raises(RuntimeError, match="runners are children of another process"):
+            one.submit(_through, other).result(30)

@@ -12,6 +12,7 @@ import pytest
 from achilles import executor as module
 from achilles.executor import DistributedExecutor
 from achilles.handles import Handle
+from achilles.runtime import context
 from tests import tasks
 from tests.unit.silent import Backend
 
@@ -107,3 +108,33 @@ def test_only_what_a_connection_brings_is_looked_up_late(backends: list[Backend]
         assert not hasattr(DistributedExecutor(2), name)
     assert os.getpid() == handle._pid
     assert module.DistributedExecutor is type(handle)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "address", "own", "is_embedded", "wanted"),
+    [
+        ("a", "", "a", True, True),
+        ("a", "", "b", True, False),
+        ("a", "tcp://h:1", "a", False, True),
+        ("a", "tcp://h:1", "b", False, False),
+        ("a", "tcp://h:1", "b", True, False),
+        ("", "", "b", True, True),  # of one that does not tell
+        ("", "tcp://h:1", "", False, True),
+        ("", "tcp://h:1", "", True, False),
+    ],
+)
+def test_it_is_at_home_with_runners_of_its_own_cluster(
+    backends: list[Backend],
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: str,
+    address: str,
+    own: str,
+    is_embedded: bool,
+    wanted: bool,
+) -> None:
+    handle = handle_of(DistributedExecutor(2))._replace(cluster=cluster, address=address)
+    assert not handle.is_here, "this is no runner"
+    monkeypatch.setattr(context, "side", object())
+    monkeypatch.setattr(context, "cluster", own)
+    monkeypatch.setattr(context, "is_embedded", is_embedded)
+    assert handle.is_here is wanted
