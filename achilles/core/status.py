@@ -14,13 +14,13 @@ from achilles.core.protocol import Status
 def labels(workers: Sequence[tuple[str, int]]) -> list[str]:
     """What to call workers of these names and process ids, in their order: by name, and where several have one by both."""
     taken = Counter(name for name, _ in workers)
-    found: list[str] = []
+    found: dict[str, None] = {}
     for name, pid in workers:
         label = name if taken[name] == 1 else f"{name} ({pid})"
         while label in found:  # of another host
             label += "'"
-        found.append(label)
-    return found
+        found[label] = None
+    return list(found)
 
 
 def status_dict(status: Status) -> dict[str, Any]:
