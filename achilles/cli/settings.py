@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -75,14 +75,11 @@ class Context:
         """
         from achilles.net.endpoint import parse_endpoint
 
-        value, origin = self.settings[key], self.settings.origin(key)
+        value = self.settings[key]
         try:
             return parse_endpoint(value, to_bind=to_bind)
         except ConfigError as error:
-            text = f"{key} from {origin}: {error}"
-            if key in self._given:
-                raise click.UsageError(text) from None
-            raise ConfigError(text) from None
+            self._refuse(key, str(error))
 
     def check_host(self, key: str) -> None:
         """Refuse a setting that is no host's name or address.
@@ -92,15 +89,20 @@ class Context:
         """
         from achilles.net.endpoint import parse_endpoint
 
-        value, origin = self.settings[key], self.settings.origin(key)
+        value = self.settings[key]
         try:
             if value is not None:
                 parse_endpoint(f"tcp://{value}:1")
         except ConfigError:
-            text = f"{key} from {origin}: {value!r} is not a host's name or address (an IPv6 address in brackets)"
-            if key in self._given:
-                raise click.UsageError(text) from None
-            raise ConfigError(text) from None
+            self._refuse(
+                key, f"{value!r} is not a host's name or address (an IPv6 address in brackets)"
+            )
+
+    def _refuse(self, key: str, why: str) -> NoReturn:
+        text = f"{key} from {self.settings.origin(key)}: {why}"
+        if key in self._given:
+            raise click.UsageError(text) from None
+        raise ConfigError(text) from None
 
     def address(self) -> str | None:
         """The broker that is meant; None is this user's running one.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 attempt = 0
 client = 0  # the host's number for the client whose task runs; 0: this is no runner, or it has not run any
 seq = 0  # of the chunk that runs
-pickle = ""  # the number, or numbers, of the pickle that is being read, where the same one comes again under them
+pickle = ""  # the client and number of the function that is being unpickled, where it has a number
 root = b""  # the name of the session that the task is done for in the end, where calls are sealed
 seal: Seal | None = None  # what a runner of a worker seals with; None elsewhere
 far: set[int] = set()  # threads that are in a `Pickling` for other machines
@@ -32,7 +32,8 @@ class Pickling:
             far.add(get_ident())
 
     def __exit__(self, *exc: object) -> None:
-        far.discard(get_ident())
+        if self._is_far:
+            far.discard(get_ident())
 
 
 def current_attempt() -> int:

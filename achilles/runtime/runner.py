@@ -112,9 +112,7 @@ class Runner:
         self.rest = b""  # what was read of the socket behind the last command
         self.blobs: dict[tuple[int, int], bytes] = {}
         self.functions: dict[tuple[int, int], Any] = {}  # values of blobs that hold no state
-        self.snapshots: dict[
-            tuple[int, int], Snapshot
-        ] = {}  # what those functions want of their globals
+        self.snapshots: dict[tuple[int, int], Snapshot] = {}  # the globals that those want
         self.modules: ClientModules | None = None  # of those clients that are elsewhere
         self.inits: dict[tuple[int, int], bytes | None] = {}  # how the initializers ended
         self.opener: Opener | None = None  # where calls are sealed
@@ -311,7 +309,8 @@ class Runner:
         elif init:
             failed = self._initialize(root, init)
         shared = self.functions.get((client, fn))
-        if (client, fn) in self.snapshots and not self.snapshots[client, fn].holds():
+        snapshot = self.snapshots.get((client, fn))
+        if snapshot is not None and not snapshot.holds():
             shared = None  # tasks that were submitted with other globals came between
         resolve = self._resolver(client) if blobs else None
         call: Any = shared

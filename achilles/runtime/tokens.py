@@ -14,7 +14,7 @@ import weakref
 from hashlib import blake2b
 from io import BytesIO
 from pickle import PickleBuffer
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from cloudpickle import Pickler as CloudPickler
@@ -23,7 +23,8 @@ from cloudpickle import cloudpickle
 from achilles.runtime.reducers import reducer, shared_reducer
 from achilles.runtime.serialize import LARGE
 
-_numbered: weakref.WeakKeyDictionary[FunctionType, tuple[tuple[int, ...], str]]
+# The code that a function had when it got its number: an id could be another's by now.
+_numbered: weakref.WeakKeyDictionary[FunctionType, tuple[CodeType, str]]
 _numbered = weakref.WeakKeyDictionary()
 _process = uuid.uuid4().hex
 _numbers = itertools.count(1)
@@ -41,7 +42,7 @@ def unique() -> str:
 
 def adopt(fn: FunctionType, token: str) -> None:
     """The function was made for that token: it keeps the number if it travels on."""
-    _numbered[fn] = _facts(fn), "-".join(token.split("-", 2)[:2])
+    _numbered[fn] = fn.__code__, "-".join(token.split("-", 2)[:2])
 
 
 def renew() -> None:
@@ -84,18 +85,18 @@ def _contents(cell: Any) -> object:
 
 def _number_of(fn: FunctionType) -> str:
     """The number of the function object, as long as it has the same code."""
-    facts = _facts(fn)
     known = _numbered.get(fn)
-    if known is None or known[0] != facts:
-        known = _numbered[fn] = (facts, unique())
+    if known is None or known[0] is not fn.__code__:
+        known = _numbered[fn] = (fn.__code__, unique())
     return known[1]
 
 
-def _facts(fn: FunctionType) -> tuple[int, ...]:
-    return (id(fn.__code__),)
-
-
 def token_of(value: object) -> str:
+    """The hash of the value's pickle.
+
+    Raises:
+        Exception: it cannot be pickled, or is too large.
+    """
     file = BytesIO()
     _TokenPickler(file, 5, _refuse_large).dump(value)
     return blake2b(file.getvalue(), digest_size=16).hexdigest()
