@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from achilles.cli.settings import Context, count
+from achilles.cli.settings import ANY_ARGUMENT, Context, count
 from achilles.config import home
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _with_advice(row: dict[str, Any], address: str) -> str:
     return f"{row['reason']}; {helps}" if helps else str(row["reason"])
 
 
-@click.command()
+@click.command(context_settings=ANY_ARGUMENT)
 @click.argument("worker")
 @click.pass_obj
 def drain(context: Context, worker: str) -> None:

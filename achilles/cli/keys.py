@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from achilles.cli.settings import Context, count, escape
+from achilles.cli.settings import ANY_ARGUMENT, Context, count, escape
 from achilles.config import home
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def export(context: Context, role: str, name: str | None, without_code: bool) ->
         )
 
 
-@keys.command()
+@keys.command(context_settings=ANY_ARGUMENT)
 @click.argument("role", type=click.Choice(ROLES))
 @click.argument("public")
 @click.option("--name", metavar="NAME", required=True, help="What the key is called.")
@@ -90,7 +90,7 @@ def add(context: Context, role: str, public: str, name: str) -> None:
     click.echo(f"{role} {escape(name)} ({entry.fingerprint}) may meet the broker")
 
 
-@keys.command()
+@keys.command(context_settings=ANY_ARGUMENT)
 @click.argument("which", metavar="NAME|FINGERPRINT")
 @click.pass_obj
 def revoke(context: Context, which: str) -> None:

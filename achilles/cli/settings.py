@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from achilles.net.keys import Join
 
 FIELD_MAX = 4096  # characters of one message in the log
+ANY_ARGUMENT = {"ignore_unknown_options": True}  # keys and names may begin with a dash
 
 
 class Context:

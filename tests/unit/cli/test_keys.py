@@ -76,6 +76,19 @@ def test_add_and_revoke(achilles_home: Path) -> None:
     assert invoke("add", "king", public, "--name", "laptop")[0] == 2
 
 
+def test_a_key_and_a_name_may_begin_with_a_dash(achilles_home: Path) -> None:
+    public = "-" + "0" * 39  # one key in 85 begins so
+    for name in ("-n", "--laptop"):
+        code, output, _ = invoke("add", "client", public, "--name", name)
+        assert (code, output.startswith(f"client {name} (")) == (0, True)
+        assert entries(achilles_home)[-1].public == public
+        code, output, _ = invoke("revoke", name)
+        assert (code, output.startswith(f"revoked client {name} (")) == (0, True)
+    code, _, said = invoke("add", "client", public, "--nam", "laptop")
+    assert code == 2
+    assert "--name" in said
+
+
 def test_rotate(achilles_home: Path) -> None:
     before = key_pair(achilles_home, "client").fingerprint
     code, output, _ = invoke("rotate", "client")
