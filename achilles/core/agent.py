@@ -3,7 +3,8 @@
 Rules
     1. Each task of a lease is reported once: done, returned, or crashed.
     2. A runner holds at most two chunks: the one that it runs and one behind it.
-    3. Nothing waits behind one task for more than `STUCK_SECONDS`: what has not started goes back.
+    3. Nothing waits behind one task for more than `STUCK_SECONDS`, or than `IDLE_SECONDS` where a runner is idle: what has not
+       started goes back.
     4. A task is ended (it took too long, or nobody wants it any more) when it is alone on its runner: then its
        runner is killed, and no neighbour with it.
     5. A task whose lease is lent waits for tasks of its own: it takes up no slot, and nothing waits behind it. There are as
@@ -29,9 +30,19 @@ from typing import Literal, NamedTuple, TypeAlias
 from achilles.core import envelope
 from achilles.core import protocol as p
 from achilles.core.budget import bounded
+from achilles.core.chunking import IDLE_SECONDS as IDLE_SECONDS
 from achilles.core.chunking import STUCK_SECONDS as STUCK_SECONDS
 from achilles.core.holding import Holding
-from achilles.core.runners import CHUNKS_MAX, Chunk, Runner, crossed, without_first
+from achilles.core.runners import (
+    CHUNKS_MAX,
+    Chunk,
+    Runner,
+    crossed,
+    overdue,
+    relayed,
+    surplus,
+    without_first,
+)
 from achilles.core.runners import START_SECONDS as START_SECONDS
 from achilles.errors import ProtocolError
 
@@ -60,6 +71,7 @@ class Agent:
         self._blobs: dict[tuple[int, int], p.Payload] = {}
         self._next_runner = 1
         self._due: dict[int, float] = {}  # the runners that `tick` has to look at, and when
+        self._relieve_at: float | None = None  # when to see what waits although a runner is idle
         self.is_draining = False  # it takes no more work
         self._said_goodbye = False
         self._lent: set[int] = set()  # leases
@@ -112,6 +124,8 @@ class Agent:
                     self._retire(runner, sends)
         if not self._due:
             return sends
+        if self._relieve_at is not None and now >= self._relieve_at:
+            sends += self._relieve(now)
         for number in [number for number, at in self._due.items() if now >= at]:
             runner = self._runners[number]
             times_out_at = runner.times_out_at
@@ -126,6 +140,8 @@ class Agent:
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
         wanted = min(self._due.values(), default=None)
+        if wanted is not None and self._relieve_at is not None:
+            wanted = min(wanted, self._relieve_at)
         if len(self._runners) > self._slots and (surplus := self._surplus()):
             at = surplus[0].progress_at + SURPLUS_SECONDS
             wanted = at if wanted is None else min(at, wanted)
@@ -197,6 +213,7 @@ class Agent:
         self._chunks.clear()
         self._queue.clear()
         self._due.clear()
+        self._relieve_at = None
         self._lent.clear()
         self._blobs.clear()
         self._holding.clear()
@@ -291,17 +308,18 @@ class Agent:
             return []
         match letter.kind:
             case envelope.NESTED:
-                return self._from_task(runner, letter)
+                try:
+                    return [Send("broker", relayed(runner, letter))]
+                except ProtocolError as error:  # user code can write anything there
+                    return self._blame(runner, f"wrote to the worker's side channel: {error}")
             case p.IMPORT | p.OUTPUT | p.PARTS:
                 return self._to_client(runner, letter)
             case _:
-                return []  # user code can write there what it likes
+                return []
 
     def _to_client(self, runner: Runner, letter: p.FromRunner) -> list[Send]:
         """Pass a letter on, if it concerns the client that the runner works for."""
-        if all(chunk.root != letter.client for chunk in runner.chunks):
-            return []
-        if len(letter.body) > p.LETTER_MAX:
+        if not runner.works_for(letter.client) or len(letter.body) > p.LETTER_MAX:
             return []
         passed = p.Letter(0, letter.runner, letter.client, letter.kind, letter.body)
         return [Send("broker", passed)]
@@ -309,32 +327,9 @@ class Agent:
     def _to_runner(self, letter: p.Letter) -> list[Send]:
         """Pass a client's letter to its runner: to one that works for that client, and no other."""
         runner = self._runners.get(letter.runner)
-        if runner is None or all(chunk.root != letter.client for chunk in runner.chunks):
+        if runner is None or not runner.works_for(letter.client):
             return []
         return [Send("host", p.ToRunner(letter.runner, letter.client, letter.kind, letter.body))]
-
-    def _from_task(self, runner: Runner, letter: p.FromRunner) -> list[Send]:
-        """Pass on what a task says as a client. User code can write anything there, and would end its runner by it."""
-        client = letter.client
-        try:
-            seq, message = envelope.unpack(letter.body)
-            match message:
-                case p.Submit(ids=ids):
-                    runner.submitted.update([(client, id) for id in ids])
-                case p.Cancel(ids=ids):
-                    runner.submitted.difference_update([(client, id) for id in ids])
-                case p.Blob() | p.Forget() | p.StatusRequest():
-                    pass
-                case _:
-                    raise ProtocolError(f"a task does not send {type(message).__name__}")
-        except ProtocolError as error:
-            return self._blame(runner, f"wrote to the worker's side channel: {error}")
-        runner.has_submitted = True
-        lease = 0
-        for chunk in runner.chunks:
-            if chunk.seq == seq and chunk.root == client:
-                lease = chunk.run.lease
-        return [Send("broker", p.Relay(runner.number, client, lease, message))]
 
     def _blame(self, runner: Runner | None, fault: str, kind: str = p.CRASHED) -> list[Send]:
         """Kill a runner that cannot be trusted any more; ``kind`` is what its task is charged with."""
@@ -368,20 +363,14 @@ class Agent:
             return []
         self._lent.add(lease)
         self._has_lent = True
-        sends: list[Send] = []
-        if runner.stuck_at is not None:
-            sends.append(Send("host", p.Recall(runner.number)))
-        return [*sends, *self._assign(now)]
+        recall = [Send("host", p.Recall(runner.number))] if runner.stuck_at is not None else []
+        return [*recall, *self._assign(now)]
 
     def _holder(self, chunk: Chunk) -> Runner:
         return next(runner for runner in self._runners.values() if chunk in runner.chunks)
 
     def _surplus(self) -> list[Runner]:
-        """Idle runners beyond the slots, as many as are too many, the longest idle first."""
-        staying = [runner for runner in self._runners.values() if not runner.is_retiring]
-        idle = [runner for runner in staying if not runner.chunks and not runner.submitted]
-        idle.sort(key=lambda runner: runner.progress_at)
-        return idle[: max(0, len(staying) - self._slots - len(self._lent))]
+        return surplus(self._runners.values(), self._slots + len(self._lent))
 
     # --- Runners ----------------------------------------------------------------------------------
 
@@ -488,7 +477,20 @@ class Agent:
         if runner.condemned:
             sends += self._execute_sentence(runner)
         self._watch(runner)
-        return [*sends, *self._assign(now), *self._goodbye_if_empty()]
+        sends += self._assign(now)
+        if self._due and not runner.chunks and (self._relieve_at or 0.0) < now:
+            self._relieve_at = now + IDLE_SECONDS
+        return [*sends, *self._goodbye_if_empty()]
+
+    def _relieve(self, now: float) -> list[Send]:
+        """Call back what waits behind tasks that run for long, from as many runners as are idle."""
+        idle = sum(1 for runner in self._runners.values() if runner.is_open and not runner.chunks)
+        count = min(idle, self._slots - self._busy)
+        found, self._relieve_at = overdue(self._runners.values(), count, now)
+        for runner in found:
+            runner.recalled_at = now
+            self._watch(runner)
+        return [Send("host", p.Recall(runner.number)) for runner in found]
 
     def _drop_finished(self, runner: Runner) -> None:
         chunks = runner.chunks

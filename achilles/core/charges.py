@@ -16,6 +16,7 @@ from achilles.core.tables import Blame, Task, TaskQueue
 
 CRASHES_MAX = 3
 LOSSES_MAX = 5
+ORDERED_MAX = 64  # tasks at the front of a queue, to find the place of one that is put back
 
 
 class Charges:
@@ -93,14 +94,21 @@ class Charges:
     def requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:
         """Put leased tasks back to the front of their queue, without those that nobody waits for.
 
+        They come between others that were put back: the youngest, always in front, would go out and come back again and again.
+
         ``is_reassigned``: a runner or worker failed them, which the status counts.
         """
-        waiting = 0
-        for task in reversed(tasks):
+        for task in tasks:
             task.lease = None
-            if task.queue is not None:
-                queue.tasks.appendleft(task)
-                waiting += 1
+        wanted = [task for task in tasks if task.queue is not None]
+        waiting = len(wanted)
+        queued = queue.tasks
+        if wanted:
+            last = wanted[-1].id
+            while queued and queued[0].id < last and len(wanted) < waiting + ORDERED_MAX:
+                wanted.append(queued.popleft())
+            wanted.sort(key=_id_of)
+        queued.extendleft(reversed(wanted))
         self.reassigned += waiting * is_reassigned
         self._desk.requeue(queue, waiting)
 
@@ -113,6 +121,10 @@ class Charges:
             task.queue = None
             queue.forget_unwanted()
             queue.client.enqueue(queue)  # it may have stood before an older one: see `TaskQueue`
+
+
+def _id_of(task: Task) -> int:
+    return task.id
 
 
 def blame_of(task: Task) -> Blame:

@@ -13,7 +13,8 @@ Theory
     work: a slot that idles for so long costs less than one more dispatch. Short tasks that are submitted as fast as they
     are done are all tail, and would otherwise travel alone.
 
-    A worker gives back what has waited for `STUCK_SECONDS` behind a task. So nothing is sent ahead, to wait behind
+    A worker gives back what has waited for `STUCK_SECONDS` behind a task, or for `IDLE_SECONDS` where it has a runner without work:
+    tasks of one function can take longer than those before them did. So nothing is sent ahead, to wait behind
     a running chunk, where a task takes longer than that.
 """
 
@@ -26,6 +27,7 @@ CHUNK_SECONDS_MAX = 0.03
 BACKLOG_PART = 0.2
 SHARE_SECONDS = 0.0005
 STUCK_SECONDS = 0.04  # since the last known result; later ones may lie in a runner's pipe for 0.034
+IDLE_SECONDS = 0.005  # a runner is idle, with nothing for it on its way
 _MEMORY_TASKS = 64  # the average forgets what is older than about so many tasks
 
 
@@ -34,8 +36,8 @@ class Estimate:
 
     __slots__ = ("_tasks", "seconds")
 
-    def __init__(self) -> None:
-        self.seconds: float | None = None
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds = seconds  # a first guess, which the first task that is measured replaces
         self._tasks = 0
 
     def observe(self, tasks: int, seconds: float) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from achilles.core import envelope
 from achilles.core import protocol as p
-from achilles.core.chunking import STUCK_SECONDS
+from achilles.core.chunking import IDLE_SECONDS, STUCK_SECONDS
+from achilles.errors import ProtocolError
 
 CHUNKS_MAX = 2  # the one that runs, and one behind it
 START_SECONDS = 0.2  # a runner that has shown nothing yet is perhaps still starting
@@ -89,6 +91,10 @@ class Runner:
         """Whether its task waits for others."""
         return any(chunk.is_lent for chunk in self.chunks)
 
+    def works_for(self, client: int) -> bool:
+        """Whether it has tasks of that client, or of clients that are tasks of it."""
+        return any(chunk.root == client for chunk in self.chunks)
+
     @property
     def stuck_at(self) -> float | None:
         """When what waits behind its running task has waited long enough; None if nothing does."""
@@ -116,6 +122,51 @@ class Runner:
         assert len(self.chunks) <= CHUNKS_MAX, "a runner holds too many chunks"
         for chunk in self.chunks:
             assert chunk.open, "a finished chunk is kept"
+
+
+def surplus(runners: Collection[Runner], wanted: int) -> list[Runner]:
+    """Idle runners beyond those that are wanted, as many as are too many, the longest idle first."""
+    staying = [runner for runner in runners if not runner.is_retiring]
+    idle = [runner for runner in staying if not runner.chunks and not runner.submitted]
+    idle.sort(key=lambda runner: runner.progress_at)
+    return idle[: max(0, len(staying) - wanted)]
+
+
+def overdue(runners: Iterable[Runner], count: int, now: float) -> tuple[list[Runner], float | None]:
+    """Up to ``count`` runners that have not got on for `IDLE_SECONDS` and hold tasks that wait; when to look again, if at all."""
+    found: list[Runner] = []
+    held = [runner for runner in runners if runner.results and runner.stuck_at is not None]
+    for runner in sorted(held, key=lambda one: one.stuck_at or now)[: max(0, count)]:
+        at = max(runner.progress_at, runner.recalled_at) + IDLE_SECONDS
+        if now < at:
+            return found, at
+        found.append(runner)
+    return found, None
+
+
+def relayed(runner: Runner, letter: p.FromRunner) -> p.Relay:
+    """What a task says as a client, for the broker; the runner's account of its tasks follows it.
+
+    Raises:
+        ProtocolError: it is nothing that a task says.
+    """
+    client = letter.client
+    seq, message = envelope.unpack(letter.body)
+    match message:
+        case p.Submit(ids=ids):
+            runner.submitted.update([(client, id) for id in ids])
+        case p.Cancel(ids=ids):
+            runner.submitted.difference_update([(client, id) for id in ids])
+        case p.Blob() | p.Forget() | p.StatusRequest():
+            pass
+        case _:
+            raise ProtocolError(f"a task does not send {type(message).__name__}")
+    runner.has_submitted = True
+    lease = 0
+    for chunk in runner.chunks:
+        if chunk.seq == seq and chunk.root == client:
+            lease = chunk.run.lease
+    return p.Relay(runner.number, client, lease, message)
 
 
 def crossed(chunks: Iterable[Chunk], last_seq: int) -> list[tuple[int, int]]:

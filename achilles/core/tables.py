@@ -97,14 +97,14 @@ class TaskQueue:
         "tasks",
     )
 
-    def __init__(self, client: Client, group: p.Group) -> None:
+    def __init__(self, client: Client, group: p.Group, seconds: float | None = None) -> None:
         self.client = client
         self.group = group
         self.needs = group.needs
         self.does_lend = False  # its tasks wait for tasks of their own
         self.options = group.options or p.PLAIN
         self.entry: Rank | None = None  # under which it stands in its client's order
-        self.estimate = Estimate()
+        self.estimate = Estimate(seconds)
         self.tasks: deque[Task] = deque()
         self.live = 0
         self.leases = 0
@@ -196,6 +196,8 @@ class Client:
         self.is_held = False  # too many: no more of its tasks are run until it takes them
         self.queues: dict[p.Group, TaskQueue] = {}
         self._queues_max = 2 * QUEUES_KEPT
+        # Of the latest queue of each function, and of bundles of its calls.
+        self._estimates: dict[tuple[int, bool], Estimate] = {}
         # A heap of queues by rank for each set of wanted tags; stale entries are skipped.
         self.orders: dict[Tags, list[tuple[Rank, int, TaskQueue]]] = {}
         self._entries = 0
@@ -225,8 +227,18 @@ class Client:
             empty = [q for q in self.queues.values() if q.head() is None and not q.leases]
             for queue in empty[:-QUEUES_KEPT]:
                 del self.queues[queue.group]
+            kept = {id(queue.estimate) for queue in self.queues.values()}
+            self._estimates = {key: one for key, one in self._estimates.items() if id(one) in kept}
             self._queues_max = max(2 * QUEUES_KEPT, 2 * len(self.queues))
-        queue = self.queues[group] = TaskQueue(self, group)
+        if not group.fn:
+            queue = self.queues[group] = TaskQueue(self, group)
+            return queue
+        # With other arguments that are sent once, or other options, the function takes as long, for all that is known.
+        key = (group.fn, (group.options or p.PLAIN).is_bundle)
+        known = self._estimates.get(key)
+        seconds = None if known is None else known.seconds
+        queue = self.queues[group] = TaskQueue(self, group, seconds)
+        self._estimates[key] = queue.estimate
         return queue
 
     def tell(self, message: p.ToTask) -> Send:

@@ -31,7 +31,7 @@ import threading
 import weakref
 from _struct import Struct
 from collections import OrderedDict
-from functools import partial
+from functools import lru_cache, partial
 from io import BytesIO
 from pickle import Pickler, Unpickler
 
@@ -318,14 +318,14 @@ def _sample(view: memoryview) -> bytes:
 
 def _address(view: memoryview) -> int:
     """Where its memory is."""
-    from ctypes import addressof, byref, c_byte, c_char, c_void_p, py_object, pythonapi
+    import ctypes  # by its name: to import names from it takes longer than all else here
 
     if not view.readonly and view.nbytes:
-        return addressof(c_char.from_buffer(view))  # in a seventh of the time
-    raw = (c_byte * 256)()  # a Py_buffer, of 80 bytes, whose first member is the address
-    pythonapi.PyObject_GetBuffer(py_object(view), byref(raw), 0)
-    address = c_void_p.from_buffer(raw).value
-    pythonapi.PyBuffer_Release(byref(raw))
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))  # in a seventh of the time
+    raw = (ctypes.c_byte * 256)()  # a Py_buffer, of 80 bytes, whose first member is the address
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(raw), 0)
+    address = ctypes.c_void_p.from_buffer(raw).value
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(raw))
     return address or 0
 
 
@@ -379,7 +379,7 @@ class _Dumper(Pickler):
 
 def _lay_out(data: bytes, buffers: list[memoryview], numbers: list[int]) -> list[Buffer]:
     sizes = [0 if number else view.nbytes for view, number in zip(buffers, numbers, strict=True)]
-    head = _COUNT.pack(SHARING, len(buffers)) + Struct(f"<{2 * len(sizes) + 1}Q").pack(
+    head = _COUNT.pack(SHARING, len(buffers)) + _columns(len(sizes)).pack(
         len(data), *sizes, *numbers
     )
     parts: list[Buffer] = [head, data]
@@ -392,6 +392,11 @@ def _lay_out(data: bytes, buffers: list[memoryview], numbers: list[int]) -> list
     return parts
 
 
+@lru_cache(ATTACHED_MAX)
+def _columns(count: int) -> Struct:
+    return Struct(f"<{2 * count + 1}Q")
+
+
 def loads_attached(view: memoryview, resolve: Resolve) -> Any:
     """The value of a payload that refers to others.
 
@@ -399,7 +404,7 @@ def loads_attached(view: memoryview, resolve: Resolve) -> Any:
         BaseException: whatever the objects' own methods raise, and ``resolve``.
     """
     _, count = _COUNT.unpack_from(view)
-    columns = Struct(f"<{2 * count + 1}Q")
+    columns = _columns(count)
     size, *rest = columns.unpack_from(view, _COUNT.size)
     at = _COUNT.size + columns.size
     data = view[at : at + size]

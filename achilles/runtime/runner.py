@@ -318,6 +318,8 @@ class Runner:
         for index, payload in enumerate(payloads):
             if index and (token := read(tokens, 1)) != own:
                 _flush()
+                if blobs:
+                    _let_go_of_written()
                 return token
             payloads[index] = args = None
             if opener is not None:
@@ -357,6 +359,8 @@ class Runner:
             _flush()
             self._answer(seq, status, index, ended - started, data)
         payloads = call = shared = data = None  # type: ignore[assignment]
+        if blobs:
+            _let_go_of_written()
         return self._next_token()
 
     def _open(
@@ -516,6 +520,13 @@ def _flush() -> None:
                 file.flush()
         except Exception:
             pass  # the user's own file object, or a closed one
+
+
+def _let_go_of_written() -> None:
+    """Free the memory of what tasks wrote to large arguments of theirs."""
+    shared = sys.modules.get("achilles.runtime.shared")
+    if shared is not None:
+        shared.tidy()
 
 
 def _leave_fork() -> NoReturn:

@@ -4,6 +4,9 @@ The memory is anonymous (``memfd_create``), written once, and mapped copy-on-wri
 another's changes, and nothing is left behind when the last of them is gone. A mapping costs one or two descriptors
 for as long as something in it is used, so their number is bounded; beyond that, and where there is no memfd,
 payloads are copied.
+
+Who reads the same payload again and again (`fresh`) gets the same mapping each time, once nobody uses it any more and it is as
+it was: to map 64 MiB anew and to touch each page of it takes 20 ms, and to see that nothing was written to it 0.15 ms.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ import mmap
 import os
 import sys
 import weakref
+from sys import getrefcount
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes long
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import TypeAlias
+    from typing import Any, TypeAlias
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
@@ -30,10 +34,20 @@ _IOV_MAX = 64
 _FD_SIZE = 4  # a C int
 
 
+_DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
+
+
 class Mapping(mmap.mmap):
-    """A private, writable mapping of a whole memfd. ``fd`` is the memfd while it may be handed on, or -1."""
+    """A private, writable mapping of a whole memfd. ``fd`` is the memfd while it may be handed on, or -1.
+
+    ``spare`` is another one of the same memory, for `fresh`. Of that one, ``address`` is where it lies, and ``is_clean`` says that
+    it is as the memory, and nobody has had it since.
+    """
 
     fd = -1
+    spare: Mapping | None = None
+    address = 0
+    is_clean = False
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -41,6 +55,7 @@ class Mapping(mmap.mmap):
 
 
 _mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
+_sources: weakref.WeakSet[Mapping] = weakref.WeakSet()  # those with a spare
 
 
 def _mappings_max() -> int:
@@ -98,12 +113,77 @@ def copy(parts: Sequence[Buffer]) -> memoryview:
 def fresh(payload: Buffer) -> bytearray | memoryview:
     """The same bytes in memory of one's own, writable; not copied before they are written, where that is possible."""
     fd = _fd_of((payload,))
-    if fd >= 0 and len(_mappings) < MAPPINGS_MAX:
-        try:
-            return memoryview(_map(fd, keep=False))
-        except (OSError, ValueError):
-            pass  # out of descriptors, or of address space
+    if fd >= 0:
+        source: Mapping = payload.obj  # type: ignore[union-attr, assignment]
+        spare = _unused_spare(source)
+        if spare is not None and _restore(spare):
+            spare.is_clean = False
+            return memoryview(spare)
+        if _has_room():
+            try:
+                source.spare = spare = _map(fd, keep=False)
+            except (OSError, ValueError):
+                pass  # out of descriptors, or of address space
+            else:
+                import ctypes
+
+                spare.address = ctypes.addressof(ctypes.c_char.from_buffer(spare))
+                _sources.add(source)
+                return memoryview(spare)
     return bytearray(payload)
+
+
+def tidy() -> None:
+    """Let go of what was written to mappings that nobody uses any more."""
+    for source in tuple(_sources):
+        spare = _unused_spare(source)
+        if spare is not None:
+            spare.is_clean = _restore(spare)
+            if not spare.is_clean:
+                source.spare = None
+
+
+def _has_room() -> bool:
+    """Whether one more mapping may be; spares that nobody uses give way."""
+    if len(_mappings) >= MAPPINGS_MAX:
+        for source in tuple(_sources):
+            if _unused_spare(source) is not None:
+                source.spare = None
+    return len(_mappings) < MAPPINGS_MAX
+
+
+def _references(source: Any) -> int:
+    """How many there are to the source's spare; one of them is the source's."""
+    return getrefcount(source.spare)
+
+
+def _unused_spare(source: Mapping) -> Mapping | None:
+    """The source's spare, if it has one that nobody has."""
+    return source.spare if _references(source) == _UNUSED else None
+
+
+class _Unused:
+    spare = bytearray()
+
+
+_UNUSED = _references(_Unused)
+
+
+def _restore(spare: Mapping) -> bool:
+    """Make an unused mapping what it was at first; False if that cannot be done."""
+    if spare.is_clean:
+        return True
+    if _DROP is None:
+        return False
+    from achilles.runtime import written  # not a name from it, which takes longer
+
+    if written.is_as_in_file(spare.address, len(spare)):
+        return True
+    try:
+        spare.madvise(_DROP)
+    except (OSError, ValueError):
+        return False  # the task has locked it in memory, or closed it
+    return True
 
 
 class Handoff:
@@ -145,7 +225,7 @@ class Handoff:
                 fd = int.from_bytes(data[:_FD_SIZE], sys.byteorder)
                 is_kept = False
                 try:
-                    if len(_mappings) < MAPPINGS_MAX:
+                    if _has_room():
                         view = memoryview(_map(fd, keep=keep))
                         is_kept = keep
                         return view

@@ -44,7 +44,7 @@ _MODE_WP = 2
 _UFFDIO_API, _UFFDIO_REGISTER, _UFFDIO_UNREGISTER = 0xC018AA3F, 0xC020AA00, 0x8010AA01
 _PAGEMAP_SCAN = 0xC0606610
 _WP_MATCHING, _CHECK_WPASYNC = 1, 2
-_IS_WRITTEN = 2
+_IS_WRITTEN, _IS_FILE, _IS_PRESENT, _IS_SWAPPED = 2, 4, 8, 16
 _API, _RANGE, _REGISTER, _SCAN = Struct("=QQQ"), Struct("=QQ"), Struct("=QQQQ"), Struct("=12Q")
 _WALK_END = 4  # where in the answer to a scan it says how far that went
 _REGION_SIZE = 24  # of what it finds: from where, to where, what
@@ -177,6 +177,7 @@ class Watch:
 
 
 _kernel: _Kernel | None = None
+_pages: _Pages | None = None
 _is_known = False  # whether there is one
 _lock = threading.RLock()  # a watch may end while another one begins
 _watches: weakref.WeakSet[Watch] = weakref.WeakSet()
@@ -195,6 +196,44 @@ def watch(address: int, size: int) -> Watch | None:
         return None  # somebody else watches it, or it is of a kind that cannot be watched
 
 
+def is_as_in_file(address: int, size: int) -> bool:
+    """Whether surely nothing was written to this private mapping of a file: pages that were are the file's no more."""
+    global _pages
+    with _lock:
+        try:
+            if _pages is None:
+                _pages = _Pages()
+            return _pages.is_as_in_file(address, size)
+        except (OSError, ImportError):
+            return False
+
+
+class _Pages:
+    """What the kernel says of this process's pages.
+
+    Raises:
+        OSError: it does not say it.
+    """
+
+    def __init__(self) -> None:
+        from fcntl import ioctl
+
+        self._ioctl = ioctl
+        self._found: Final = array("Q", bytes(_REGION_SIZE))
+        self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+    def is_as_in_file(self, address: int, size: int) -> bool:
+        end = -(-(address + size) // PAGE) * PAGE
+        about = (_SCAN.size, 0, address, end, 0, self._found.buffer_info()[0], 1, 0)
+        wanted = (_IS_FILE, _IS_FILE, _IS_PRESENT | _IS_SWAPPED, _IS_FILE)  # not of the file
+        question = bytearray(_SCAN.pack(*about, *wanted))
+        found: int = self._ioctl(self._fd, _PAGEMAP_SCAN, question)
+        return found == 0
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 def _find_kernel() -> _Kernel | None:
     global _kernel, _is_known
     with _lock:
@@ -211,10 +250,11 @@ def _find_kernel() -> _Kernel | None:
 
 def _forget_kernel() -> None:
     """In a forked child, where the descriptors still stand for the parent's memory."""
-    global _kernel, _is_known, _lock
-    if _kernel is not None:
-        _kernel.close()
-    _kernel, _is_known, _lock = None, False, threading.RLock()
+    global _kernel, _pages, _is_known, _lock
+    for one in (_kernel, _pages):
+        if one is not None:
+            one.close()
+    _kernel, _pages, _is_known, _lock = None, None, False, threading.RLock()
     _watches.clear()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from achilles.core import protocol as p
-from achilles.core.agent import START_SECONDS, STUCK_SECONDS
+from achilles.core.agent import IDLE_SECONDS, START_SECONDS, STUCK_SECONDS
 from tests.unit.core.agents import (
     HOST,
     LOAD,
@@ -243,6 +243,67 @@ def test_what_waits_in_the_same_chunk_is_called_back_too() -> None:
     bench.recalled(1, (1, 1))
     assert bench.sent() == [returned(1, 2)]
     assert bench.core.next_deadline() is None
+
+
+def two_that_work() -> AgentBench:
+    """Runner 1 has a lease of two tasks, and another one behind it; runner 2 has a task."""
+    bench = AgentBench(slots=2)
+    for lease in (1, 2):
+        bench.run(lease, lease)
+        bench.sent()
+    for runner in (1, 2):
+        bench.finish(runner, (1, 0))
+        bench.sent()
+    for lease, ids in ((3, (3, 4)), (4, (5,)), (5, (6, 7))):
+        bench.run(lease, *ids)
+        bench.sent()
+    return bench
+
+
+def test_nothing_waits_for_long_while_a_runner_is_idle() -> None:
+    """What is behind a running task goes back as soon as no work can be on its way to the other."""
+    bench = two_that_work()
+    bench.tick(0.001)
+    bench.finish(2, (2, 0))
+    bench.sent()
+    assert bench.core.next_deadline() == bench.now + IDLE_SECONDS
+    bench.tick(IDLE_SECONDS / 2)
+    bench.tick_when_due()
+    assert bench.sent() == [recall(1)]
+    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
+    bench.recalled(1, (2, 1), (3, 2))
+    assert bench.sent() == [returned(3, 1), returned(5, 0, 1)]
+    bench.run(6, 4)
+    assert bench.sent() == [execute(2, 3, 4)]
+
+
+def test_a_runner_that_gets_on_is_not_called_back_for_an_idle_one() -> None:
+    """It has its own time from its last result on."""
+    bench = two_that_work()
+    bench.finish(2, (2, 0))
+    bench.sent()
+    bench.tick(IDLE_SECONDS * 0.75)
+    bench.finish(1, (2, 0))
+    bench.sent()
+    got_on = bench.now
+    bench.tick_when_due()
+    assert bench.sent() == []
+    assert bench.core.next_deadline() == got_on + IDLE_SECONDS
+    bench.tick_when_due()
+    assert bench.sent() == [recall(1)]
+
+
+def test_nothing_is_called_back_while_all_runners_work() -> None:
+    """It would come back to where it was."""
+    bench = two_that_work()
+    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
+    bench.tick(0.001)
+    bench.finish(2, (2, 0))
+    bench.sent()
+    bench.run(6, 8)
+    bench.sent()
+    bench.tick(2 * IDLE_SECONDS)
+    assert bench.sent() == []
 
 
 def test_a_task_alone_may_take_its_time() -> None:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 
 from achilles.core import protocol as p
-from achilles.core.charges import CRASHES_MAX, LOSSES_MAX
+from achilles.core.charges import CRASHES_MAX, LOSSES_MAX, ORDERED_MAX
 from achilles.core.dispatch import (
     ANNOUNCE_CHUNK_SECONDS,
     ANNOUNCE_SECONDS,
@@ -275,20 +275,33 @@ def test_the_same_task_twice_is_one_task() -> None:
     assert bench.core.status(bench.now).running == 1
 
 
+def test_what_is_put_back_comes_before_what_is_younger() -> None:
+    """The youngest of many that are put back would start again and again, and the others never."""
+    bench = SchedulerBench(slots=3)
+    leases = [one for id in (1, 2, 3) for one in runs(bench.submit(id))]
+    bench.submit(4)
+    bench.core.suspect(WORKER)
+    for lease in (leases[0], leases[2], leases[1]):
+        bench.say(WORKER, p.Returned(lease.lease, [0]))
+    assert [run.ids for run in runs(bench.core.resume(WORKER, bench.now))][:3] == [[1], [2], [3]]
+
+
 def test_the_oldest_task_goes_first_also_from_behind_one_that_was_put_back() -> None:
-    """A queue's place is that of its first task, which is younger than the second here for a while."""
+    """A queue's place is that of its first task; behind many older ones it may be younger than the second for a while."""
     bench = SchedulerBench()
     bench.say(CLIENT, p.Blob(0, 2, b"another function"))
-    (five,) = runs(bench.submit(5))
+    young = 5 * ORDERED_MAX
+    (five,) = runs(bench.submit(young))
     bench.core.suspect(WORKER)
-    bench.submit(1, 6)
-    bench.submit(3, 4, fn=2)
-    bench.say(WORKER, p.Returned(five.lease, [0]))  # it stands in front of 1
-    (three,) = runs(bench.core.resume(WORKER, bench.now))
-    assert three.ids == [3]
-    bench.say(CLIENT, p.Cancel([5], False))
-    (behind, *_) = runs(bench.done(WORKER, three))
-    assert behind.ids == [1]
+    bench.submit(*range(1, ORDERED_MAX + 3))
+    bench.submit(2 * ORDERED_MAX, 2 * ORDERED_MAX + 1, fn=2)
+    bench.say(WORKER, p.Returned(five.lease, [0]))
+    bench.say(CLIENT, p.Cancel(list(range(1, ORDERED_MAX + 1)), False))
+    (other,) = runs(bench.core.resume(WORKER, bench.now))
+    assert other.ids == [2 * ORDERED_MAX]
+    bench.say(CLIENT, p.Cancel([young], False))
+    behind, *_ = runs(bench.done(WORKER, other))
+    assert behind.ids == [ORDERED_MAX + 1]
 
 
 def test_the_oldest_function_goes_first() -> None:

@@ -418,3 +418,30 @@ def test_the_queue_that_is_used_stays() -> None:
         id += 2
     assert client.queues[p.Group(1, 0)] is used
     assert len(client.queues) < 3 * QUEUES_KEPT
+
+
+def test_of_a_function_that_is_known_other_groups_are_expected_to_take_as_long() -> None:
+    """A call with another large argument is in a group of its own; what is measured there replaces that."""
+    client = TablesBench().client
+    first = client.open_queue(p.Group(1, 0, blobs=(7,)))
+    assert first.estimate.seconds is None
+    first.estimate.observe(100, 0.5)
+    bundle = p.Options(is_bundle=True)
+    others = [(2, None), (1, bundle), (1, None)]
+    found = [client.open_queue(p.Group(fn, 0, options=options)) for fn, options in others]
+    assert [queue.estimate.seconds for queue in found] == [None, None, 0.005]
+    found[-1].estimate.observe(1, 0.25)
+    assert found[-1].estimate.seconds == 0.25
+    assert first.estimate.seconds == 0.005
+    unnumbered = [client.open_queue(p.Group(0, 0, options=options)) for options in (None, bundle)]
+    unnumbered[0].estimate.observe(1, 1.0)
+    again = client.open_queue(p.Group(0, 0, chunk_max=3))
+    assert again.estimate.seconds is None
+
+
+def test_what_is_known_of_functions_goes_with_their_queues() -> None:
+    """There may be many."""
+    client = TablesBench().client
+    for fn in range(1, 20 * QUEUES_KEPT):
+        client.open_queue(p.Group(fn, 0))
+    assert len(client._estimates) <= len(client.queues) < 3 * QUEUES_KEPT

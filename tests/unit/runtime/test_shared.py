@@ -8,13 +8,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from achilles.runtime import shared
+from achilles.runtime import shared, written
 from achilles.runtime.shared import HUGE_MIN, Handoff, copy, fresh, store
 from tests.descriptors import open_descriptors, wait_until_closed
 
 pytestmark = pytest.mark.skipif(not shared.IS_AVAILABLE, reason="there is no memfd here")
 
 BIG = 300_000
+
+written.is_as_in_file(0, 1)  # opens a descriptor that stays
 
 
 @pytest.fixture
@@ -162,3 +164,109 @@ def test_what_is_kept_can_be_had_anew(
     assert near.send([b"small"])
     assert bytes(fresh(far.receive())) == b"small"  # not kept: a copy
     del first, second, received
+
+
+def received(size: int = BIG, *, keep: bool) -> memoryview:
+    """What a runner has of a large argument."""
+    near, far = socket.socketpair()
+    with near, far:
+        assert Handoff(near).send([bytes(size)])
+        return Handoff(far).receive(keep=keep)
+
+
+def mapping_of(view: memoryview | bytearray) -> shared.Mapping:
+    assert isinstance(view, memoryview)
+    mapping: object = view.obj
+    assert isinstance(mapping, shared.Mapping)
+    return mapping
+
+
+@pytest.fixture
+def kept() -> memoryview:
+    return received(keep=True)
+
+
+def test_what_nobody_uses_any_more_is_given_again(kept: memoryview) -> None:
+    """Mapped once for all tasks that only read."""
+    first = fresh(kept)
+    mapping = id(mapping_of(first))
+    assert first[BIG - 1] == 0
+    del first
+    second = fresh(kept)
+    assert id(mapping_of(second)) == mapping
+    third = fresh(kept)  # while the second is used
+    assert id(mapping_of(third)) != mapping
+
+
+@pytest.mark.parametrize("at", [0, 4096, BIG - 1])
+@pytest.mark.parametrize("tells", [True, False])
+def test_what_was_written_is_not_there_the_next_time(
+    kept: memoryview, at: int, tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not the kernel tells that it was."""
+    if not tells:
+        monkeypatch.setattr(written, "_PAGEMAP_SCAN", 0xC0606600)  # which no kernel knows
+    for _ in range(3):
+        mine = fresh(kept)
+        assert bytes(mine) == bytes(BIG)
+        mine[at] = 7
+        del mine
+    shared.tidy()
+    spare = mapping_of(kept).spare
+    assert spare is not None
+    assert spare.is_clean
+    del spare
+    assert bytes(fresh(kept)) == bytes(BIG)
+
+
+def test_what_a_system_call_wrote_counts_too(kept: memoryview) -> None:
+    mine = fresh(kept)
+    with open("/dev/urandom", "rb", buffering=0) as source:
+        assert source.readinto(mine[5000:6000]) == 1000
+    del mine
+    assert bytes(fresh(kept)) == bytes(BIG)
+
+
+def test_the_memory_of_what_was_written_is_let_go_of(kept: memoryview) -> None:
+    mine = fresh(kept)
+    mine[:] = b"x" * BIG
+    mapping = mapping_of(mine)
+    shared.tidy()  # it is in use
+    assert mine[5] == ord("x")
+    assert not written.is_as_in_file(mapping.address, BIG)
+    del mine, mapping
+    shared.tidy()
+    spare = mapping_of(kept).spare
+    assert spare is not None
+    assert written.is_as_in_file(spare.address, BIG)
+
+
+def test_a_mapping_that_cannot_be_put_right_is_not_given_again(
+    kept: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locked in memory, or on a system without the call."""
+    for advice in (None, -1):
+        mine = fresh(kept)
+        mine[0] = 1
+        mapping = id(mapping_of(mine))
+        del mine
+        monkeypatch.setattr(shared, "_DROP", advice)
+        again = fresh(kept)
+        assert again[0] == 0
+        assert id(mapping_of(again)) != mapping
+        again[0] = 1
+        del again
+        shared.tidy()
+        assert mapping_of(kept).spare is None
+        monkeypatch.undo()
+
+
+def test_spares_give_way_to_what_is_used(kept: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of mappings is bounded."""
+    fresh(kept)
+    assert mapping_of(kept).spare is not None
+    monkeypatch.setattr(shared, "MAPPINGS_MAX", len(shared._mappings))
+    another = received(keep=False)
+    assert mapping_of(another)
+    assert mapping_of(kept).spare is None
+    assert type(fresh(kept)) is bytearray

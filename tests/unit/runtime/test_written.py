@@ -258,3 +258,31 @@ def test_a_forked_child_watches_its_own_memory() -> None:
     process.start()
     assert queue.get() == (0, True)
     process.join(30)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="there is no memfd here")
+def test_a_private_mapping_of_a_file_is_as_the_file_until_it_is_written_to() -> None:
+    """To read it changes nothing; nor does what is written to another mapping of it."""
+    size = 40 * PAGE + 100
+    fd = os.memfd_create("test")
+    os.write(fd, os.urandom(size))
+    one, other = (mmap.mmap(fd, size, access=mmap.ACCESS_COPY) for _ in range(2))
+    place = ctypes.addressof(ctypes.c_char.from_buffer(one))
+    if not written.is_as_in_file(place, size):
+        pytest.skip("this kernel does not tell")
+    assert sum(one[::PAGE]) >= 0
+    other[0] = 1
+    assert written.is_as_in_file(place, size)
+    for at in (0, 7 * PAGE, size - 1):
+        one[at] = one[at]
+        assert not written.is_as_in_file(place, size)
+        one.madvise(mmap.MADV_DONTNEED)
+        assert written.is_as_in_file(place, size)
+    pid = os.fork()
+    if pid == 0:  # what is open stands for the parent's memory
+        one[3] = 1
+        os._exit(int(written.is_as_in_file(place, size)))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    for mapping in (one, other):
+        mapping.close()
+    os.close(fd)
