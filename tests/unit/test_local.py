@@ -5,10 +5,12 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from achilles import local
 from achilles.errors import BrokerLostError
 from achilles.local import LocalCluster
 from achilles.runtime.serialize import dumps, dumps_call
@@ -44,6 +46,23 @@ def test_tasks_go_through_all_three_cores(cluster: LocalCluster) -> None:
     assert status.done == 20
     assert status.workers[0].slots == 2
     assert status.workers[0].name == "local"
+
+
+def test_who_waits_awake_for_one_task_hears_of_others(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The thread looks for the result of the only task, and for all else."""
+    monkeypatch.setattr(local, "HOT_SECONDS", 60.0)
+    assert submit(cluster, tasks.add, 1).result(10) == 2
+    assert cluster._is_hot
+    gate = tmp_path / "gate"
+    first = submit(cluster, tasks.await_file, str(gate), number=2)
+    wait_until(first.running)
+    assert submit(cluster, tasks.add, 2).result(10) == 3
+    assert cluster.status().running == 1
+    gate.touch()
+    assert first.result(10) is None
+    assert cluster._is_hot
 
 
 def test_runners_start_on_demand(cluster: LocalCluster) -> None:

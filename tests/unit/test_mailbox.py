@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from achilles import mailbox
 from achilles.core import protocol as p
 from achilles.core.submission import Submission
 from achilles.errors import (
@@ -17,7 +18,7 @@ from achilles.errors import (
     WorkerLostError,
 )
 from achilles.futures import MapRun
-from achilles.mailbox import FAILED, INIT_BLOB, Mailbox
+from achilles.mailbox import FAILED, INIT_BLOB, YIELD_AT, YIELD_SECONDS, Mailbox
 from achilles.runtime.allowed import Allowed
 from achilles.runtime.seal import CALL_SIZE, Seal, Sealer, seal_result
 from achilles.runtime.serialize import dumps, load_outcome
@@ -81,6 +82,34 @@ def test_it_wakes_once_until_the_io_thread_looks(box: Box) -> None:
     box.interrupt()
     box.interrupt()
     assert box.wakes == 2
+
+
+def test_who_submits_without_a_pause_lets_the_io_thread_in(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever there is as much to do as is being done: not for a few, and ever less often for many."""
+    pauses: list[tuple[int, int]] = []
+
+    def pause(seconds: float) -> None:
+        assert seconds == YIELD_SECONDS
+        pauses.append((len(box._inbox), len(box._sinks)))
+        box.drain()
+
+    monkeypatch.setattr(mailbox, "sleep", pause)
+    for _ in range(YIELD_AT - 1):
+        box.add()
+    assert pauses == []
+    run = MapRun(read)
+    for index in range(1000):
+        box.submit_item(box.plain, b"blob", b"payload", run, index)
+    assert pauses[0] == (YIELD_AT, 0)
+    assert all(waiting == YIELD_AT + done for waiting, done in pauses)
+    assert len(pauses) == 6
+    monkeypatch.setattr(mailbox, "sleep", pauses.append)  # it did not get in
+    taken = len(pauses)
+    for _ in range(5000):
+        box.add()
+    assert len(pauses) == taken + 1
 
 
 def test_who_closes_before_the_io_thread_waits_is_not_missed(box: Box) -> None:

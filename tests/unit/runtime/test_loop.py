@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from achilles.runtime import loop as module
 from achilles.runtime.loop import Loop, PatientThread, seconds_until
 
 
@@ -82,6 +83,33 @@ def test_another_thread_wakes_it(loop: Loop) -> None:
         thread.start()
         loop.wait(30)
         thread.join()
+
+
+def test_it_can_wait_awake(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wake ends that, and no other wait after it; so does a descriptor, which is called back."""
+    loop.wake()
+    assert loop.wait_awake(30)
+    assert not loop.wait_awake(0.0)
+    thread = threading.Timer(0.01, loop.wake)
+    thread.start()
+    assert loop.wait_awake(30)
+    thread.join()
+    read, write = os.pipe()
+    called: list[bytes] = []
+    loop.register(read, lambda: called.append(os.read(read, 1)))
+    offered: list[int] = []
+
+    def offer() -> None:
+        offered.append(1)
+        if len(offered) == 3:
+            os.write(write, b"x")
+
+    monkeypatch.setattr(module, "_offer_core", offer)
+    assert loop.wait_awake(30)
+    assert called == [b"x"]
+    loop.unregister(read)
+    os.close(read)
+    os.close(write)
 
 
 def test_an_unknown_descriptor_is_passed_over(loop: Loop) -> None:
