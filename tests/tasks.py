@@ -54,6 +54,17 @@ class Holder:
     def __call__(self, value: float) -> float:
         return first_plus(self.array, value)
 
+    def add_one(self, _: object = None) -> float:
+        return add_one(self.array)
+
+
+def write_and_return(array: Any, gate: str = "") -> Any:
+    """Write to all of it; then, when the file ``gate`` is there, the first of its numbers."""
+    array[:] = 1
+    if gate:
+        await_file(gate)
+    return array[:1].reshape(())
+
 
 def fail(text: str = "as wanted") -> NoReturn:
     raise ValueError(text)  # a comment that the traceback shows

@@ -204,7 +204,9 @@ class Runner:
                     payloads[:] = [self._receive() if one is None else one for one in payloads]
                 return tuple(chunk)
             case ("load", client, blob, payload):
-                self.blobs[client, blob] = self._receive(keep=True) if payload is None else payload
+                if payload is None:  # each task has its own copy of what is in it
+                    payload = self._receive(keep=True).toreadonly()
+                self.blobs[client, blob] = payload
                 if self.opener is not None:
                     self.functions.pop((client, blob), None)
                     self.opener.changed([(client, blob)])
@@ -314,13 +316,15 @@ class Runner:
             shared = None  # tasks that were submitted with other globals came between
         resolve = self._resolver(client) if blobs else None
         call: Any = shared
-        data: Encoded
+        data: Encoded | None
         for index, payload in enumerate(payloads):
-            if index and (token := read(tokens, 1)) != own:
-                _flush()
-                if blobs:
+            if index:
+                call, data = shared, None
+                if blobs and not self.poll(0):  # what was to come was called back
                     _let_go_of_written()
-                return token
+                if (token := read(tokens, 1)) != own:
+                    _flush()
+                    return token
             payloads[index] = args = None
             if opener is not None:
                 payload, failed = self._open(opener, root, init, ids[index], payload)
@@ -359,8 +363,7 @@ class Runner:
             _flush()
             self._answer(seq, status, index, ended - started, data)
         payloads = call = shared = data = None  # type: ignore[assignment]
-        if blobs:
-            _let_go_of_written()
+        _let_go_of_written()
         return self._next_token()
 
     def _open(

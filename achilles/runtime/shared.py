@@ -177,12 +177,12 @@ def _restore(spare: Mapping) -> bool:
         return False
     from achilles.runtime import written  # not a name from it, which takes longer
 
-    if written.is_as_in_file(spare.address, len(spare)):
-        return True
     try:
+        if written.is_as_in_file(spare.address, len(spare)):
+            return True
         spare.madvise(_DROP)
     except (OSError, ValueError):
-        return False  # the task has locked it in memory, or closed it
+        return False  # a task has locked it in memory, or closed it
     return True
 
 

@@ -261,6 +261,15 @@ def test_a_mapping_that_cannot_be_put_right_is_not_given_again(
         monkeypatch.undo()
 
 
+def test_a_mapping_that_a_task_has_closed_is_not_given_again(kept: memoryview) -> None:
+    mapping_of(fresh(kept)).close()
+    assert bytes(fresh(kept)) == bytes(BIG)
+    mapping_of(fresh(kept)).close()
+    shared.tidy()
+    assert mapping_of(kept).spare is None
+    assert bytes(fresh(kept)) == bytes(BIG)
+
+
 def test_spares_give_way_to_what_is_used(kept: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of mappings is bounded."""
     fresh(kept)
