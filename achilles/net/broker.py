@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
@@ -19,7 +20,7 @@ from achilles.core.sessions import Send, Sessions
 from achilles.errors import ConfigError, ProtocolError
 from achilles.net.audit import Audit
 from achilles.net.endpoint import Gatekeeper
-from achilles.net.memory import MemoryWatch
+from achilles.net.memory import Leftovers, MemoryWatch
 from achilles.net.transport import Route, RouterPort, SocketLoop
 
 FAREWELL_SECONDS = 0.5
@@ -90,6 +91,8 @@ class Broker:
             port.connections.unauthenticated_max = limits.unauthenticated
             port.connections.patience = limits.hello_timeout
             self._roles[port] = roles
+        self._leftovers = Leftovers()
+        self._large_at = -math.inf  # when the last large message came
         self._memory = MemoryWatch(
             limits.memory, [port.connections for port in self._roles], self._end_largest
         )
@@ -134,6 +137,7 @@ class Broker:
         self.audit.tick(now)
         for port in self._roles:
             port.connections.check(now, self._sessions.is_reached_on)
+        self._leftovers.look(now, self._large_at)
         said = self._memory.look(now)
         if said:
             _LOG.warning("memory: %s", said)
@@ -146,6 +150,8 @@ class Broker:
     def _receive(self, route: Route, frames: list[p.Buffer]) -> None:
         now = monotonic()
         route.connection.heard_at = now
+        if len(frames) > 1:
+            self._large_at = now
         try:
             packet = Packet(*p.decode(frames))
         except ProtocolError as error:

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from time import monotonic
 
@@ -27,6 +28,7 @@ from achilles.net.worker import python_version
 from achilles.runtime.allowed import Allowed
 from achilles.runtime.loop import PatientThread
 from achilles.runtime.seal import Seal, Sealer
+from achilles.runtime.shared import COPY_SECONDS, forget_copy
 
 STATUS_SECONDS = 5.0
 WATCH_SECONDS = 0.5
@@ -242,6 +244,7 @@ class Connection:
             if peer is not None:
                 peer.close()
             self._loop.close()
+            forget_copy(inf)
             self._joined.set()
 
     def _is_over(self, peer: Peer) -> bool:
@@ -365,6 +368,7 @@ class Connection:
         Raises:
             BrokerLostError: nothing was heard of the broker for ``broker_timeout`` seconds.
         """
+        forget_copy(now - COPY_SECONDS)
         silent_for = peer.silent_for(now)
         if silent_for > self._broker_timeout:
             raise BrokerLostError(

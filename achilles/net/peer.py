@@ -86,6 +86,7 @@ class Peer:
         self._loop = loop
         self._dialer = Dialer(hello)
         self._on_message = on_message
+        self.large_at = -inf  # when the last large message came
         self._received = 0  # bytes, of large messages since the last acknowledgement
         self._backoff = BACKOFF_FIRST
         self._busy_until = 0.0  # with what was sent
@@ -179,6 +180,7 @@ class Peer:
         if step.packets:
             self._transmit(step.packets)
         if len(frames) > 1:
+            self.large_at = now
             self._received += sum(len(frame) for frame in frames)
             if self._received > ACKNOWLEDGED_BYTES:
                 self._received = 0

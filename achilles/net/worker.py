@@ -15,6 +15,7 @@ import achilles
 from achilles.core import protocol as p
 from achilles.core.agent import Agent, Send
 from achilles.errors import BrokerUnreachableError
+from achilles.net.memory import Leftovers
 from achilles.net.peer import Dial, Peer
 from achilles.net.transport import SocketLoop
 from achilles.runtime.host import RunnerHost
@@ -67,6 +68,7 @@ class Worker:
             list(tags),
         )
         self._peer = Peer(dial, self.loop, hello, self._from_broker)
+        self._leftovers = Leftovers()
         self._agent = Agent(slots)
         self._host = RunnerHost(
             register=self.loop.register,
@@ -162,6 +164,7 @@ class Worker:
             self._look_at = now + MEMORY_INTERVAL
             self._check_memory(self._memory_limit, now)
         self._pump(now)
+        self._leftovers.look(now, self._peer.large_at)
         if self._was_joined:
             self._tell_of_silence(now)
         elif now > min(self._complain_at, self._connect_by):

@@ -15,8 +15,10 @@ import _socket
 import mmap
 import os
 import sys
+import threading
 import weakref
 from sys import getrefcount
+from time import monotonic
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes long
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ IS_AVAILABLE = hasattr(os, "memfd_create") and hasattr(_socket, "SCM_RIGHTS")
 HUGE_MIN = 4 << 20  # below it most of the memory could not lie in pages of 2 MiB
 
 _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+COPY_SECONDS = 2.0  # for so long the memory of a large copy is kept that nobody uses any more
 _IOV_MAX = 64
 _FD_SIZE = 4  # a C int
 
@@ -88,26 +91,57 @@ def copy(parts: Sequence[Buffer]) -> memoryview:
     """A copy of the parts, one behind the other, for this process alone.
 
     Large ones lie in huge pages where the system has them: to touch new memory 4 KiB at a time takes twice as long as to
-    copy it (64 MiB: 34 ms, and 12 in huge pages).
+    copy it (64 MiB: 34 ms, and 12 in huge pages); and in the memory of the last one, if nobody uses that any more.
     """
     views = [memoryview(part).cast("B") for part in parts]
     size = sum(view.nbytes for view in views)
-    if size >= HUGE_MIN and _ADVICE is not None:
+    if size < HUGE_MIN or _ADVICE is None:
+        return memoryview(b"".join(views))
+    with _last_copy.lock:
+        memory = _last_copy.take(size)
+    if memory is None:
+        return memoryview(b"".join(views))
+    at = 0
+    for view in views:
+        memory[at : at + view.nbytes] = view
+        at += view.nbytes
+    return memory
+
+
+class _LastCopy:
+    """The memory of the last large copy, for the next one. The lock is for its caller."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.spare: mmap.mmap | None = None
+        self._used_at = 0.0
+
+    def take(self, size: int) -> memoryview | None:
+        """So much memory that nobody uses; None if there is none to be had."""
+        self._used_at = monotonic()
+        if _references(self) == _UNUSED and size <= len(self.spare or b"") <= 2 * size:
+            return memoryview(self.spare or b"")[:size]
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:
-            pass  # out of mappings
-        else:
-            try:
-                memory.madvise(_ADVICE)
-            except OSError:
-                pass  # the kernel has none
-            at = 0
-            for view in views:
-                memory[at : at + view.nbytes] = view
-                at += view.nbytes
-            return memoryview(memory)
-    return memoryview(b"".join(views))
+            return None  # out of mappings
+        try:
+            memory.madvise(_ADVICE or 0)
+        except OSError:
+            pass  # the kernel has no huge pages
+        self.spare = memory
+        return memoryview(memory)
+
+    def let_go(self, before: float) -> None:
+        """Free it, if nobody uses it and that began before a time of the system's monotonic clock."""
+        if self._used_at < before and _references(self) == _UNUSED:
+            self.spare = None
+
+
+def forget_copy(before: float) -> None:
+    """Free the memory of the last large copy, if nobody uses it, and it was made before that time (monotonic clock)."""
+    with _last_copy.lock:
+        _last_copy.let_go(before)
 
 
 def fresh(payload: Buffer) -> bytearray | memoryview:
@@ -135,6 +169,7 @@ def fresh(payload: Buffer) -> bytearray | memoryview:
 
 def tidy() -> None:
     """Let go of what was written to mappings that nobody uses any more."""
+    forget_copy(monotonic() - COPY_SECONDS)
     for source in tuple(_sources):
         spare = _unused_spare(source)
         if spare is not None:
@@ -167,6 +202,7 @@ class _Unused:
 
 
 _UNUSED = _references(_Unused)
+_last_copy = _LastCopy()
 
 
 def _restore(spare: Mapping) -> bool:

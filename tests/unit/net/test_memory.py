@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+import math
 import os
+import platform
+import subprocess
 import sys
 
 import pytest
 
+from achilles.net import memory
 from achilles.net.connections import Connection, Connections
-from achilles.net.memory import HOARD, PAUSE, SILENT_SECONDS, SLACK, MemoryWatch, resident
+from achilles.net.memory import (
+    CALM_SECONDS,
+    HOARD,
+    PAUSE,
+    SILENT_SECONDS,
+    SLACK,
+    Leftovers,
+    MemoryWatch,
+    resident,
+)
 from achilles.net.transport import Route
 
 LIMIT = 1 << 30
@@ -95,3 +108,51 @@ def test_the_memory_in_use_is_known() -> None:
         pytest.skip("only Linux tells it in a file")
     assert resident() > 10 << 20
     assert resident() % os.sysconf("SC_PAGE_SIZE") == 0
+
+
+def test_what_is_free_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given back before anybody has to go."""
+    scene = Scene(sessions=1)
+
+    def trim() -> None:
+        scene.used = LIMIT
+
+    monkeypatch.setattr(memory, "_trim", trim)
+    assert scene.watch.look(0.0) == ""
+    assert scene.sessions == 1
+
+
+def test_the_memory_of_large_messages_is_given_back_once_in_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(memory, "_trim", lambda: trimmed.append(1))
+    left = Leftovers()
+    left.look(5.0, -math.inf)
+    left.look(5.0, 5.0)
+    left.look(5.0 + CALM_SECONDS / 2, 5.0)
+    left.look(6.0 + CALM_SECONDS / 2, 6.0)
+    assert trimmed == []
+    left.look(6.0 + CALM_SECONDS, 6.0)
+    left.look(100.0, 6.0)
+    assert trimmed == [1]
+    left.look(200.0, 150.0)
+    assert trimmed == [1, 1]
+
+
+def test_freed_memory_is_kept_for_the_next_large_message() -> None:
+    """In a process of its own, as this one's memory is of all tests."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc can be told so")
+    code = (
+        "from achilles.net.memory import Leftovers, resident, _trim\n"
+        "left, before = Leftovers(), resident()\n"
+        "data = b'x' * (48 << 20); del data\n"
+        "kept = resident() - before\n"
+        "_trim()\n"
+        "print(kept > 40 << 20, resident() - before < 8 << 20)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "True True\n"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -79,6 +82,57 @@ def test_a_copy_needs_no_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert copy([bytes(HUGE_MIN), b"x"])[-1] == ord("x")
     monkeypatch.setattr(shared, "_ADVICE", None)  # as where there is no such call
     assert copy([bytes(HUGE_MIN), b"x"])[-1] == ord("x")
+
+
+def test_the_memory_of_a_copy_serves_the_next_one() -> None:
+    """Once nobody uses it, and if it is not much larger."""
+    shared.forget_copy(math.inf)
+    one = copy([b"1" * HUGE_MIN, b"2" * HUGE_MIN])
+    place = id(one.obj)
+    other = copy([b"3" * HUGE_MIN])
+    assert id(other.obj) != place
+    assert (one[0], one[-1], other[0]) == (ord("1"), ord("2"), ord("3"))
+    piece = other[5:6]
+    place = id(other.obj)
+    del other
+    again = copy([b"4" * HUGE_MIN])
+    assert id(again.obj) != place
+    assert bytes(piece) == b"3"
+    place = id(again.obj)
+    del again
+    again = copy([b"5" * (HUGE_MIN + 1)])  # does not fit
+    assert id(again.obj) != place
+    place = id(again.obj)
+    del again
+    again = copy([b"6" * HUGE_MIN])
+    assert id(again.obj) == place
+    assert again == b"6" * HUGE_MIN
+    del again
+    large = copy([b"7" * 4 * HUGE_MIN])
+    place = id(large.obj)
+    del large
+    assert id(copy([b"8" * HUGE_MIN]).obj) != place  # would hold three times as much
+
+
+def test_the_memory_of_a_copy_is_not_kept_for_long() -> None:
+    one = copy([b"1" * HUGE_MIN])
+    shared.forget_copy(math.inf)
+    assert shared._last_copy.spare is one.obj
+    made = time.monotonic()
+    del one
+    shared.forget_copy(made - 60.0)
+    assert shared._last_copy.spare is not None
+    shared.forget_copy(made + 60.0)
+    assert shared._last_copy.spare is None
+
+
+def test_copies_in_many_threads_do_not_meet() -> None:
+    def check(number: int) -> bool:
+        wanted = bytes([number]) * (HUGE_MIN + number)
+        return all(copy([wanted]) == wanted for _ in range(20))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(check, range(4)))
 
 
 def test_a_copy_is_handed_over_as_another_copy(ends: tuple[Handoff, Handoff]) -> None:
