@@ -32,12 +32,10 @@ IS_AVAILABLE = hasattr(os, "memfd_create") and hasattr(_socket, "SCM_RIGHTS")
 HUGE_MIN = 4 << 20  # below it most of the memory could not lie in pages of 2 MiB
 
 _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+_DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
 COPY_SECONDS = 2.0  # for so long the memory of a large copy is kept that nobody uses any more
 _IOV_MAX = 64
 _FD_SIZE = 4  # a C int
-
-
-_DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
 
 
 class Mapping(mmap.mmap):
@@ -97,8 +95,7 @@ def copy(parts: Sequence[Buffer]) -> memoryview:
     size = sum(view.nbytes for view in views)
     if size < HUGE_MIN or _ADVICE is None:
         return memoryview(b"".join(views))
-    with _last_copy.lock:
-        memory = _last_copy.take(size)
+    memory = _last_copy.take(size)
     if memory is None:
         return memoryview(b"".join(views))
     at = 0
@@ -109,39 +106,58 @@ def copy(parts: Sequence[Buffer]) -> memoryview:
 
 
 class _LastCopy:
-    """The memory of the last large copy, for the next one. The lock is for its caller."""
+    """The memory of the last large copy, for the next one.
+
+    Nobody waits for the lock: who does not get it does without, also in a forked child whose parent held it.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self.spare: mmap.mmap | None = None
         self._used_at = 0.0
 
     def take(self, size: int) -> memoryview | None:
         """So much memory that nobody uses; None if there is none to be had."""
-        self._used_at = monotonic()
-        if _references(self) == _UNUSED and size <= len(self.spare or b"") <= 2 * size:
-            return memoryview(self.spare or b"")[:size]
+        if not self._lock.acquire(blocking=False):
+            memory = _huge(size)
+            return None if memory is None else memoryview(memory)
         try:
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError:
-            return None  # out of mappings
-        try:
-            memory.madvise(_ADVICE or 0)
-        except OSError:
-            pass  # the kernel has no huge pages
-        self.spare = memory
-        return memoryview(memory)
+            self._used_at = monotonic()
+            if _references(self) != _UNUSED or not self._fits(size):
+                self.spare = _huge(size)
+            return None if self.spare is None else memoryview(self.spare)[:size]
+        finally:
+            self._lock.release()
+
+    def _fits(self, size: int) -> bool:
+        return self.spare is not None and size <= len(self.spare) <= 2 * size
 
     def let_go(self, before: float) -> None:
         """Free it, if nobody uses it and that began before a time of the system's monotonic clock."""
-        if self._used_at < before and _references(self) == _UNUSED:
-            self.spare = None
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._used_at < before and _references(self) == _UNUSED:
+                    self.spare = None
+            finally:
+                self._lock.release()
+
+
+def _huge(size: int) -> mmap.mmap | None:
+    """New memory, in huge pages where the system has them; None if there is none to be had."""
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return None  # out of mappings
+    try:
+        memory.madvise(_ADVICE or 0)
+    except OSError:
+        pass  # the kernel has no huge pages
+    return memory
 
 
 def forget_copy(before: float) -> None:
     """Free the memory of the last large copy, if nobody uses it, and it was made before that time (monotonic clock)."""
-    with _last_copy.lock:
-        _last_copy.let_go(before)
+    _last_copy.let_go(before)
 
 
 def fresh(payload: Buffer) -> bytearray | memoryview:

@@ -126,6 +126,19 @@ def test_the_memory_of_a_copy_is_not_kept_for_long() -> None:
     assert shared._last_copy.spare is None
 
 
+def test_nobody_waits_for_who_takes_memory_for_a_copy() -> None:
+    """A thread that does not exist in a forked child may have held the lock at the fork."""
+    one = copy([b"1" * HUGE_MIN])
+    place = id(one.obj)
+    del one
+    with shared._last_copy._lock:
+        other = copy([b"2" * HUGE_MIN])
+        shared.forget_copy(math.inf)
+    assert id(other.obj) != place
+    assert other == b"2" * HUGE_MIN
+    assert id(copy([b"3" * HUGE_MIN]).obj) == place
+
+
 def test_copies_in_many_threads_do_not_meet() -> None:
     def check(number: int) -> bool:
         wanted = bytes([number]) * (HUGE_MIN + number)
