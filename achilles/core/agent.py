@@ -142,8 +142,8 @@ class Agent:
         wanted = min(self._due.values(), default=None)
         if wanted is not None and self._relieve_at is not None:
             wanted = min(wanted, self._relieve_at)
-        if len(self._runners) > self._slots and (surplus := self._surplus()):
-            at = surplus[0].progress_at + SURPLUS_SECONDS
+        if len(self._runners) > self._slots and (idle := self._surplus()):
+            at = idle[0].progress_at + SURPLUS_SECONDS
             wanted = at if wanted is None else min(at, wanted)
         return wanted
 
