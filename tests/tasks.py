@@ -59,9 +59,13 @@ class Holder:
 
 
 def write_and_return(array: Any, gate: str = "") -> Any:
-    """Write to all of it; then, when the file ``gate`` is there, the first of its numbers."""
+    """Write to all of it; then, when the file ``gate`` is there, the first of its numbers.
+
+    Whose process holds what was written stands in a file beside the gate, ``.pid``.
+    """
     array[:] = 1
     if gate:
+        note(f"{gate}.pid", os.getpid())
         await_file(gate)
     return array[:1].reshape(())
 

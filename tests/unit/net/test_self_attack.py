@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -81,11 +82,13 @@ def test_a_door_without_encryption_must_not_do(place: Place) -> None:
 
 @attacks.attack("T3")
 def test_a_door_that_asks_nobody_must_not_do() -> None:
-    """CURVE alone lets every key in."""
-    place = Place(has_handler=False)
-    with pytest.raises(SelfAttackError, match="lets in a peer with an unknown key"):
+    """CURVE alone lets every key in; which of them is seen first is chance."""
+    finding = r"lets in a peer with (an unknown|the \w+'s) key"
+    with (
+        contextlib.closing(Place(has_handler=False)) as place,
+        pytest.raises(SelfAttackError, match=finding),
+    ):
         place.attack(place.open(zap=False))
-    place.close()
 
 
 def test_the_key_of_another_role_must_not_do(place: Place) -> None:
