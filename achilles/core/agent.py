@@ -3,8 +3,8 @@
 Rules
     1. Each task of a lease is reported once: done, returned, or crashed.
     2. A runner holds at most two chunks: the one that it runs and one behind it.
-    3. Nothing waits behind one task for more than `STUCK_SECONDS`, or than `IDLE_SECONDS` where a runner is idle: what has not
-       started goes back.
+    3. Nothing waits behind one task for more than `STUCK_SECONDS`, for `LATE_SECONDS` longer than its chunk should take, or for
+       `IDLE_SECONDS` where a runner is idle: what has not started goes back.
     4. A task is ended (it took too long, or nobody wants it any more) when it is alone on its runner: then its
        runner is killed, and no neighbour with it.
     5. A task whose lease is lent waits for tasks of its own: it takes up no slot, and nothing waits behind it. There are as
@@ -118,10 +118,9 @@ class Agent:
     def tick(self, now: float) -> list[Send]:
         """Call back what waits behind a task that runs long; end the task that ran for too long; let surplus runners go."""
         sends = self.reset() if self._holding.is_too_old(now) else []
-        if len(self._runners) > self._slots:
-            for runner in self._surplus():
-                if now >= runner.progress_at + SURPLUS_SECONDS:
-                    self._retire(runner, sends)
+        for runner in self._surplus() if len(self._runners) > self._slots else ():
+            if now >= runner.progress_at + SURPLUS_SECONDS:
+                self._retire(runner, sends)
         if not self._due:
             return sends
         if self._relieve_at is not None and now >= self._relieve_at:
@@ -270,8 +269,7 @@ class Agent:
     def _revoke(self, revoke: p.Revoke) -> list[Send]:
         """Give back what of the lease has not started, and end what runs if that is wanted.
 
-        A runner's unstarted tasks can only be taken back together, so others may come back along with those
-        that were asked for; the broker gives them out again.
+        A runner's unstarted tasks are taken back together, so others may come back with them; the broker gives them out again.
         """
         chunk = self._chunks.get(revoke.lease)
         if chunk is None:
@@ -284,7 +282,9 @@ class Agent:
             for index in chunk.open.intersection(revoke.indexes):
                 runner.condemned.setdefault((chunk.seq, index), UNWANTED)
             self._watch(runner)
-        return [Send("host", p.Recall(runner.number))]
+        for_others = not revoke.indexes  # from a runner that may be starting, `tick` takes it
+        is_due = runner.results or not for_others
+        return [Send("host", p.Recall(runner.number, for_others))] if is_due else []
 
     def _give_back(self, chunk: Chunk, indexes: Collection[int]) -> list[Send]:
         back = sorted(indexes)
@@ -471,6 +471,7 @@ class Agent:
                 _, indexes, statuses, seconds, payloads = zip(*rows)
                 outcomes = bounded(bytes(statuses), list(payloads), self.result_max)
                 done = p.Done(chunk.run.lease, list(indexes), *outcomes, sum(seconds))
+                runner.estimate.observe(len(indexes), done.seconds)
                 sends.append(Send("broker", done))
                 self._close(chunk, indexes)
         self._drop_finished(runner)
@@ -490,7 +491,7 @@ class Agent:
         for runner in found:
             runner.recalled_at = now
             self._watch(runner)
-        return [Send("host", p.Recall(runner.number)) for runner in found]
+        return [Send("host", p.Recall(runner.number, True)) for runner in found]
 
     def _drop_finished(self, runner: Runner) -> None:
         chunks = runner.chunks

@@ -13,9 +13,10 @@ Theory
     work: a slot that idles for so long costs less than one more dispatch. Short tasks that are submitted as fast as they
     are done are all tail, and would otherwise travel alone.
 
-    A worker gives back what has waited for `STUCK_SECONDS` behind a task, or for `IDLE_SECONDS` where it has a runner without work:
-    tasks of one function can take longer than those before them did. So nothing is sent ahead, to wait behind
-    a running chunk, where a task takes longer than that.
+    Tasks of one function can take longer than those before them did. A worker gives back what has waited behind a task for
+    `LATE_SECONDS` longer than the chunk should have taken, or for `STUCK_SECONDS`; or for `IDLE_SECONDS` where it has a runner without
+    work; and what waits at one worker while another has a free slot is called back (see `relief`). So nothing is sent ahead, to wait
+    behind a running chunk, where a task takes longer than that.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from __future__ import annotations
 from achilles.core.protocol import TASKS_MAX
 
 CHUNK_SECONDS = 0.005
-CHUNK_SECONDS_MAX = 0.03
-BACKLOG_PART = 0.2
+CHUNK_SECONDS_MAX = 0.06
+BACKLOG_PART = 0.33
 SHARE_SECONDS = 0.0005
-STUCK_SECONDS = 0.04  # since the last known result; later ones may lie in a runner's pipe for 0.034
+STUCK_SECONDS = (
+    0.075  # since the last known result; later ones may lie in a runner's pipe for 0.066
+)
+LATE_SECONDS = 0.02  # later than a chunk should be over, at whose end its results are known
 IDLE_SECONDS = 0.005  # a runner is idle, with nothing for it on its way
 _MEMORY_TASKS = 64  # the average forgets what is older than about so many tasks
 

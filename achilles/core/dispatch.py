@@ -23,6 +23,7 @@ from typing import TypeAlias
 
 from achilles.core import protocol as p
 from achilles.core.chunking import CHUNK_SECONDS_MAX, STUCK_SECONDS, chunk_size
+from achilles.core.relief import Relief
 from achilles.core.tables import READY, Client, Lease, PeerId, Places, TaskQueue, Worker
 from achilles.core.tables import Send as Send
 
@@ -46,6 +47,8 @@ class Dispatcher:
         self.slots = 0
         self._idle: Places = {}  # ready, with a free slot
         self._room: Places = {}  # ready, slots taken, with room for one more in advance
+        self._workers = 0
+        self._relief = Relief(self._idle)
         # Single tasks and chunks, and when they are due; each in order.
         self._unannounced: tuple[Unannounced, Unannounced] = (deque(), deque())
         self._next_lease = self._first_lease = first_lease
@@ -57,11 +60,13 @@ class Dispatcher:
     def add(self, worker: Worker) -> None:
         """A worker has come."""
         self.slots += worker.slots
+        self._workers += 1
         self.place(worker)
 
     def remove(self, worker: Worker) -> None:
         """A worker has gone; its leases are still to be closed."""
         self.slots -= worker.slots
+        self._workers -= 1
         worker.is_gone = True
         self.place(worker)
         for number, blob in worker.blobs:
@@ -102,6 +107,7 @@ class Dispatcher:
             self._fill(self._idle, True, now, sends)
         if self.waiting and self._room:
             self._fill(self._room, False, now, sends)
+        self._relief.plan(now, self._workers)
         return sends
 
     def _fill(self, places: Places, in_slot: bool, now: float, sends: list[Send]) -> None:
@@ -206,6 +212,7 @@ class Dispatcher:
             0 if client.root is client else client.root.number,
         )
         sends.append(Send(worker.peer, run))
+        self._relief.note(lease, now)
         self.announce_soon(lease, now)
 
     def is_own(self, number: int) -> bool:
@@ -220,6 +227,7 @@ class Dispatcher:
         lease.client.root.prefetched += 1
         if worker.taken < worker.slots:
             self.promote(lease)
+        self._relief.note(lease, lease.moved_at)
         self.place(worker)
 
     def note_blob(self, worker: Worker, number: int, blob: int) -> None:
@@ -269,6 +277,7 @@ class Dispatcher:
         """End a lease; the oldest one that waited behind it moves into its slot."""
         worker = lease.worker
         del worker.leases[lease.number]
+        self._relief.forget(lease)
         for unannounced in self._unannounced:
             while unannounced and not unannounced[0][1].left:
                 unannounced.popleft()
@@ -304,6 +313,7 @@ class Dispatcher:
     def note_moved(self, lease: Lease, now: float) -> None:
         """A result came of the lease."""
         lease.moved_at = now
+        self._relief.note(lease, now)
         if lease.is_stuck:
             lease.is_stuck = False
             lease.worker.stuck -= 1
@@ -362,9 +372,13 @@ class Dispatcher:
             self.wait(queue.client)
             queue.client.enqueue(queue)
 
-    # --- Announcements ----------------------------------------------------------------------------
+    # --- Time -------------------------------------------------------------------------------------
 
-    def announce(self, now: float) -> list[Send]:
+    def tick(self, now: float) -> list[Send]:
+        """Tell clients what is worth telling by now; call back what waits beside a free slot."""
+        return self._announce(now) + self._relief.tick(now)
+
+    def _announce(self, now: float) -> list[Send]:
         """Tell clients which of their tasks were dispatched a moment ago and are not done yet."""
         sends: list[Send] = []
         running: dict[Client, list[int]] = {}
@@ -388,11 +402,12 @@ class Dispatcher:
         return sends + [client.tell(p.Running(ids)) for client, ids in running.items() if ids]
 
     def next_deadline(self) -> float | None:
-        """When `announce` wants to be called."""
-        singles, chunks = self._unannounced
-        if not singles or (chunks and chunks[0][0] < singles[0][0]):
-            return chunks[0][0] if chunks else None
-        return singles[0][0]
+        """When `tick` wants to be called."""
+        wanted = self._relief.next_deadline()
+        for unannounced in self._unannounced:
+            if unannounced and (wanted is None or unannounced[0][0] < wanted):
+                wanted = unannounced[0][0]
+        return wanted
 
     # --- Invariants -------------------------------------------------------------------------------
 
@@ -407,6 +422,7 @@ class Dispatcher:
             for peer in holders
         }
         assert held == known, "who has which blob is miscounted"
+        self._relief.check_invariants([one for worker in workers for one in worker.leases.values()])
         idle = {peer for group in self._idle.values() for peer in group}
         for worker in workers:
             leases = list(worker.leases.values())

@@ -437,7 +437,8 @@ class Run(Message, tag="run"):
 class Revoke(Message, tag="revoke"):
     """Give back those of the lease's tasks that have not started, listed by their index.
 
-    ``kill``: and end the one among them that runs, which is given back then, too.
+    None listed: whatever waits, because a slot is free elsewhere. ``kill``: and end the one among them that runs, which is given
+    back then, too.
     """
 
     lease: int
@@ -551,9 +552,13 @@ class Execute(Message, tag="execute"):
 
 
 class Recall(Message, tag="recall"):
-    """Take back everything that a runner has not started; answered by `RunnerRecalled`."""
+    """Take back everything that a runner has not started; answered by `RunnerRecalled`.
+
+    ``keeps_first``: but for its first task, if it has not started that yet.
+    """
 
     runner: int
+    keeps_first: bool = False
 
 
 class Kill(Message, tag="kill"):

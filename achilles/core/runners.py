@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 from achilles.core import envelope
 from achilles.core import protocol as p
-from achilles.core.chunking import IDLE_SECONDS, STUCK_SECONDS
+from achilles.core.chunking import IDLE_SECONDS, LATE_SECONDS, STUCK_SECONDS, Estimate
 from achilles.errors import ProtocolError
 
 CHUNKS_MAX = 2  # the one that runs, and one behind it
@@ -45,6 +45,7 @@ class Runner:
     __slots__ = (
         "chunks",
         "condemned",
+        "estimate",
         "fault",
         "fault_kind",
         "given",
@@ -66,6 +67,7 @@ class Runner:
         self.chunks: deque[Chunk] = deque()
         self.loaded: set[tuple[int, int]] = set()
         self.seq = 0
+        self.estimate = Estimate()  # of whatever it ran last
         self.given = 0
         self.results = 0
         self.has_begun = False  # its first task, as far as is known
@@ -101,7 +103,10 @@ class Runner:
         chunks = self.chunks
         if len(chunks) > 1 or (chunks and len(chunks[0].open) > 1):
             since = max(self.progress_at, self.recalled_at)
-            return since + (STUCK_SECONDS if self.results else START_SECONDS)
+            if not self.results:
+                return since + START_SECONDS
+            expected = len(chunks[0].open) * (self.estimate.seconds or 0.0)
+            return since + min(expected + LATE_SECONDS, STUCK_SECONDS)
         return None
 
     @property

@@ -217,8 +217,8 @@ class Scheduler:
         return self._from_client(client, message, now)
 
     def tick(self, now: float) -> list[Send]:
-        """Tell clients what is worth telling by now; give out what was held back for long enough."""
-        sends = self._desk.announce(now)
+        """Tell clients what is worth telling by now; give out what was held back for long enough, or waits beside a free slot."""
+        sends = self._desk.tick(now)
         if self._standing.next_deadline() is not None:
             self._standing.tick(now)
             sends += self._desk.dispatch(now)

@@ -145,8 +145,9 @@ class RunnerHost:
                     runner.unload(("forget_client", client))
                 case Unload(client=client, blobs=blobs):
                     runner.unload(("forget", client, blobs))
-                case Recall(runner=number):
-                    self.events.append(RunnerRecalled(number, runner.recall()))
+                case Recall(runner=number, keeps_first=keeps_first):
+                    unstarted = runner.recall(keeps_first=keeps_first)
+                    self.events.append(RunnerRecalled(number, unstarted))
                 case Kill():
                     runner.kill()
                 case Retire():
@@ -412,12 +413,17 @@ class _Runner:
             self.is_write_watched = is_wanted
             self.host.register(self.sock.fileno(), self.read, write=is_wanted)
 
-    def recall(self) -> Counts:
-        """Take back every task that has not started; how many of which chunk."""
-        counts = Counter(self.tokens.take())
+    def recall(self, *, keeps_first: bool = False) -> Counts:
+        """Take back every task that has not started, but for the first of all where nothing has; how many of which chunk."""
+        taken = self.tokens.take()
+        keeps = int(keeps_first and self._has_started_nothing(taken))
+        if keeps and taken:
+            self.tokens.write(taken[:1])
+            taken, keeps = taken[1:], 0
+        counts = Counter(taken)
         for frame in self.outbox:
-            counts.update(frame.tokens)
-            frame.tokens = b""
+            counts.update(frame.tokens[keeps:])
+            frame.tokens, keeps = frame.tokens[:keeps], 0
         is_synced = counts.pop(0, 0) == 0
         for seq, count in counts.items():
             chunk = self.chunks[seq]
@@ -431,6 +437,13 @@ class _Runner:
             self.outbox.append(_Frame(memoryview(b""), b"\0"))
             self._flush()
         return unstarted
+
+    def _has_started_nothing(self, taken: bytes) -> bool:
+        """Whether all that it has waits: what was ``taken`` back, and what is in the outbox."""
+        waiting = len(taken) + sum(len(frame.tokens) for frame in self.outbox)
+        is_syncing = 0 in taken or any(0 in frame.tokens for frame in self.outbox)
+        outstanding = sum(chunk.outstanding for chunk in self.chunks.values())
+        return not is_syncing and waiting == outstanding
 
     def retire(self) -> None:
         """Let it exit when it has run what it has."""

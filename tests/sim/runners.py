@@ -171,8 +171,11 @@ class Host:
             case p.Execute():
                 self._execute(runner, command)
             case p.Recall():
+                kept = command.keeps_first and runner.current is None and runner.queue
+                first = [runner.queue.popleft()] if kept else []
                 counts = runner.counts()
                 self._take_all(runner)
+                runner.queue.extend(first)
                 return [p.RunnerRecalled(runner.number, counts)]
             case p.ToRunner():
                 return []

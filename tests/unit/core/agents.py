@@ -93,9 +93,9 @@ def crashed(lease: int, index: int, reason: str = "was killed") -> tuple[str, An
     return BROKER, p.Crashed(lease=lease, index=index, reason=reason)
 
 
-def recall(runner: int) -> tuple[str, Any]:
+def recall(runner: int, *, keeps_first: bool = False) -> tuple[str, Any]:
     """The command that takes back what has not started."""
-    return HOST, p.Recall(runner=runner)
+    return HOST, p.Recall(runner=runner, keeps_first=keeps_first)
 
 
 def retire(runner: int) -> tuple[str, Any]:

@@ -96,9 +96,9 @@ class SchedulerBench:
         self._check(self.core.join(name, crossed(hello), self.now))
         self.say(name, p.Blob(0, 1, b"f"))
 
-    def join_worker(self, name: str, slots: int = 1) -> list[Any]:
+    def join_worker(self, name: str, slots: int = 1, *, tags: list[str] | None = None) -> list[Any]:
         """A worker."""
-        hello = p.WorkerHello(bytes(16), "0", "3", name, slots, 1)
+        hello = p.WorkerHello(bytes(16), "0", "3", name, slots, 1, tags or [])
         return self._check(self.core.join(name, crossed(hello), self.now))
 
     def say(self, peer: str, message: Any) -> list[Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from achilles.core import protocol as p
 from achilles.core.agent import IDLE_SECONDS, START_SECONDS, STUCK_SECONDS
+from achilles.core.chunking import LATE_SECONDS
 from tests.unit.core.agents import (
     HOST,
     LOAD,
@@ -233,6 +236,18 @@ def test_what_waits_behind_a_long_task_is_called_back() -> None:
     bench.tick(9.0)
 
 
+def test_what_should_have_been_over_soon_is_called_back_sooner() -> None:
+    """A chunk of short tasks, by how long those before it took."""
+    bench = busy(1)
+    bench.finish(1, (1, 0), seconds=0.001)
+    bench.sent()
+    bench.run(2, 2, 3, 4)
+    bench.sent()
+    assert bench.core.next_deadline() == pytest.approx(bench.now + 0.003 + LATE_SECONDS)
+    bench.tick_when_due()
+    assert bench.sent() == [recall(1)]
+
+
 def test_what_waits_in_the_same_chunk_is_called_back_too() -> None:
     """Its first task runs."""
     bench = busy(1, 2, 3)
@@ -269,7 +284,7 @@ def test_nothing_waits_for_long_while_a_runner_is_idle() -> None:
     assert bench.core.next_deadline() == bench.now + IDLE_SECONDS
     bench.tick(IDLE_SECONDS / 2)
     bench.tick_when_due()
-    assert bench.sent() == [recall(1)]
+    assert bench.sent() == [recall(1, keeps_first=True)]
     assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
     bench.recalled(1, (2, 1), (3, 2))
     assert bench.sent() == [returned(3, 1), returned(5, 0, 1)]
@@ -290,7 +305,7 @@ def test_a_runner_that_gets_on_is_not_called_back_for_an_idle_one() -> None:
     assert bench.sent() == []
     assert bench.core.next_deadline() == got_on + IDLE_SECONDS
     bench.tick_when_due()
-    assert bench.sent() == [recall(1)]
+    assert bench.sent() == [recall(1, keeps_first=True)]
 
 
 def test_nothing_is_called_back_while_all_runners_work() -> None:
@@ -395,6 +410,21 @@ def test_a_revoked_lease_that_no_runner_has_is_given_back() -> None:
     assert bench.sent() == [returned(3, 0, 1)]
     bench.finish(1, (1, 0), (1, 1))
     assert bench.sent() == [done(1, (1, 0), (1, 1)), execute(1, 3, 4, 14)]
+
+
+def test_what_waits_is_called_back_for_others() -> None:
+    """No task is named; the runner keeps one. Who has shown no result yet may be starting."""
+    bench = busy(1)
+    bench.run(2, 2, 3)
+    bench.sent()
+    bench.hear(revoke(2))
+    assert bench.sent() == []
+    bench.finish(1, (1, 0))
+    bench.sent()
+    bench.hear(revoke(2))
+    assert bench.sent() == [recall(1, keeps_first=True)]
+    bench.recalled(1, (2, 1))
+    assert bench.sent() == [returned(2, 1)]
 
 
 def test_a_revoked_lease_at_a_runner_is_called_back_there() -> None:

@@ -1,4 +1,4 @@
-"""Chunks hold 5 to 30 ms of work by what is queued, and fewer tasks at the tail."""
+"""Chunks hold 5 to 60 ms of work by what is queued, and fewer tasks at the tail."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def test_an_unknown_duration_means_one_task() -> None:
 
 def test_a_chunk_holds_so_much_work() -> None:
     """Short tasks share a dispatch, long ones do not."""
-    assert chunk_size(estimate(CHUNK_SECONDS / 50), 400, 2) == 50
+    assert chunk_size(estimate(CHUNK_SECONDS / 50), 300, 2) == 50
     assert chunk_size(estimate(1.0), 100_000, 2) == 1
     assert chunk_size(estimate(0.0), 10_000_000, 2) == TASKS_MAX
 
 
 def test_a_chunk_holds_more_where_much_is_queued() -> None:
-    """A fifth of a slot's share, and never so much that a result is missed."""
+    """A third of a slot's share, and never so much that a result is missed."""
     short = estimate(1e-3)
-    assert [chunk_size(short, queued, 2) for queued in (50, 100, 200, 80_000)] == [5, 10, 20, 30]
-    assert chunk_size(short, 40_000, 2_000) == 5
+    assert [chunk_size(short, queued, 2) for queued in (20, 100, 200, 80_000)] == [5, 16, 33, 60]
+    assert chunk_size(short, 20_000, 2_000) == 5
     assert chunk_size(short, 80_000, 2, 7) == 7
 
 

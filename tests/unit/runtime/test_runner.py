@@ -35,13 +35,6 @@ from tests.unit.runtime.driver import CLIENT, Driver, Gate, driving
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture
-def driver() -> Iterator[Driver]:
-    with driving() as driver:
-        driver.spawn()
-        yield driver
-
-
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="there are no such masks here")
 def test_who_leaves_a_core_may_come_back() -> None:
     """What it may run on stays as it is, also where that is one core alone."""

@@ -23,14 +23,6 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield near, far
 
 
-@pytest.fixture
-def driver() -> Iterator[Driver]:
-    driver = Driver()
-    driver.spawn()
-    yield driver
-    driver.close()
-
-
 @pytest.mark.parametrize("step", [1, 2, HEAD.size, 13, 1000])
 def test_letters_in_pieces(step: int) -> None:
     letters = [(NESTED, 1, b""), (IMPORT, 7, b"body"), (OUTPUT, (1 << 32) - 1, bytes(300))]

@@ -1,0 +1,97 @@
+"""What waits at one worker while another has nothing to do: it is called back.
+
+Theory
+    Tasks are sent together, or ahead of a slot, because they are taken to be short. Where one is not, others wait behind it. A worker
+    sees to that among its own runners (see `agent`); here it is seen to among workers.
+
+    A lease is looked at when it has shown nothing for `RELIEF_SECONDS`, the longest silent first, and asked for what it has not
+    started once: what it has then, it runs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import islice
+
+from achilles.core import protocol as p
+from achilles.core.tables import Lease, Places, Send
+
+RELIEF_SECONDS = (
+    0.01  # a place is free, and no work for it on its way; a worker helps itself after half of that
+)
+LOOKS_MAX = 64  # leases looked at in one go
+
+
+class Relief:
+    """Leases of which something may wait, and when to look at them; ``idle`` are the workers with a free slot."""
+
+    def __init__(self, idle: Places) -> None:
+        self._idle = idle
+        self._shown: OrderedDict[Lease, float] = OrderedDict()  # when each has shown something last
+        self._at: float | None = None
+
+    def note(self, lease: Lease, now: float) -> None:
+        """The lease is new, or a result of it has come."""
+        if lease.left > 1 or not lease.in_slot:
+            self._shown[lease] = now
+            self._shown.move_to_end(lease)
+        else:
+            self._shown.pop(lease, None)
+
+    def forget(self, lease: Lease) -> None:
+        """The lease has ended."""
+        self._shown.pop(lease, None)
+
+    def plan(self, now: float, workers: int) -> None:
+        """All that could be was given out, to so many workers: note when to look whether some of it waits beside a free slot."""
+        if workers < 2 or not self._idle or not self._shown:
+            self._at = None
+        elif self._at is None:
+            self._at = now + RELIEF_SECONDS
+
+    def next_deadline(self) -> float | None:
+        """When `tick` wants to be called."""
+        return self._at
+
+    def tick(self, now: float) -> list[Send]:
+        """Call back what waits, from as many leases as there are free slots."""
+        if self._at is None or now < self._at:
+            return []
+        self._at = None
+        free = sum(
+            worker.slots - worker.taken
+            for group in self._idle.values()
+            for worker in islice(group.values(), LOOKS_MAX)
+        )
+        sends: list[Send] = []
+        for lease, shown_at in list(islice(self._shown.items(), LOOKS_MAX)):
+            at = shown_at + RELIEF_SECONDS
+            if len(sends) == free or now < at:
+                self._at = max(at, now + RELIEF_SECONDS)
+                break
+            del self._shown[lease]
+            if lease.left == 1 and lease.in_slot:
+                continue  # it has started
+            if self._is_wanted_elsewhere(lease):
+                sends.append(Send(lease.worker.peer, p.Revoke(lease.number, [])))
+            else:
+                self._shown[lease] = now
+        self.plan(now, 2)
+        return sends
+
+    def _is_wanted_elsewhere(self, lease: Lease) -> bool:
+        """Whether another worker may run the lease's tasks now."""
+        client = lease.client
+        root = client.root
+        places = root.places - (not lease.in_slot)  # it would have one less
+        if root.is_held or client.is_held_back or lease.is_lent or 0 < root.slots_max <= places:
+            return False
+        wanted, peer = lease.queue.options.tags, lease.worker.peer
+        return any(
+            tags.issuperset(wanted) and (len(group) > 1 or peer not in group)
+            for tags, group in self._idle.items()
+        )
+
+    def check_invariants(self, leases: list[Lease]) -> None:
+        """Assert the rules of this module; tests call it after every step."""
+        assert self._shown.keys() <= set(leases), "a lease is looked at that has ended"
