@@ -533,9 +533,7 @@ class Agent:
         counts = dict(unstarted)
         sends: list[Send] = []
         for chunk in runner.chunks:
-            size = len(chunk.run.ids)
-            last = range(size - counts.get(chunk.seq, 0), size)
-            back = chunk.open.intersection(last)
+            back = chunk.open.intersection(chunk.take_last(counts.get(chunk.seq, 0)))
             if back:
                 runner.given -= len(back)
                 sends += self._give_back(chunk, back)

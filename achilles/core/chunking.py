@@ -8,7 +8,8 @@ Theory
 
     A chunk holds about `CHUNK_SECONDS` of work; or `BACKLOG_PART` of what is queued for a slot where that is more, up
     to `CHUNK_SECONDS_MAX`: who has that much queued does not miss a result for so long, and on busy cores what a
-    chunk costs is taken from the tasks. At the tail, where there is less left than would keep every slot busy, chunks
+    chunk costs is taken from the tasks. Not where several clients have work: slots go to who holds fewest chunks, so long ones would take
+    most of the time. At the tail, where there is less left than would keep every slot busy, chunks
     shrink with what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987), but not below `SHARE_SECONDS` of
     work: a slot that idles for so long costs less than one more dispatch. Short tasks that are submitted as fast as they
     are done are all tail, and would otherwise travel alone.
@@ -27,6 +28,9 @@ CHUNK_SECONDS = 0.005
 CHUNK_SECONDS_MAX = 0.06
 BACKLOG_PART = 0.33
 SHARE_SECONDS = 0.0005
+CONTEST_SECONDS = (
+    1.0  # slots are taken to be contested for so long after they went from one client to another
+)
 STUCK_SECONDS = (
     0.075  # since the last known result; later ones may lie in a runner's pipe for 0.066
 )
@@ -62,13 +66,17 @@ class Estimate:
         return f"<Estimate {'unknown' if self.seconds is None else f'{self.seconds:.6f} s'}>"
 
 
-def chunk_size(estimate: Estimate, queued: int, slots: int, chunk_max: int = 0) -> int:
+def chunk_size(
+    estimate: Estimate, queued: int, slots: int, chunk_max: int = 0, *, is_contested: bool = False
+) -> int:
     """How many of ``queued`` tasks to dispatch together where ``slots`` slots share them; at least 1."""
     if estimate.seconds is None or queued == 1:
         return 1
     slots = max(slots, 1)
     each = max(estimate.seconds, 1e-9)
-    seconds = max(CHUNK_SECONDS, min(BACKLOG_PART * queued * each / slots, CHUNK_SECONDS_MAX))
+    seconds = CHUNK_SECONDS
+    if not is_contested:
+        seconds = max(seconds, min(BACKLOG_PART * queued * each / slots, CHUNK_SECONDS_MAX))
     by_time = int(seconds / each)
     by_share = max(-(-queued // (2 * slots)), int(SHARE_SECONDS / each))
     return max(1, min(by_time, by_share, queued, chunk_max or TASKS_MAX, TASKS_MAX))

@@ -19,10 +19,16 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from math import inf
 from typing import TypeAlias
 
 from achilles.core import protocol as p
-from achilles.core.chunking import CHUNK_SECONDS_MAX, STUCK_SECONDS, chunk_size
+from achilles.core.chunking import (
+    CHUNK_SECONDS_MAX,
+    CONTEST_SECONDS,
+    STUCK_SECONDS,
+    chunk_size,
+)
 from achilles.core.relief import Relief
 from achilles.core.tables import READY, Client, Lease, PeerId, Places, TaskQueue, Worker
 from achilles.core.tables import Send as Send
@@ -49,6 +55,8 @@ class Dispatcher:
         self._room: Places = {}  # ready, slots taken, with room for one more in advance
         self._workers = 0
         self._relief = Relief(self._idle)
+        self._last_root = 0  # the number of whom a lease was made for last
+        self._contested_until = -inf
         # Single tasks and chunks, and when they are due; each in order.
         self._unannounced: tuple[Unannounced, Unannounced] = (deque(), deque())
         self._next_lease = self._first_lease = first_lease
@@ -173,7 +181,7 @@ class Dispatcher:
         self, worker: Worker, queue: TaskQueue, in_slot: bool, now: float, sends: list[Send]
     ) -> None:
         client, group = queue.client, queue.group
-        tasks = queue.take(chunk_size(queue.estimate, queue.live, self.slots, queue.chunk_max))
+        tasks = queue.take(self._chunk_size(queue, now))
         client.enqueue(queue)  # they may have stood before an older one: see `TaskQueue`
         client.live -= len(tasks)
         if client.live == 0:
@@ -214,6 +222,17 @@ class Dispatcher:
         sends.append(Send(worker.peer, run))
         self._relief.note(lease, now)
         self.announce_soon(lease, now)
+
+    def _chunk_size(self, queue: TaskQueue, now: float) -> int:
+        """How many of the queue's tasks are to travel together."""
+        root = queue.client.root.number
+        if root != self._last_root:
+            if self._last_root:
+                self._contested_until = now + CONTEST_SECONDS
+            self._last_root = root
+        is_contested = now < self._contested_until
+        size, most = queue.live, queue.chunk_max
+        return chunk_size(queue.estimate, size, self.slots, most, is_contested=is_contested)
 
     def is_own(self, number: int) -> bool:
         """Whether a lease of that number was, or may be, made here."""

@@ -17,23 +17,30 @@ START_SECONDS = 0.2  # a runner that has shown nothing yet is perhaps still star
 class Chunk:
     """A lease as the worker sees it: ``open`` holds the indexes of its tasks that were not reported yet.
 
-    ``seq`` names it at its runner; 0 while it has none.
+    ``seq`` names it at its runner; 0 while it has none. ``given`` is how many tasks that has of it: the first ones, for what is taken
+    back was behind them.
     """
 
-    __slots__ = ("is_lent", "open", "root", "run", "seq")
+    __slots__ = ("given", "is_lent", "open", "root", "run", "seq")
 
     def __init__(self, run: p.Run) -> None:
         self.run = run
         self.root = run.root or run.client
         self.seq = 0
         self.is_lent = False
-        self.open: set[int] = set(range(len(run.ids)))
+        self.given = len(run.ids)
+        self.open: set[int] = set(range(self.given))
 
     @property
     def needs(self) -> tuple[int, ...]:
         """The numbers of all blobs that its tasks need."""
         run = self.run
         return tuple(blob for blob in (run.fn, run.init, *run.blobs) if blob)
+
+    def take_last(self, count: int) -> range:
+        """Take so many tasks back from the runner; their indexes."""
+        self.given -= count
+        return range(self.given, self.given + count)
 
 
 class Runner:

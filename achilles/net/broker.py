@@ -20,7 +20,7 @@ from achilles.core.sessions import Send, Sessions
 from achilles.errors import ConfigError, ProtocolError
 from achilles.net.audit import Audit
 from achilles.net.endpoint import Gatekeeper
-from achilles.net.memory import Leftovers, MemoryWatch
+from achilles.net.memory import LARGE, Leftovers, MemoryWatch
 from achilles.net.transport import Route, RouterPort, SocketLoop
 
 FAREWELL_SECONDS = 0.5
@@ -92,7 +92,7 @@ class Broker:
             port.connections.patience = limits.hello_timeout
             self._roles[port] = roles
         self._leftovers = Leftovers()
-        self._large_at = -math.inf  # when the last large message came
+        self._large_at = -math.inf  # when the last large message came, or a session with what it had has ended
         self._memory = MemoryWatch(
             limits.memory, [port.connections for port in self._roles], self._end_largest
         )
@@ -150,7 +150,7 @@ class Broker:
     def _receive(self, route: Route, frames: list[p.Buffer]) -> None:
         now = monotonic()
         route.connection.heard_at = now
-        if len(frames) > 1:
+        if len(frames) > 1 or len(frames[0]) >= LARGE:
             self._large_at = now
         try:
             packet = Packet(*p.decode(frames))
@@ -209,6 +209,7 @@ class Broker:
     def _tell(self) -> None:
         """Log what has happened to sessions."""
         events = self._sessions.events
+        self._large_at = monotonic()
         while events:
             event = events.popleft()
             route: Any = event.route  # a Route, as given to the sessions

@@ -15,6 +15,7 @@ SILENT_SECONDS = 3.0  # peers say something each second
 PAUSE = 1.0  # for memory to be given back, before somebody else has to go
 
 KEPT = 128 << 20  # bytes that are kept of what large messages were in
+LARGE = 1 << 16  # bytes of one frame; of many frames is what has large payloads
 CALM_SECONDS = 2.0  # without a large message, before that is given back
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
@@ -89,7 +90,7 @@ class Leftovers:
             mallopt(_TRIM_THRESHOLD, KEPT)
 
     def look(self, now: float, large_at: float) -> None:
-        """Give it back, if it is time; ``large_at`` is when the last large message came."""
+        """Give it back, if it is time; ``large_at`` is when the last large message came, or something was let go of."""
         if self._looked_at < large_at <= now - CALM_SECONDS:
             self._looked_at = now
             _trim()

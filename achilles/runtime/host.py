@@ -416,7 +416,7 @@ class _Runner:
     def recall(self, *, keeps_first: bool = False) -> Counts:
         """Take back every task that has not started, but for the first of all where nothing has; how many of which chunk."""
         taken = self.tokens.take()
-        keeps = int(keeps_first and self._has_started_nothing(taken))
+        keeps = int(keeps_first and not self.is_retired and self._has_started_nothing(taken))
         if keeps and taken:
             self.tokens.write(taken[:1])
             taken, keeps = taken[1:], 0

@@ -351,6 +351,7 @@ class Worker(Peer):
             timer=self._set_timer,
             notify=lambda runner: self.deliver(self.on_runner, runner),
             spawn_seconds=world.spawn_seconds,
+            wake_seconds=world.wake_seconds,
             watch=world.watch,
         )
         self.host.is_present = lambda: self.agent._epoch == world.broker.sessions._epoch

@@ -97,6 +97,11 @@ class Plan:
         return any(self.tags)
 
     @property
+    def has_timeouts(self) -> bool:
+        """Whether some tasks may run for so long only."""
+        return any(truth.options.timeout for _, batch in self.batches for truth in batch)
+
+    @property
     def is_calm(self) -> bool:
         """Whether nothing should be late."""
         return self.kinds <= CALM

@@ -55,6 +55,7 @@ class Runner:
     def __init__(self, number: int) -> None:
         self.number = number
         self.is_ready = False
+        self.is_waking = False
         self.is_dead = False
         self.is_retiring = False
         self.is_doomed = False  # it dies as soon as it has nothing to do
@@ -132,6 +133,7 @@ class Host:
         timer: Timer,
         notify: Callable[[Runner], None],
         spawn_seconds: Callable[[], float],
+        wake_seconds: Callable[[], float],
         watch: IdleWatch | None,
     ) -> None:
         self.name = name
@@ -144,6 +146,7 @@ class Host:
         self._timer = timer
         self._notify = notify
         self._spawn_seconds = spawn_seconds
+        self._wake_seconds = wake_seconds
         self._watch = watch
         if watch:
             watch.hosts.append(self)
@@ -171,11 +174,12 @@ class Host:
             case p.Execute():
                 self._execute(runner, command)
             case p.Recall():
-                kept = command.keeps_first and runner.current is None and runner.queue
-                first = [runner.queue.popleft()] if kept else []
+                kept = command.keeps_first and not runner.is_retiring and runner.current is None
+                first = [runner.queue.popleft()] if kept and runner.queue else []
                 counts = runner.counts()
                 self._take_all(runner)
                 runner.queue.extend(first)
+                self._timer(0.0, self._exit_if_over, runner)  # which is seen later
                 return [p.RunnerRecalled(runner.number, counts)]
             case p.ToRunner():
                 return []
@@ -250,6 +254,13 @@ class Host:
             return
         if self._watch and not was_busy:
             self._watch.changed(-1, now)
+        if not was_busy and (seconds := self._wake_seconds()):
+            runner.is_waking = True
+            self._timer(seconds, self._wake, runner)
+        self._start_next(runner)
+
+    def _wake(self, runner: Runner) -> None:
+        runner.is_waking = False
         self._start_next(runner)
 
     def _ready(self, runner: Runner) -> None:
@@ -258,7 +269,9 @@ class Host:
         self._exit_if_over(runner)
 
     def _start_next(self, runner: Runner) -> None:
-        if runner.current or not runner.queue or not runner.is_ready or runner.is_dead:
+        if runner.current or not runner.queue or runner.is_waking:
+            return
+        if not runner.is_ready or runner.is_dead:
             return
         entry = runner.current = runner.queue.popleft()
         entry.started_at = self._clock()

@@ -31,6 +31,10 @@ STEPS_MAX = 400_000
 CODEC_STRIDE = 32  # every so many messages are encoded twice
 RECONNECT_SECONDS = (0.02, 1.0)
 DELAY_MAX = 6.0
+CROWDED_SHARE = (
+    0.25  # of the runs whose hosts have too much to do; their clocks would end tasks early
+)
+WAKES = (0.0, 0.0, 0.005, 0.02, 0.08)  # how late a runner without work is there
 BEHIND_SECONDS = 0.03  # that something may wait behind a task while a slot is free, anywhere
 
 
@@ -61,6 +65,8 @@ class World:
         self._tokens = 0
         self._network = plan.stream("network")
         self._spawning = plan.stream("runners")
+        self._waking = plan.stream("wakes")
+        self._is_crowded = not plan.has_timeouts and self._waking.random() < CROWDED_SHARE
         self._routes: dict[int, Connection] = {}
         self._route = 0
         self.hostile: Hostile | None = None
@@ -105,6 +111,10 @@ class World:
     def fresh_token(self) -> bytes:
         self._tokens += 1
         return self._tokens.to_bytes(16, "big")
+
+    def wake_seconds(self) -> float:
+        """How long a runner without work takes to begin with what it is given."""
+        return self._waking.choice(WAKES) if self._is_crowded else 0.0
 
     def spawn_seconds(self) -> float:
         return self.plan.spawn_seconds * (0.5 + self._spawning.random())

@@ -427,6 +427,19 @@ def test_what_waits_is_called_back_for_others() -> None:
     assert bench.sent() == [returned(2, 1)]
 
 
+def test_what_was_kept_can_be_called_back_later() -> None:
+    """Each time the last ones of those that the runner has come back."""
+    bench = busy(1)
+    bench.finish(1, (1, 0))
+    bench.sent()
+    bench.run(2, 2, 3, 4)
+    bench.sent()
+    bench.recalled(1, (2, 2))
+    assert bench.sent() == [returned(2, 1, 2)]
+    bench.recalled(1, (2, 1))
+    assert bench.sent() == [returned(2, 0)]
+
+
 def test_a_revoked_lease_at_a_runner_is_called_back_there() -> None:
     """Only there; and a lease that is over is passed over."""
     bench = AgentBench(slots=2)

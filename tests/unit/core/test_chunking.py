@@ -41,6 +41,11 @@ def test_a_chunk_holds_more_where_much_is_queued() -> None:
     assert chunk_size(short, 80_000, 2, 7) == 7
 
 
+def test_a_chunk_holds_no_more_where_clients_compete() -> None:
+    """Or whose tasks come one by one would wait for the others' chunks."""
+    assert chunk_size(estimate(1e-3), 80_000, 2, is_contested=True) == 5
+
+
 def test_chunks_shrink_at_the_tail() -> None:
     """What is left is shared by all slots."""
     short = estimate(1e-4)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 
 from achilles.core import protocol as p
 from achilles.core.charges import CRASHES_MAX, LOSSES_MAX, ORDERED_MAX
+from achilles.core.chunking import CONTEST_SECONDS
 from achilles.core.dispatch import (
     ANNOUNCE_CHUNK_SECONDS,
     ANNOUNCE_SECONDS,
@@ -54,6 +56,31 @@ def test_ten_tasks_do_not_wait_behind_a_hundred_thousand() -> None:
     assert [run.client for run in runs(bench.done(WORKER, first, seconds=1.0))] == []
     (next_run,) = runs(bench.done(WORKER, ahead, seconds=1.0))
     assert next_run.client == ahead.client
+
+
+def test_chunks_are_short_while_clients_compete() -> None:
+    """Slots go by leases: beside long chunks, tasks that come one by one would have a small part of the time."""
+    bench = SchedulerBench()
+    bench.join_client(OTHER)
+
+    def finish_all(sends: list[Any]) -> tuple[list[int], list[Any]]:
+        """How many tasks each chunk had; what comes then."""
+        found = runs(sends)
+        sends = [send for run in found for send in bench.done(WORKER, run, seconds=0.001)]
+        return [len(run.ids) for run in found], sends
+
+    sends = bench.submit(*range(1, 2001))
+    _, sends = finish_all(sends)
+    sizes, sends = finish_all(sends)
+    assert sizes == [60, 60]
+    sends += bench.submit(1, peer=OTHER)
+    _, sends = finish_all(sends)
+    sizes, sends = finish_all(sends)
+    assert sizes == [1, 5]
+    bench.now += CONTEST_SECONDS
+    _, sends = finish_all(sends)
+    sizes, sends = finish_all(sends)
+    assert sizes == [60, 60]
 
 
 def test_a_client_has_no_more_slots_than_it_wants() -> None:

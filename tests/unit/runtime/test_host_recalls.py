@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from achilles.core.protocol import Kill, Recall
+from achilles.core.protocol import Kill, Recall, Retire
 from achilles.runtime.serialize import LARGE
 from tests.unit.runtime import tasks
 from tests.unit.runtime.driver import Driver, Gate
@@ -54,6 +54,20 @@ def test_what_is_recalled_for_others_leaves_a_task(driver: Driver, size: int) ->
     driver.execute(3, identity, (4,))
     assert driver.outcome(3) == 4
     assert driver.host.next_deadline(0.0) is None
+
+
+def test_who_retires_keeps_nothing(driver: Driver) -> None:
+    """Nothing more can be given to it, and others run what it has not started."""
+    assert driver.run(tasks.identity, 0) == 0
+    pid = driver.host.pids()[1]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        driver.execute(2, driver.load(tasks.identity), (1,), (2,))
+        driver.apply(Retire(1), Recall(1, keeps_first=True))
+        assert driver.recalled.pop().unstarted == [(2, 2)]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert driver.death().unstarted == []
 
 
 def test_who_has_started_gives_all_else_back(driver: Driver, gate: Gate) -> None:
