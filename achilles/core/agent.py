@@ -471,7 +471,7 @@ class Agent:
                 _, indexes, statuses, seconds, payloads = zip(*rows)
                 outcomes = bounded(bytes(statuses), list(payloads), self.result_max)
                 done = p.Done(chunk.run.lease, list(indexes), *outcomes, sum(seconds))
-                runner.estimate.observe(len(indexes), done.seconds)
+                runner.observe(chunk.run, len(indexes), done.seconds)
                 sends.append(Send("broker", done))
                 self._close(chunk, indexes)
         self._drop_finished(runner)

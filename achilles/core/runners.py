@@ -50,9 +50,10 @@ class Runner:
     """
 
     __slots__ = (
+        "_estimate",
+        "_estimated",
         "chunks",
         "condemned",
-        "estimate",
         "fault",
         "fault_kind",
         "given",
@@ -74,7 +75,8 @@ class Runner:
         self.chunks: deque[Chunk] = deque()
         self.loaded: set[tuple[int, int]] = set()
         self.seq = 0
-        self.estimate = Estimate()  # of whatever it ran last
+        self._estimate = Estimate()
+        self._estimated = (0, 0)  # the client and its function that it ran last
         self.given = 0
         self.results = 0
         self.has_begun = False  # its first task, as far as is known
@@ -110,11 +112,22 @@ class Runner:
         chunks = self.chunks
         if len(chunks) > 1 or (chunks and len(chunks[0].open) > 1):
             since = max(self.progress_at, self.recalled_at)
-            if not self.results:
-                return since + START_SECONDS
-            expected = len(chunks[0].open) * (self.estimate.seconds or 0.0)
-            return since + min(expected + LATE_SECONDS, STUCK_SECONDS)
+            return since + (self._patience(chunks[0]) if self.results else START_SECONDS)
         return None
+
+    def observe(self, run: p.Run, tasks: int, seconds: float) -> None:
+        """Take in that tasks of a chunk took so long together."""
+        if self._estimated != (run.client, run.fn):
+            self._estimated = run.client, run.fn
+            self._estimate = Estimate()
+        self._estimate.observe(tasks, seconds)
+
+    def _patience(self, chunk: Chunk) -> float:
+        """How long to wait for a result of the chunk that it runs, before others are called back."""
+        each = self._estimate.seconds
+        if each is None or self._estimated != (chunk.run.client, chunk.run.fn):
+            return STUCK_SECONDS
+        return min(len(chunk.open) * each + LATE_SECONDS, STUCK_SECONDS)
 
     @property
     def times_out_at(self) -> float | None:

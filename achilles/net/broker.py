@@ -92,7 +92,7 @@ class Broker:
             port.connections.patience = limits.hello_timeout
             self._roles[port] = roles
         self._leftovers = Leftovers()
-        self._large_at = -math.inf  # when the last large message came, or a session with what it had has ended
+        self._large_at = -math.inf  # when a large message came, or a session ended
         self._memory = MemoryWatch(
             limits.memory, [port.connections for port in self._roles], self._end_largest
         )

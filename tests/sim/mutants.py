@@ -376,7 +376,7 @@ MUTANTS = [
     Mutant(
         "nothing is called back from behind a long task",
         "runners",
-        "return since + min(expected + LATE_SECONDS, STUCK_SECONDS)",
+        "return since + (self._patience(chunks[0]) if self.results else START_SECONDS)",
         "return None",
         ("nobody waits behind",),
         seed=40,

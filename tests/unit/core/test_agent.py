@@ -248,6 +248,16 @@ def test_what_should_have_been_over_soon_is_called_back_sooner() -> None:
     assert bench.sent() == [recall(1)]
 
 
+def test_another_function_says_nothing_of_how_long_a_chunk_should_take() -> None:
+    """Short tasks before it do not make it late."""
+    bench = busy(1)
+    bench.finish(1, (1, 0), seconds=0.001)
+    bench.sent()
+    bench.run(2, 2, 3, 4, fn=2)
+    bench.sent()
+    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
+
+
 def test_what_waits_in_the_same_chunk_is_called_back_too() -> None:
     """Its first task runs."""
     bench = busy(1, 2, 3)
