@@ -84,7 +84,9 @@ class Relief:
         client = lease.client
         root = client.root
         places = root.places - (not lease.in_slot)  # it would have one less
-        if root.is_held or client.is_held_back or lease.is_lent or 0 < root.slots_max <= places:
+        if client.found is not None or client.is_held_back or root.is_held:
+            return False  # after a change of brokers, or too many results: it would not be given out again
+        if lease.is_lent or 0 < root.slots_max <= places:
             return False
         wanted, peer = lease.queue.options.tags, lease.worker.peer
         return any(
