@@ -26,7 +26,7 @@ from achilles.core import protocol as p
 from achilles.core.chunking import (
     CHUNK_SECONDS_MAX,
     CONTEST_SECONDS,
-    STUCK_SECONDS,
+    LATE_SECONDS,
     chunk_size,
 )
 from achilles.core.relief import Relief
@@ -37,7 +37,7 @@ ANNOUNCE_SECONDS = 0.02  # most tasks are done by then
 ANNOUNCE_CHUNK_SECONDS = 2 * CHUNK_SECONDS_MAX + 0.01  # and one that waited behind another
 ANNOUNCE_TOGETHER = 0.005  # seconds before their time, with others, for a message less
 LEASE_BITS = 32  # of a lease's number; above them is its broker's
-SILENT_SECONDS = STUCK_SECONDS - 0.01  # by its lease, when something comes back from a stuck slot
+SILENT_SECONDS = LATE_SECONDS - 0.002  # by its lease, when something comes back from a stuck slot
 MANY = 1 << 62  # more leases than anybody holds
 
 Unannounced: TypeAlias = "deque[tuple[float, Lease]]"

@@ -5,7 +5,8 @@ Theory
     sees to that among its own runners (see `agent`); here it is seen to among workers.
 
     A lease is looked at when it has shown nothing for `RELIEF_SECONDS`, the longest silent first, and asked for what it has not
-    started once: what it has then, it runs.
+    started, once until it shows something. A runner that has never shown anything does not answer that: it may be starting, and its
+    worker sees to it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from achilles.core.tables import Lease, Places, Send
 RELIEF_SECONDS = (
     0.01  # a place is free, and no work for it on its way; a worker helps itself after half of that
 )
+PAUSE_MAX = 0.03  # between looks that find nothing which is wanted elsewhere
 LOOKS_MAX = 64  # leases looked at in one go
 
 
@@ -29,6 +31,7 @@ class Relief:
         self._idle = idle
         self._shown: OrderedDict[Lease, float] = OrderedDict()  # when each has shown something last
         self._at: float | None = None
+        self._pause = RELIEF_SECONDS
 
     def note(self, lease: Lease, now: float) -> None:
         """The lease is new, or a result of it has come."""
@@ -47,7 +50,7 @@ class Relief:
         if workers < 2 or not self._idle or not self._shown:
             self._at = None
         elif self._at is None:
-            self._at = now + RELIEF_SECONDS
+            self._at = now + self._pause
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
@@ -70,12 +73,13 @@ class Relief:
                 self._at = max(at, now + RELIEF_SECONDS)
                 break
             del self._shown[lease]
-            if lease.left == 1 and lease.in_slot:
+            if lease.left == 1 and (lease.in_slot or lease.is_lent):
                 continue  # it has started
             if self._is_wanted_elsewhere(lease):
                 sends.append(Send(lease.worker.peer, p.Revoke(lease.number, [])))
             else:
                 self._shown[lease] = now
+        self._pause = RELIEF_SECONDS if sends else min(2 * self._pause, PAUSE_MAX)
         self.plan(now, 2)
         return sends
 

@@ -107,12 +107,16 @@ class Runner:
         return any(chunk.root == client for chunk in self.chunks)
 
     @property
+    def shown_at(self) -> float:
+        """When it got on, or was called back, last."""
+        return max(self.progress_at, self.recalled_at)
+
+    @property
     def stuck_at(self) -> float | None:
         """When what waits behind its running task has waited long enough; None if nothing does."""
         chunks = self.chunks
         if len(chunks) > 1 or (chunks and len(chunks[0].open) > 1):
-            since = max(self.progress_at, self.recalled_at)
-            return since + (self._patience(chunks[0]) if self.results else START_SECONDS)
+            return self.shown_at + (self._patience(chunks[0]) if self.results else START_SECONDS)
         return None
 
     def observe(self, run: p.Run, tasks: int, seconds: float) -> None:
@@ -161,8 +165,8 @@ def overdue(runners: Iterable[Runner], count: int, now: float) -> tuple[list[Run
     """Up to ``count`` runners that have not got on for `IDLE_SECONDS` and hold tasks that wait; when to look again, if at all."""
     found: list[Runner] = []
     held = [runner for runner in runners if runner.results and runner.stuck_at is not None]
-    for runner in sorted(held, key=lambda one: one.stuck_at or now)[: max(0, count)]:
-        at = max(runner.progress_at, runner.recalled_at) + IDLE_SECONDS
+    for runner in sorted(held, key=lambda one: one.shown_at)[: max(0, count)]:
+        at = runner.shown_at + IDLE_SECONDS
         if now < at:
             return found, at
         found.append(runner)

@@ -58,7 +58,7 @@ from achilles.runtime.serialize import ERROR, INIT_FAILED, LARGE
 from achilles.runtime.shared import IS_AVAILABLE
 from achilles.runtime.side import OUTPUT
 
-LOOK_SECONDS = 0.005  # between looks after the dying, and after what a runner had no room for
+LOOK_SECONDS = 0.005  # between looks after the dying, after what a runner had no room for, and for the end of what was cut
 EXIT_SECONDS = 0.5  # from the end of a runner's channel to its exit
 RETIRE_SECONDS = 5.0  # the same where it was asked to exit, and runs atexit handlers
 READS_MAX = 16
@@ -262,6 +262,7 @@ class _Runner:
         self.is_unwatched = False
         self.is_gone = False
         self.poll_at = 0.0  # when to look for results that it did not wake the host for
+        self.cut_until = 0.0  # until when to look more often
         self.last_seq = 0
         self.fault = ""  # what it did, or suffered, that made us kill it
         self.deadline: float | None = None  # when it is killed if it has not exited by then
@@ -416,15 +417,17 @@ class _Runner:
     def recall(self, *, keeps_first: bool = False) -> Counts:
         """Take back every task that has not started, but for the first of all where nothing has; how many of which chunk."""
         taken = self.tokens.take()
-        keeps = int(keeps_first and not self.is_retired and self._has_started_nothing(taken))
-        if keeps and taken:
+        if keeps_first and taken and not self.is_retired and self._has_started_nothing(taken):
             self.tokens.write(taken[:1])
-            taken, keeps = taken[1:], 0
+            taken = taken[1:]
         counts = Counter(taken)
         for frame in self.outbox:
-            counts.update(frame.tokens[keeps:])
-            frame.tokens, keeps = frame.tokens[:keeps], 0
+            counts.update(frame.tokens)
+            frame.tokens = b""
         is_synced = counts.pop(0, 0) == 0
+        if counts:  # a chunk that is cut does not tell of its end
+            self.poll_at = time.monotonic()
+            self.cut_until = self.poll_at + QUIET_SECONDS
         for seq, count in counts.items():
             chunk = self.chunks[seq]
             self.stale[seq] = chunk.number
@@ -549,7 +552,8 @@ class _Runner:
 
     def _read_stream(self) -> None:
         """Take records of the stream pipe."""
-        self.poll_at = time.monotonic() + QUIET_SECONDS
+        now = time.monotonic()
+        self.poll_at = now + (LOOK_SECONDS if now < self.cut_until else QUIET_SECONDS)
         buffer, buffers = self.host.buffer, (self.host.buffer,)
         try:
             while count := os.readv(self.process.stream, buffers):

@@ -1,7 +1,7 @@
 """The host of a worker's runners, in virtual time: what `runtime.host` and its child processes do.
 
 Tasks run one after the other; a recall takes back all that have not started. A result that comes within a
-millisecond of the runner's last one, and is not its chunk's last, is seen up to 34 ms later, as in the real thing.
+millisecond of the runner's last one, and is not its chunk's last, is seen up to 66 ms later (5, if that was taken back), as in the real thing.
 A killed runner is gone at once, which is seen a little later.
 """
 
@@ -15,7 +15,8 @@ from achilles.core import protocol as p
 from tests.sim.oracle import Oracle, Truth, Violation, join, outcome
 
 QUICK = 0.001
-STREAM_INTERVAL = 0.034  # runtime.runner.QUIET_SECONDS; only the cores are under test here
+STREAM_INTERVAL = 0.066  # runtime.runner.QUIET_SECONDS; only the cores are under test here
+CUT_INTERVAL = 0.005  # runtime.host.LOOK_SECONDS
 BURY_SECONDS = 0.003
 
 Timer = Callable[[float, Callable[[Any], None], Any], None]  # seconds from now, function, argument
@@ -56,6 +57,7 @@ class Runner:
         self.number = number
         self.is_ready = False
         self.is_waking = False
+        self.cut_until = 0.0
         self.is_dead = False
         self.is_retiring = False
         self.is_doomed = False  # it dies as soon as it has nothing to do
@@ -177,6 +179,7 @@ class Host:
                 kept = command.keeps_first and not runner.is_retiring and runner.current is None
                 first = [runner.queue.popleft()] if kept and runner.queue else []
                 counts = runner.counts()
+                runner.cut_until = self._clock() + STREAM_INTERVAL
                 self._take_all(runner)
                 runner.queue.extend(first)
                 self._timer(0.0, self._exit_if_over, runner)  # which is seen later
@@ -313,7 +316,8 @@ class Host:
             self._notify(runner)
         elif not runner.is_polled:
             runner.is_polled = True
-            self._timer(STREAM_INTERVAL, self._poll, runner)
+            is_cut = self._clock() < runner.cut_until
+            self._timer(CUT_INTERVAL if is_cut else STREAM_INTERVAL, self._poll, runner)
         self._start_next(runner)
         if self._watch and runner.current is None:
             self._watch.changed(1, self._clock())

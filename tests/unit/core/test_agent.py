@@ -318,6 +318,27 @@ def test_a_runner_that_gets_on_is_not_called_back_for_an_idle_one() -> None:
     assert bench.sent() == [recall(1, keeps_first=True)]
 
 
+def test_the_longest_silent_is_called_back_first() -> None:
+    """Not who is expected to be over first, which gets on."""
+    bench = AgentBench(slots=3)
+    for lease in (1, 2, 3):
+        bench.run(lease, lease)
+        bench.sent()
+    for runner in (1, 2, 3):
+        bench.finish(runner, (1, 0), seconds=0.001)
+        bench.sent()
+    for lease, count in ((4, 60), (5, 3), (6, 1)):
+        bench.run(lease, *range(100 * lease, 100 * lease + count))
+        bench.sent()
+    bench.finish(3, (2, 0), seconds=0.001)
+    bench.sent()
+    bench.tick(IDLE_SECONDS * 0.75)
+    bench.finish(2, (2, 0), seconds=0.001)
+    bench.sent()
+    bench.tick_when_due()
+    assert bench.sent() == [recall(1, keeps_first=True)]
+
+
 def test_nothing_is_called_back_while_all_runners_work() -> None:
     """It would come back to where it was."""
     bench = two_that_work()

@@ -9,7 +9,7 @@ import pytest
 
 from achilles.core import protocol as p
 from achilles.core.chunking import SHARE_SECONDS
-from achilles.core.relief import LOOKS_MAX, RELIEF_SECONDS, Relief
+from achilles.core.relief import LOOKS_MAX, PAUSE_MAX, RELIEF_SECONDS, Relief
 from tests.unit.core.bench import CLIENT, OTHER, SECOND, WORKER, SchedulerBench, runs
 
 TOGETHER = 4  # tasks of a chunk at the tail
@@ -149,6 +149,21 @@ def test_only_a_worker_that_may_run_it_counts(tag: str) -> None:
             bench.done(WORKER, run, seconds=EACH)
     assert bool(revoked(bench.tick(RELIEF_SECONDS))) == (tag == "gpu")
     bench.tick(RELIEF_SECONDS)
+
+
+def test_who_finds_nothing_looks_less_often() -> None:
+    """As long as that is so."""
+    bench = known()
+    bench.join_client(OTHER, 1)
+    warm_up(bench, OTHER)
+    bench.submit(*range(10, 10 + TOGETHER), peer=OTHER)
+    gaps = []
+    for _ in range(4):
+        due = bench.core.next_deadline()
+        assert due is not None
+        gaps.append(due - bench.now)
+        assert revoked(bench.tick(due - bench.now)) == []
+    assert gaps == pytest.approx([RELIEF_SECONDS, 2 * RELIEF_SECONDS, PAUSE_MAX, PAUSE_MAX])
 
 
 def test_a_look_is_bounded() -> None:

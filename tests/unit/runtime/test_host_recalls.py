@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from achilles.core.protocol import Kill, Recall, Retire
+from achilles.runtime.host import LOOK_SECONDS
 from achilles.runtime.serialize import LARGE
 from tests.unit.runtime import tasks
 from tests.unit.runtime.driver import Driver, Gate
@@ -54,6 +56,21 @@ def test_what_is_recalled_for_others_leaves_a_task(driver: Driver, size: int) ->
     driver.execute(3, identity, (4,))
     assert driver.outcome(3) == 4
     assert driver.host.next_deadline(0.0) is None
+
+
+def test_the_end_of_what_was_cut_is_looked_for(driver: Driver, gate: Gate) -> None:
+    """The last result of a chunk wakes the host, but that task was taken back."""
+    driver.execute(1, driver.load(tasks.wait_at), (gate.path,), (os.devnull,))
+    driver.until(gate.is_reached)
+    driver.apply(Recall(1))
+    for _ in range(2):
+        now = time.monotonic()
+        due = driver.host.next_deadline(now)
+        assert due is not None
+        assert due <= now + LOOK_SECONDS
+        driver.host.collect()
+    gate.open()
+    assert driver.outcome(1) == "open"
 
 
 def test_who_retires_keeps_nothing(driver: Driver) -> None:
