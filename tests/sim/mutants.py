@@ -316,11 +316,19 @@ MUTANTS = [
     ),
     Mutant(
         "one task fewer is given back",
-        "agent",
-        "last = range(size - counts.get(chunk.seq, 0), size)",
-        "last = range(size - counts.get(chunk.seq, 0) + 1, size)",
+        "runners",
+        "return range(self.given, self.given + count)",
+        "return range(self.given + 1, self.given + count)",
         ("just charge",),
         seed=4,
+    ),
+    Mutant(
+        "what was kept is not what is given back later",
+        "runners",
+        "        self.given -= count\n        return range(self.given, self.given + count)",
+        "        return range(len(self.run.ids) - count, len(self.run.ids))",
+        ("everything ends", "just charge"),
+        seed=1841,
     ),
     Mutant(
         "a crash is charged to nobody",
@@ -358,14 +366,6 @@ MUTANTS = [
         seed=72,
     ),
     Mutant(
-        "nothing is called back from another worker",
-        "relief",
-        "self._at = now + RELIEF_SECONDS",
-        "self._at = None",
-        ("nobody waits behind",),
-        seed=1448,
-    ),
-    Mutant(
         "a runner that is starting is called back for others",
         "agent",
         "is_due = runner.results or not for_others",
@@ -376,7 +376,7 @@ MUTANTS = [
     Mutant(
         "nothing is called back from behind a long task",
         "runners",
-        "return since + (self._patience(chunks[0]) if self.results else START_SECONDS)",
+        "return self.shown_at + (self._patience(chunks[0]) if self.results else START_SECONDS)",
         "return None",
         ("nobody waits behind",),
         seed=40,
