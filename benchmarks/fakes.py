@@ -39,7 +39,7 @@ class Load(NamedTuple):
     size: int = 8
 
 
-ALONE = Load(1, 0.025)  # long enough to travel alone
+ALONE = Load(1, 0.055)  # long enough to travel alone
 TENS = Load(2, 1e-6, 10)
 SHORT = Load(3, 2e-6)  # as long as a no-op takes
 _CLAIMS = {load.fn: load.seconds for load in (ALONE, TENS, SHORT)}
