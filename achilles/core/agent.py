@@ -118,7 +118,7 @@ class Agent:
     def tick(self, now: float) -> list[Send]:
         """Call back what waits behind a task that runs long; end the task that ran for too long; let surplus runners go."""
         sends = self.reset() if self._holding.is_too_old(now) else []
-        for runner in self._surplus() if len(self._runners) > self._slots else ():
+        for runner in self._surplus():
             if now >= runner.progress_at + SURPLUS_SECONDS:
                 self._retire(runner, sends)
         if not self._due:
@@ -141,7 +141,7 @@ class Agent:
         wanted = min(self._due.values(), default=None)
         if wanted is not None and self._relieve_at is not None:
             wanted = min(wanted, self._relieve_at)
-        if len(self._runners) > self._slots and (idle := self._surplus()):
+        if idle := self._surplus():
             at = idle[0].progress_at + SURPLUS_SECONDS
             wanted = at if wanted is None else min(at, wanted)
         return wanted
@@ -370,6 +370,8 @@ class Agent:
         return next(runner for runner in self._runners.values() if chunk in runner.chunks)
 
     def _surplus(self) -> list[Runner]:
+        if len(self._runners) <= self._slots:
+            return []
         return surplus(self._runners.values(), self._slots + len(self._lent))
 
     # --- Runners ----------------------------------------------------------------------------------
