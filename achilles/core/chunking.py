@@ -28,12 +28,8 @@ CHUNK_SECONDS = 0.005
 CHUNK_SECONDS_MAX = 0.06
 BACKLOG_PART = 0.33
 SHARE_SECONDS = 0.0005
-CONTEST_SECONDS = (
-    1.0  # slots are taken to be contested for so long after they went from one client to another
-)
-STUCK_SECONDS = (
-    0.075  # since the last known result; later ones may lie in a runner's pipe for 0.066
-)
+CONTEST_SECONDS = 1.0  # that slots count as contested, from when another client got one
+STUCK_SECONDS = 0.075  # since the last known result; later ones may lie in a pipe for 0.066
 LATE_SECONDS = 0.02  # later than a chunk should be over, at whose end its results are known
 IDLE_SECONDS = 0.005  # a runner is idle, with nothing for it on its way
 _MEMORY_TASKS = 64  # the average forgets what is older than about so many tasks

@@ -183,6 +183,7 @@ class Broker:
 
     def _transmit(self, sends: Iterable[Send]) -> None:
         if self._sessions.events:
+            self._large_at = monotonic()  # what one that has ended had is free
             self._tell()
         changes = self._sessions.scheduler.changes
         if changes:
@@ -209,7 +210,6 @@ class Broker:
     def _tell(self) -> None:
         """Log what has happened to sessions."""
         events = self._sessions.events
-        self._large_at = monotonic()
         while events:
             event = events.popleft()
             route: Any = event.route  # a Route, as given to the sessions
