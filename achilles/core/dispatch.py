@@ -53,7 +53,6 @@ class Dispatcher:
         self.slots = 0
         self._idle: Places = {}  # ready, with a free slot
         self._room: Places = {}  # ready, slots taken, with room for one more in advance
-        self._workers = 0
         self._relief = Relief(self._idle)
         self._last_root = 0  # the number of whom a lease was made for last
         self._contested_until = -inf
@@ -68,13 +67,13 @@ class Dispatcher:
     def add(self, worker: Worker) -> None:
         """A worker has come."""
         self.slots += worker.slots
-        self._workers += 1
+        self._relief.workers += 1
         self.place(worker)
 
     def remove(self, worker: Worker) -> None:
         """A worker has gone; its leases are still to be closed."""
         self.slots -= worker.slots
-        self._workers -= 1
+        self._relief.workers -= 1
         worker.is_gone = True
         self.place(worker)
         for number, blob in worker.blobs:
@@ -115,7 +114,7 @@ class Dispatcher:
             self._fill(self._idle, True, now, sends)
         if self.waiting and self._room:
             self._fill(self._room, False, now, sends)
-        self._relief.plan(now, self._workers)
+        self._relief.plan(now)
         return sends
 
     def _fill(self, places: Places, in_slot: bool, now: float, sends: list[Send]) -> None:

@@ -29,6 +29,7 @@ class Relief:
 
     def __init__(self, idle: Places) -> None:
         self._idle = idle
+        self.workers = 0  # how many there are
         self._shown: OrderedDict[Lease, float] = OrderedDict()  # when each has shown something last
         self._at: float | None = None
         self._pause = RELIEF_SECONDS
@@ -45,9 +46,9 @@ class Relief:
         """The lease has ended."""
         self._shown.pop(lease, None)
 
-    def plan(self, now: float, workers: int) -> None:
-        """All that could be was given out, to so many workers: note when to look whether some of it waits beside a free slot."""
-        if workers < 2 or not self._idle or not self._shown:
+    def plan(self, now: float) -> None:
+        """All that could be was given out: note when to look whether some of it waits beside a free slot."""
+        if self.workers < 2 or not self._idle or not self._shown:
             self._at = None
         elif self._at is None:
             self._at = now + self._pause
@@ -80,7 +81,7 @@ class Relief:
             else:
                 self._shown[lease] = now
         self._pause = RELIEF_SECONDS if sends else min(2 * self._pause, PAUSE_MAX)
-        self.plan(now, 2)
+        self.plan(now)
         return sends
 
     def _is_wanted_elsewhere(self, lease: Lease) -> bool:

@@ -187,7 +187,8 @@ def test_a_look_is_bounded() -> None:
     for _ in range(3 * LOOKS_MAX):
         lease: Any = Waiting()
         relief.note(lease, 0.0)
-    relief.plan(1.0, 2)
+    relief.workers = 2
+    relief.plan(1.0)
     assert relief.tick(1.0 + RELIEF_SECONDS) == []
     assert relief.looks == LOOKS_MAX
     for _ in range(2):
