@@ -16,6 +16,7 @@ from achilles.mailbox import Mailbox
 
 if TYPE_CHECKING:
     from achilles.core import protocol as p
+    from achilles.runtime.arguments import ArgumentTable
 
 _LOG = logging.getLogger("achilles.client")
 
@@ -44,6 +45,7 @@ class Backend(Protocol):
     """What carries tasks: the I/O thread and all behind it."""
 
     mailbox: Mailbox
+    arguments: ArgumentTable  # in memory of the kind that it passes on
     thread: threading.Thread | None
 
     def start(self) -> None: ...

@@ -25,7 +25,6 @@ from achilles.handles import Handle, restore
 from achilles.mailbox import INIT_BLOB, Mailbox
 from achilles.maps import name_of, results
 from achilles.options import count, merge_options
-from achilles.runtime import shared
 from achilles.runtime.arguments import ArgumentTable, Attached, join_attached
 from achilles.runtime.functions import FunctionTable, bytes_of
 from achilles.runtime.serialize import dumps, dumps_call, join_inline
@@ -165,8 +164,7 @@ class DistributedExecutor(concurrent.futures.Executor):
 
             backend = LocalCluster(self._max_workers_given or 1, tasks_max=self._max_tasks)
         backend.mailbox.init_blob = init_blob
-        table = ArgumentTable(is_far=True, store=shared.copy) if self._address else ArgumentTable()
-        self._attach(Core(backend), FunctionTable(table), threading.RLock())
+        self._attach(Core(backend), FunctionTable(backend.arguments), threading.RLock())
         if self._address:
             self._start()
 

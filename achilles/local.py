@@ -20,6 +20,7 @@ from time import monotonic
 from achilles.core import agent, dispatch, scheduler, submission
 from achilles.core import protocol as p
 from achilles.mailbox import Mailbox
+from achilles.runtime.arguments import ArgumentTable
 from achilles.runtime.authkey import own_authkey
 from achilles.runtime.host import RunnerHost
 from achilles.runtime.loop import Loop, PatientThread
@@ -41,6 +42,7 @@ class LocalCluster:
         self._loop = Loop()
         self.mailbox = Mailbox(self._loop.wake)
         self.mailbox.cluster = os.urandom(16).hex()
+        self.arguments = ArgumentTable()
         self._submission = submission.Submission()
         self._scheduler = scheduler.Scheduler(now=monotonic())
         self._agent = agent.Agent(slots, tasks_max=tasks_max)

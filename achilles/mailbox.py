@@ -36,6 +36,7 @@ from achilles.runtime.loop import PatientThread
 from achilles.runtime.seal import ONCE_SIZE, TAG_SIZE, Sealer
 from achilles.runtime.seal import PARTS as PARTS_LETTER
 from achilles.runtime.serialize import load_outcome, loads
+from achilles.runtime.shared import fill
 
 Sink: TypeAlias = "Future | tuple[MapRun, int] | BundleSink"
 Mail: TypeAlias = (
@@ -564,10 +565,10 @@ def _seal(sealer: Sealer, id: int, group: Group, blob: Pickled, payload: Any) ->
 
 
 def _behind(payload: Any, seal: bytes) -> p.Payload:
-    """The payload and its seal; what is large is not copied."""
+    """The payload and its seal; what is large is not copied, and where there is room behind it, the seal goes there."""
     if type(payload) is bytes and len(payload) <= p.INLINE_MAX:
         return payload + seal
-    return p.Parts((payload, seal))
+    return p.Parts((payload, fill(payload, seal) or seal))
 
 
 def _wake_nobody() -> None:

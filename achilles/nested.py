@@ -97,7 +97,8 @@ class NestedConnection:
         self.mailbox.cluster = context.cluster
         self.mailbox.credit = credit
         self.mailbox.slots = slots
-        self.functions = FunctionTable(ArgumentTable(store=copy, is_far=not context.is_embedded))
+        self.arguments = ArgumentTable(store=copy, is_far=not context.is_embedded)
+        self.functions = FunctionTable(self.arguments)
         self.table_lock = threading.RLock()
         self._submission = Submission()
         self._submission.connect(credit)

@@ -13,7 +13,8 @@ With this the cores above see a channel that only ever ends, never one with hole
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 from achilles.core import protocol as p
 from achilles.core.liveness import ANNOUNCED_BYTES
@@ -27,6 +28,10 @@ _UNNUMBERED = frozenset(
 )
 
 
+Frames: TypeAlias = Sequence[p.Buffer]
+Fold: TypeAlias = Callable[[Frames], Frames]
+
+
 class Packet(NamedTuple):
     """A message with its header, as it goes to the codec."""
 
@@ -34,12 +39,14 @@ class Packet(NamedTuple):
     message: p.Wire
 
 
-def encoded(packet: Packet) -> list[list[p.Buffer]]:
-    """The packet's frames; before those of a large one, those of a heartbeat that announces it.
+def encoded(packet: Packet, fold: Fold) -> list[Frames]:
+    """The packet's frames, of which ``fold`` makes what travels; before those of a large one, those of a heartbeat that announces it.
 
     That one tells of no message sent that its receiver could not have yet, so that it shows no gap.
     """
-    frames = p.encode(*packet)
+    frames: Frames = p.encode(*packet)
+    if len(frames) > 1:
+        frames = fold(frames)
     if len(frames) == 1:
         return [frames]
     size = sum(memoryview(frame).nbytes for frame in frames)

@@ -159,6 +159,8 @@ class Broker:
             return
         if self._is_debugged:
             _LOG.debug("from %s: %s", route.user or "somebody", type(packet.message).__name__)
+        if type(packet.message) is p.Resync:
+            route.folds = False
         token = secrets.token_bytes(16) if packet.header.token == p.NO_TOKEN else p.NO_TOKEN
         self._transmit(self._sessions.receive(route, self._roles_of(route), packet, now, token))
         if self._sessions.is_reload_wanted:
@@ -195,7 +197,7 @@ class Broker:
         for route, packet in sends:
             if self._is_debugged:
                 _LOG.debug("to %s: %s", route.user or "somebody", type(packet.message).__name__)
-            for frames in encoded(packet):
+            for frames in encoded(packet, route.fold):
                 route.port.send(route, frames)
 
     def log_refusals(self, gatekeeper: Gatekeeper) -> None:

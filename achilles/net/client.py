@@ -22,13 +22,15 @@ from achilles.errors import AchillesError, BrokerLostError, BrokerUnreachableErr
 from achilles.letters import Desk, Printer
 from achilles.mailbox import Mailbox
 from achilles.net.keys import code_of, find_join, given_join
+from achilles.net.near import store_near
 from achilles.net.peer import Dial, Peer, dialer_to
 from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
 from achilles.runtime.allowed import Allowed
+from achilles.runtime.arguments import ArgumentTable
 from achilles.runtime.loop import PatientThread
 from achilles.runtime.seal import Seal, Sealer
-from achilles.runtime.shared import COPY_SECONDS, forget_copy
+from achilles.runtime.shared import COPY_SECONDS, copy, forget_copy
 
 STATUS_SECONDS = 5.0
 WATCH_SECONDS = 0.5
@@ -65,6 +67,7 @@ def connection(
     made = Connection(
         dialer_to(found),
         code=code_of(found, home),
+        is_local=found.endpoint().scheme == "ipc",
         address=found.address,
         slots_max=slots_max,
         connect_timeout=connect_timeout,
@@ -80,7 +83,7 @@ def connection(
 class Connection:
     """A client's session with the broker at ``address``, in a thread of this process.
 
-    It seals with the ``code`` key. None is for measurements against workers without one.
+    It seals with the ``code`` key. None is for measurements against workers without one. ``is_local``: the broker is on this host.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Connection:
         *,
         code: bytes | None,
         address: str,
+        is_local: bool = False,
         slots_max: int = 0,
         connect_timeout: float = 10.0,
         broker_timeout: float = 60.0,
@@ -98,6 +102,9 @@ class Connection:
         self.mailbox = Mailbox(self._loop.wake)
         sealer = None if code is None else Sealer(Seal(code))
         self.mailbox.sealer = sealer
+        self.arguments = ArgumentTable(
+            is_far=True, store=store_near if is_local else copy, is_sealed=sealer is not None
+        )
         self._desk = Desk(self._reply, sealer)
         self._printer = Printer(sealer) if prints else None
         self.mailbox.on_letter = self._take_letter

@@ -32,6 +32,7 @@ from achilles.errors import (
     SilentBrokerError,
     WrongBrokerError,
 )
+from achilles.runtime.shared import note_limits
 
 MAXMSGSIZE = 16 * 1024 * 1024
 RECONNECT_MAX = 2.0  # seconds between two attempts to reach a broker that is away: it is found that soon when it is back
@@ -475,6 +476,7 @@ def raise_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    note_limits()
 
 
 def hostname() -> str:

@@ -72,7 +72,7 @@ class Peer:
     """Keeps a session with a broker over as many sockets as that takes; ``dial`` makes one.
 
     ``on_message(message, now)`` is called with what the broker sent, and with what befell the session: `Welcome`,
-    `Gone`, `Refused`.
+    `Gone`, `Refused`. ``hands_on``: its large payloads are for other processes.
     """
 
     def __init__(
@@ -81,11 +81,14 @@ class Peer:
         loop: SocketLoop,
         hello: p.ClientHello | p.WorkerHello,
         on_message: Callable[[p.Wire, float], object],
+        *,
+        hands_on: bool = False,
     ) -> None:
         self._dial = dial
         self._loop = loop
         self._dialer = Dialer(hello)
         self._on_message = on_message
+        self._hands_on = hands_on
         self.large_at = -inf  # when the last large message came
         self._received = 0  # bytes, of large messages since the last acknowledgement
         self._backoff = BACKOFF_FIRST
@@ -171,7 +174,10 @@ class Peer:
         """Take in a message."""
         now = monotonic()
         try:
-            step = self._dialer.receive(Packet(*p.decode(frames)), now)
+            packet = Packet(*p.decode(frames))
+            if type(packet.message) is p.Resync:
+                self._port.folds = False
+            step = self._dialer.receive(packet, now)
         except ProtocolError as error:
             _LOG.warning(
                 "the broker at %s sent a malformed message: %s", self._dialed.endpoint, error
@@ -204,7 +210,13 @@ class Peer:
         self._redial_at = None
         self._opened_at = now
         self._dialed = self._dial()
-        self._port = DealerPort(self._dialed.socket, self._loop, self._receive)
+        self._port = DealerPort(
+            self._dialed.socket,
+            self._loop,
+            self._receive,
+            is_local=self._dialed.endpoint.startswith("ipc:"),
+            hands_on=self._hands_on,
+        )
         self._loop.register(self._dialed.watch.fd, self._look)
         if not self.is_joined:
             self._transmit(self._dialer.start(now))
@@ -238,7 +250,7 @@ class Peer:
 
     def _transmit(self, packets: Iterable[Packet]) -> None:
         for packet in packets:
-            for frames in encoded(packet):
+            for frames in encoded(packet, self._port.fold):
                 self._port.send(frames)
                 if len(frames) > 1:
                     size = sum(memoryview(frame).nbytes for frame in frames)

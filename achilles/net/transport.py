@@ -9,10 +9,12 @@ Rules
        Connection and user are those that libzmq attaches to each message.
     5. A message has at most `FRAMES_MAX` frames. What goes on beyond that is handed on as far as it was read, for the
        codec to refuse, and the rest is read and dropped, a little at a time.
+    6. To and from a peer of this host large payloads pass as references; see ``net.near``.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import struct
 from collections import deque
@@ -23,6 +25,8 @@ from typing import Any
 import zmq
 
 from achilles.core.protocol import FRAMES_MAX, Buffer
+from achilles.errors import ProtocolError
+from achilles.net import near
 from achilles.net.connections import Connection, Connections
 from achilles.runtime.loop import Loop
 
@@ -48,6 +52,8 @@ _FAILED = frozenset(  # these tell a reason
 )
 
 OnFrames = Callable[[list[Buffer]], object]
+
+_LOG = logging.getLogger("achilles.net")
 
 
 class SocketLoop(Loop):
@@ -109,16 +115,31 @@ class SocketLoop(Loop):
 class DealerPort:
     """A DEALER in a loop. What it sends while there is no connection is dropped: the link sends it again.
 
-    ``on_frames(frames)`` is called for each message.
+    ``on_frames(frames)`` is called for each message. ``is_local``: it is connected over ipc. Then `fold` does
+    something, unless ``folds`` is set to False; ``hands_on``: what comes may be folded again.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], loop: SocketLoop, on_frames: OnFrames) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        loop: SocketLoop,
+        on_frames: OnFrames,
+        *,
+        is_local: bool = False,
+        hands_on: bool = False,
+    ) -> None:
         self._socket = socket
         self._loop = loop
         self._on_frames = on_frames
+        self._is_local = self.folds = is_local
+        self._hands_on = hands_on
         self._outbox: deque[Sequence[Buffer]] = deque()
         self._is_dropping = False  # the rest of an endless message
         loop.watch(socket, self._receive)
+
+    def fold(self, frames: Sequence[Buffer]) -> Sequence[Buffer]:
+        """The frames as they are to be sent."""
+        return near.fold(frames) if self.folds else frames
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """Send, or keep for later."""
@@ -156,7 +177,9 @@ class DealerPort:
         frames: list[Buffer] = [memoryview(frame)]
         if frame.more:
             self._is_dropping = _receive_rest(self._socket, frames)
-        self._on_frames(frames)
+        whole = _unfold(frames, keep=self._hands_on) if self._is_local else frames
+        if whole is not None:
+            self._on_frames(whole)
 
     def _flush_and_receive(self) -> None:
         self.flush()
@@ -167,10 +190,11 @@ class DealerPort:
 class Route:
     """A peer's connection to a ROUTER, as long as it lasts, and the user that the transport has authenticated there.
 
-    An empty ``user`` is one whom nothing vouches for; ``fd`` is the connection's descriptor, where libzmq tells it.
+    An empty ``user`` is one whom nothing vouches for; ``fd`` is the connection's descriptor, where libzmq tells it. If it
+    ``is_local``, it came over ipc; then `fold` does something, unless ``folds`` is set to False.
     """
 
-    __slots__ = ("connection", "fd", "identity", "port", "user")
+    __slots__ = ("connection", "fd", "folds", "identity", "is_local", "port", "user")
 
     def __init__(self, port: RouterPort, identity: bytes, user: str, fd: int = UNKNOWN_FD) -> None:
         self.port = port
@@ -179,6 +203,11 @@ class Route:
         self.fd = fd
         self.connection = port.connections.spoke(fd) or Connection(fd, monotonic())
         self.connection.route = self
+        self.is_local = self.folds = self.connection.is_of_this_host()
+
+    def fold(self, frames: Sequence[Buffer]) -> Sequence[Buffer]:
+        """The frames as they are to be sent there."""
+        return near.fold(frames) if self.folds else frames
 
 
 class RouterPort:
@@ -267,7 +296,9 @@ class RouterPort:
             self._is_dropping = _receive_rest(socket, frames)
         route = self._route(identity, frame)
         route.connection.received += sum(map(len, frames))
-        self._on_frames(route, frames)
+        whole = _unfold(frames, keep=True) if route.is_local else frames
+        if whole is not None:
+            self._on_frames(route, whole)
 
     def _route(self, identity: bytes, frame: Any) -> Route:
         """Where a message came from, by what libzmq says of this very message."""
@@ -334,6 +365,19 @@ def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
     except zmq.Again:
         return False
     return True
+
+
+def _unfold(frames: list[Buffer], *, keep: bool) -> list[Buffer] | None:
+    """The frames of a message of a peer on this host; None if it is as good as lost."""
+    if not near.is_folded(frames):
+        return frames
+    try:
+        return near.unfold(frames, keep=keep)
+    except ProtocolError:
+        return frames  # for the codec to refuse
+    except OSError as error:
+        _LOG.info("large payloads of another process come in full from here on: %s", error)
+        return None
 
 
 def _receive_rest(socket: zmq.Socket[bytes], frames: list[Buffer]) -> bool:

@@ -67,7 +67,7 @@ class Worker:
             os.getpid(),
             list(tags),
         )
-        self._peer = Peer(dial, self.loop, hello, self._from_broker)
+        self._peer = Peer(dial, self.loop, hello, self._from_broker, hands_on=True)
         self._leftovers = Leftovers()
         self._agent = Agent(slots)
         self._host = RunnerHost(

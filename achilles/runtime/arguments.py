@@ -36,6 +36,7 @@ from io import BytesIO
 from pickle import Pickler, Unpickler
 
 from achilles.runtime import context
+from achilles.runtime.seal import CALL_SIZE, TAG_SIZE
 from achilles.runtime.serialize import (
     ALIGN,
     LARGE,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, TypeAlias
 
-    Store: TypeAlias = Callable[[Sequence[Buffer]], bytes | memoryview]
+    Store: TypeAlias = Callable[[Sequence[Buffer], int], bytes | memoryview]
     Resolve: TypeAlias = Callable[[int, int], Any]  # the kind and the number, to the object
     Key: TypeAlias = tuple[int, int]
 
@@ -160,13 +161,19 @@ class ArgumentTable:
     """What large parts the calls of one executor have. Threads may share it.
 
     ``store`` makes the copies of them: in memory that can be handed on (`shared.store`), or not (`shared.copy`).
-    ``is_far``: the calls are for other machines.
+    ``is_far``: the calls are for other machines. ``is_sealed``: there is to be room for a seal behind what is stored.
     """
 
     def __init__(
-        self, bytes_kept: int = BYTES_KEPT, *, store: Store = store, is_far: bool = False
+        self,
+        bytes_kept: int = BYTES_KEPT,
+        *,
+        store: Store = store,
+        is_far: bool = False,
+        is_sealed: bool = False,
     ) -> None:
-        self.store = store
+        self._store = store
+        self._rooms = (CALL_SIZE, TAG_SIZE) if is_sealed else (0, 0)
         self.is_far = is_far
         self.is_watching = False  # for bytes and str: there were large ones
         self.expects_buffers = False  # the last call that was encoded here had some to attach
@@ -185,6 +192,10 @@ class ArgumentTable:
             return False
         self.is_watching = True
         return True
+
+    def store_call(self, parts: Sequence[Buffer]) -> bytes | memoryview:
+        """A copy of a large call's payload."""
+        return self._store(parts, self._rooms[0])
 
     def encode(self, obj: object) -> Encoded | Attached:
         """A payload of ``obj``, as `achilles.runtime.serialize.encode` makes it, or one that refers to others.
@@ -210,7 +221,9 @@ class ArgumentTable:
             return lay_out(data, buffers) if buffers else data
         parts = _lay_out(data, buffers, numbers)
         is_large = sum(map(len, parts)) >= LARGE
-        return Attached(self.store(parts) if is_large else b"".join(parts), tuple(shared.values()))
+        return Attached(
+            self.store_call(parts) if is_large else b"".join(parts), tuple(shared.values())
+        )
 
     def _attach_buffer(self, view: memoryview, shared: dict[int, Shared]) -> int:
         """The buffer's number, or 0 if it is not to be attached."""
@@ -228,7 +241,7 @@ class ArgumentTable:
                     watching = watch(*key)
                     if watching is not None and not watching.begin():
                         watching = None
-                payload = memoryview(self.store([view]))
+                payload = memoryview(self._store([view], self._rooms[1]))
                 entry = self._add(key, payload, None)
                 entry.watch = watching
             else:
@@ -244,7 +257,7 @@ class ArgumentTable:
             payload = None if entry is None else entry.payload
             if entry is None or payload is None or entry.obj is not obj:
                 data = obj if isinstance(obj, bytes) else obj.encode("utf-8", "surrogatepass")
-                payload = memoryview(self.store([data]))
+                payload = memoryview(self._store([data], self._rooms[1]))
                 is_again = entry is not None and entry.sample == _sample(memoryview(data))
                 entry = self._add(key, payload, obj)
             else:

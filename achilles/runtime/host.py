@@ -115,6 +115,7 @@ class RunnerHost:
         self.pieces = itertools.count(1)  # of what was printed
         self.origin = os.urandom(8)  # whose pieces these are
         self.captures = captures
+        self.hands_on = is_remote  # large results, to the broker
         self.runners: dict[int, _Runner] = {}
         self.polled: set[_Runner] = set()  # those that something is awaited of which wakes nobody
         self.dying: set[_Runner] = set()  # killed, or their channel ended, but not seen to exit
@@ -617,7 +618,7 @@ class _Runner:
 
     def _receive_shared(self) -> Payload | None:
         try:
-            return Parts((self.process.handoff.receive(),))
+            return Parts((self.process.handoff.receive(keep=self.host.hands_on),))
         except OSError as error:
             self._fail(f"gave a result that could not be received: {error}")
             return None

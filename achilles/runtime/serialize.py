@@ -206,7 +206,7 @@ def dumps_call(
     if not isinstance(encoded, list):
         return encoded
     if table is not None:
-        return table.store(encoded)
+        return table.store_call(encoded)
     from achilles.runtime.shared import store
 
     return store(encoded)
@@ -265,7 +265,10 @@ def one_view(payload: Any) -> memoryview:
         return memoryview(payload)
     if len(payload) == 1:
         return memoryview(payload[0]).cast("B")
-    return memoryview(bytearray().join(payload))
+    from achilles.runtime.shared import whole
+
+    memory = whole(payload)
+    return memoryview(bytearray().join(payload) if memory is None else memory)
 
 
 def _loads_buffers(view: memoryview, resolve: Resolve | None, unpickle: Unpickle) -> Any:

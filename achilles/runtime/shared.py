@@ -5,6 +5,11 @@ another's changes, and nothing is left behind when the last of them is gone. A m
 for as long as something in it is used, so their number is bounded; beyond that, and where there is no memfd,
 payloads are copied.
 
+Memory that is *final* can be changed by nobody any more, nor made shorter: the kernel sees to that (its seals have nothing to do
+with those of `achilles.runtime.seal`). A process of the same user may `adopt` it by the number that its descriptor has in another
+process, and maps it without fear. So a large payload goes from a client through broker and worker to a runner on the same host
+without being copied again.
+
 Who reads the same payload again and again (`fresh`) gets the same mapping each time, once nobody uses it any more and it is as
 it was: to map 64 MiB anew and to touch each page of it takes 20 ms, and to see that nothing was written to it 0.15 ms.
 """
@@ -12,6 +17,7 @@ it was: to map 64 MiB anew and to touch each page of it takes 20 ms, and to see 
 from __future__ import annotations
 
 import _socket
+import fcntl
 import mmap
 import os
 import sys
@@ -28,12 +34,14 @@ if TYPE_CHECKING:
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 IS_AVAILABLE = hasattr(os, "memfd_create") and hasattr(_socket, "SCM_RIGHTS")
+MAPPINGS_LIMIT = 16_384  # a quarter of the mappings that Linux lets a process have
 
 HUGE_MIN = 4 << 20  # below it most of the memory could not lie in pages of 2 MiB
 
 _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
 COPY_SECONDS = 2.0  # for so long the memory of a large copy is kept that nobody uses any more
+_FINAL = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE
 _IOV_MAX = 64
 _FD_SIZE = 4  # a C int
 
@@ -41,11 +49,12 @@ _FD_SIZE = 4  # a C int
 class Mapping(mmap.mmap):
     """A private, writable mapping of a whole memfd. ``fd`` is the memfd while it may be handed on, or -1.
 
-    ``spare`` is another one of the same memory, for `fresh`. Of that one, ``address`` is where it lies, and ``is_clean`` says that
+    ``is_final``: what is in the memfd does not change any more. ``spare`` is another one of the same memory, for `fresh`. Of that one, ``address`` is where it lies, and ``is_clean`` says that
     it is as the memory, and nobody has had it since.
     """
 
     fd = -1
+    is_final = False
     spare: Mapping | None = None
     address = 0
     is_clean = False
@@ -64,29 +73,84 @@ def _mappings_max() -> int:
         import resource
     except ImportError:
         return 16
-    return max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16)
+    return max(4, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16, MAPPINGS_LIMIT))
 
 
 MAPPINGS_MAX = _mappings_max()
 
 
-def store(parts: Sequence[Buffer]) -> bytes | memoryview:
-    """A copy of the parts, one behind the other; a memoryview if a `Handoff` can pass it on as it is."""
+def note_limits() -> None:
+    """This process may have more descriptors than when this was imported."""
+    global MAPPINGS_MAX
+    MAPPINGS_MAX = _mappings_max()
+
+
+def store(parts: Sequence[Buffer], room: int = 0) -> bytes | memoryview:
+    """A copy of the parts, one behind the other; a memoryview if a `Handoff` can pass it on as it is.
+
+    That is so once `fill` has filled the ``room``, so many bytes behind it, if there is any.
+    """
+    mapping = whole(parts)
+    if mapping is not None and mapping.fd >= 0:
+        return memoryview(mapping)
     if IS_AVAILABLE and len(_mappings) < MAPPINGS_MAX:
         try:
-            fd = _write(parts)
+            fd = _write(parts, room)
         except OSError:
             pass  # out of descriptors or of memory of that kind
         else:
             try:
-                return memoryview(_map(fd, keep=True))
+                view = memoryview(_map(fd, keep=True))
+                return view[: len(view) - room] if room else view
             except (OSError, ValueError):
                 os.close(fd)
     return b"".join(parts)
 
 
-def copy(parts: Sequence[Buffer]) -> memoryview:
-    """A copy of the parts, one behind the other, for this process alone.
+def fill(view: Buffer, tail: bytes) -> memoryview | None:
+    """Write ``tail`` behind what was stored with that much room, once; where it is then. None if there is none."""
+    mapping = view.obj if type(view) is memoryview else None
+    if type(mapping) is not Mapping or mapping.fd < 0 or len(mapping) != len(view) + len(tail):
+        return None
+    behind = memoryview(mapping)[len(view) :]
+    if not mapping.is_final:
+        os.pwrite(mapping.fd, tail, len(view))
+        mapping.is_final = _finish(mapping.fd)
+    return behind if behind == tail else None
+
+
+def whole(parts: Sequence[Buffer]) -> Mapping | None:
+    """The memory of which these parts are the pieces, all of them and in order; None if there is none."""
+    mapping = parts[0].obj if parts and type(parts[0]) is memoryview else None
+    if type(mapping) is not Mapping:
+        return None
+    size = 0
+    for part in parts:
+        if type(part) is not memoryview or part.obj is not mapping:
+            return None
+        size += part.nbytes
+    return mapping if size == len(mapping) else None  # nobody makes pieces of another order
+
+
+def adopt(pid: int, fd: int, inode: int, size: int, *, keep: bool) -> memoryview:
+    """The final memory that process ``pid`` has as its descriptor ``fd``; ``keep``: it may be handed on.
+
+    Raises:
+        OSError: it is not there (any more), it is other memory, it is not final, or this process may not have it.
+    """
+    own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        found = os.fstat(own)
+        if not size or (found.st_ino, found.st_size) != (inode, size) or not _is_final(own):
+            raise OSError(f"descriptor {fd} of process {pid} is not the memory that was meant")
+        return _take(own, keep=keep)
+    except BaseException:
+        os.close(own)
+        raise
+
+
+def copy(parts: Sequence[Buffer], room: int = 0) -> memoryview:
+    """A copy of the parts, one behind the other, for this process alone; ``room`` is for `store`.
 
     Large ones lie in huge pages where the system has them: to touch new memory 4 KiB at a time takes twice as long as to
     copy it (64 MiB: 34 ms, and 12 in huge pages); and in the memory of the last one, if nobody uses that any more.
@@ -253,7 +317,7 @@ class Handoff:
         is_new = fd < 0
         try:
             if is_new:
-                fd = _write(parts)
+                fd = _write(parts, 0)
             rights = fd.to_bytes(_FD_SIZE, sys.byteorder)
             ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)]
             self._sock.sendmsg([b"m"], ancillary)
@@ -275,31 +339,23 @@ class Handoff:
         for level, kind, data in ancillary:
             if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
                 fd = int.from_bytes(data[:_FD_SIZE], sys.byteorder)
-                is_kept = False
                 try:
-                    if _has_room():
-                        view = memoryview(_map(fd, keep=keep))
-                        is_kept = keep
-                        return view
-                    return _read(fd)
-                finally:
-                    if not is_kept:
-                        os.close(fd)
+                    return _take(fd, keep=keep)
+                except BaseException:
+                    os.close(fd)
+                    raise
         raise OSError("a payload came without its memory (too many open files?)")
 
 
 def _fd_of(parts: Sequence[Buffer]) -> int:
     """The memfd that holds just these parts, or -1."""
-    if len(parts) == 1 and type(parts[0]) is memoryview:
-        mapping = parts[0].obj
-        if type(mapping) is Mapping and len(mapping) == parts[0].nbytes:
-            return mapping.fd
-    return -1
+    mapping = whole(parts)
+    return -1 if mapping is None else mapping.fd
 
 
-def _write(parts: Sequence[Buffer]) -> int:
-    """A new memfd that holds the parts."""
-    fd = os.memfd_create("achilles", os.MFD_CLOEXEC)
+def _write(parts: Sequence[Buffer], room: int) -> int:
+    """A new memfd that holds the parts, and is final unless there is room behind them."""
+    fd = os.memfd_create("achilles", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         views = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
         while views:
@@ -308,6 +364,10 @@ def _write(parts: Sequence[Buffer]) -> int:
                 written -= len(views.pop(0))
             if written:
                 views[0] = views[0][written:]
+        if room:
+            os.ftruncate(fd, os.fstat(fd).st_size + room)
+        else:
+            _finish(fd)
     except BaseException:
         os.close(fd)
         raise
@@ -318,8 +378,41 @@ def _map(fd: int, *, keep: bool) -> Mapping:
     mapping = Mapping(fd, os.fstat(fd).st_size, access=mmap.ACCESS_COPY)
     if keep:
         mapping.fd = fd
+        mapping.is_final = _is_final(fd)
     _mappings.add(mapping)
     return mapping
+
+
+def _take(fd: int, *, keep: bool) -> memoryview:
+    """What is in a memfd, as memory of ours; the descriptor is closed, or kept with it.
+
+    Raises:
+        OSError: it cannot be mapped, or read; it is not closed.
+    """
+    if _has_room():
+        view = memoryview(_map(fd, keep=keep))
+        if not keep:
+            os.close(fd)
+        return view
+    view = _read(fd)
+    os.close(fd)
+    return view
+
+
+def _finish(fd: int) -> bool:
+    """Let nobody change the memfd any more; whether the kernel does that."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FINAL)
+    except (OSError, AttributeError):
+        return False  # it is as good for one's own runners
+    return True
+
+
+def _is_final(fd: int) -> bool:
+    try:
+        return bool(_FINAL) and fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _FINAL == _FINAL
+    except (OSError, AttributeError):
+        return False  # it is no memfd
 
 
 def _read(fd: int) -> memoryview:

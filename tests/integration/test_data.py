@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from achilles import DistributedExecutor
 from achilles.core import protocol as p
 from achilles.mailbox import Mailbox
+from achilles.net import near
+from achilles.runtime.shared import adopt
 from tests import tasks
 from tests.integration.test_faults import kill_broker, own_cluster, start_broker
 from tests.modes import CLUSTER, EMBEDDED, OURS, Maker, of_modes, wait_until
@@ -241,6 +244,81 @@ def test_each_worker_gets_it_once_and_a_late_one_too(monkeypatch: pytest.MonkeyP
         futures = [executor.submit(tasks.first_plus, x, n) for n in range(20)]
         assert [future.result(60) for future in futures] == [4.0 + n for n in range(20)]
         assert memfds(second.pid) == 1
+
+
+# --- On one host ----------------------------------------------------------------------------------
+
+
+def most_memory(pid: int) -> int:
+    """The most bytes that a process ever had in memory."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def has_no_memfds(pid: int) -> bool:
+    directory = f"/proc/{pid}/fd"
+    names = []
+    for name in os.listdir(directory):
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            names.append(os.readlink(f"{directory}/{name}"))
+    return not any("memfd:achilles" in name for name in names)
+
+
+def test_on_one_host_large_payloads_are_not_copied_on_their_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither broker nor worker ever has them in memory, and both let go of them."""
+    x = array(4, 64)
+    with own_cluster(monkeypatch, workers=1, slots=1) as cluster:
+        assert cluster.broker is not None
+        pids = [cluster.broker.pid, cluster.workers[0].pid]
+        with DistributedExecutor(address=cluster.address) as executor:
+            assert executor.submit(tasks.add, 1, 1).result(60) == 2
+            before = [most_memory(pid) for pid in pids]
+            for n in range(3):
+                x[-1] = n
+                result = executor.submit(tasks.echo, x).result(60)
+                assert np.array_equal(result, x)
+                result[0] = 5  # it is ours
+            grown = [most_memory(pid) - size for pid, size in zip(pids, before, strict=True)]
+            assert max(grown) < 16 * MIB
+        for pid in pids:
+            wait_until(functools.partial(has_no_memfds, pid), "memory is kept for nobody")
+
+
+@pytest.mark.parametrize("who", ["the broker", "the client"])
+def test_who_cannot_reach_the_memory_of_others_gets_it_in_full(
+    monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """As in another container."""
+    x, failed = array(4, 4), []
+    original_fold, original_adopt = near.fold, adopt
+
+    def fold(frames: Any) -> Any:
+        folded = original_fold(frames)
+        if folded is frames or who == "the client":
+            return folded
+        failed.append(len(frames))
+        head = bytes(folded[0])
+        nobody = (2**22 + 1).to_bytes(4, "little")
+        return [head[:2] + nobody + head[6:], *folded[1:]]
+
+    def try_to_adopt(*args: Any, **options: Any) -> Any:
+        if who == "the broker":
+            return original_adopt(*args, **options)
+        failed.append(1)
+        raise OSError("there is no /proc")
+
+    with (
+        own_cluster(monkeypatch, workers=1, slots=1) as cluster,
+        DistributedExecutor(address=cluster.address) as executor,
+    ):
+        monkeypatch.setattr(near, "fold", fold)
+        monkeypatch.setattr(near, "adopt", try_to_adopt)
+        for n in range(3):
+            x[-1] = n
+            assert np.array_equal(executor.submit(tasks.echo, x).result(30), x)
+    assert len(failed) == 1, "it was tried again and again, or never"
 
 
 @of_modes(CLUSTER)

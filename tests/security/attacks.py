@@ -308,6 +308,13 @@ ATTACKS = [
         "seals are compared in constant time; a token is only ever looked up",
         HELD,
     ),
+    Attack(
+        "T39",
+        "name memory or a file of the broker's host, to have it opened and given to a task",
+        (CLIENT, WORKER, LOCAL),
+        "over TCP refused; over ipc nothing but memory of the same user's that can change no more, and only the one that was meant",
+        REFUSED,
+    ),
 ]
 
 # Rows that nothing can run, and why.

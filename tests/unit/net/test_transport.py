@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -10,14 +11,17 @@ from typing import Any, NamedTuple
 import pytest
 import zmq
 
-from achilles.core.protocol import FRAMES_MAX
-from achilles.net import transport
+from achilles.core.protocol import FRAMES_MAX, Buffer
+from achilles.net import near, transport
 from achilles.net.endpoint import LOCAL_USER, Endpoint, Gatekeeper, bind_router, dial_dealer
 from achilles.net.transport import DealerPort, Route, RouterPort, SocketLoop
+from achilles.runtime import shared
 from tests.security.attacks import attack
 
 WAIT_SECONDS = 10.0
 FAR_MORE_THAN_A_SOCKET_TAKES = 5000
+
+needs_memfd = pytest.mark.skipif(not shared.IS_AVAILABLE, reason="there is no memfd here")
 
 
 class Pair(NamedTuple):
@@ -72,7 +76,10 @@ def pair(achilles_home: Path) -> Iterator[Pair]:
     )
     dialed = dial_dealer(context, endpoint, None)
     dealer = DealerPort(
-        dialed.socket, loop, lambda frames: to_dealer.append([bytes(frame) for frame in frames])
+        dialed.socket,
+        loop,
+        lambda frames: to_dealer.append([bytes(frame) for frame in frames]),
+        is_local=True,
     )
     yield Pair(loop, router, dealer, closed, to_router, to_dealer)
     dialed.watch.close()
@@ -306,3 +313,96 @@ def test_a_message_without_an_end_is_cut_off_and_the_next_one_is_whole(pair: Pai
     assert len(pair.at_dealer()[0]) == FRAMES_MAX + 1
     pair.router.send(connect(pair), [b"next"])
     assert pair.at_dealer() == [[b"next"]]
+
+
+# --- Large payloads between processes of this host ------------------------------------------------
+
+
+def large() -> memoryview:
+    view = shared.store([os.urandom(1 << 20)])
+    assert isinstance(view, memoryview)
+    return view
+
+
+@pytest.fixture
+def unfolded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many frames each message that was unfolded had, as it came."""
+    counts: list[int] = []
+    original = near.unfold
+
+    def unfold(frames: Any, *, keep: bool) -> Any:
+        counts.append(len(frames))
+        return original(frames, keep=keep)
+
+    monkeypatch.setattr(near, "unfold", unfold)
+    return counts
+
+
+@needs_memfd
+def test_a_large_payload_passes_as_a_reference_both_ways(pair: Pair, unfolded: list[int]) -> None:
+    route = connect(pair)
+    view = large()
+    frames: list[Buffer] = [b"head", view]
+    pair.dealer.send(pair.dealer.fold(frames))
+    assert pair.at_router()[1] == [b"head", bytes(view)]
+    pair.router.send(route, route.fold(frames))
+    assert pair.at_dealer() == [[b"head", bytes(view)]]
+    assert unfolded == [2, 2]
+    assert route.is_local
+
+
+@needs_memfd
+def test_what_cannot_be_unfolded_is_lost_and_then_comes_in_full(
+    pair: Pair, unfolded: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    route = connect(pair)
+    view = large()
+    lost = [bytes(frame) for frame in near.fold([b"lost", large()])]  # whose memory is gone
+    caplog.set_level("INFO", "achilles.net")
+    pair.dealer.send(lost)
+    pair.dealer.folds = False
+    pair.dealer.send(pair.dealer.fold([b"head", view]))
+    assert pair.at_router()[1] == [b"head", bytes(view)]
+    pair.router.send(route, lost)
+    route.folds = False
+    pair.router.send(route, route.fold([b"head", view]))
+    assert pair.at_dealer() == [[b"head", bytes(view)]]
+    assert len(unfolded) == 2
+    assert "come in full from here on" in caplog.text
+
+
+@needs_memfd
+def test_what_is_no_folded_message_is_for_the_codec_to_refuse(pair: Pair) -> None:
+    route = connect(pair)
+    broken = [near.MAGIC, b"x"]
+    pair.dealer.send(broken)
+    assert pair.at_router()[1] == broken
+    pair.router.send(route, broken)
+    assert pair.at_dealer() == [broken]
+
+
+@attack("T39")
+@needs_memfd
+def test_references_are_taken_from_this_host_alone(pair: Pair, unfolded: list[int]) -> None:
+    """Who comes over TCP cannot have anything opened here."""
+    route = connect(pair)
+    view = large()
+    folded = [bytes(frame) for frame in near.fold([b"head", view])]
+    route.is_local = False
+    pair.dealer.send(folded)
+    assert pair.at_router()[1] == folded
+    pair.dealer._is_local = False
+    pair.router.send(route, folded)
+    assert pair.at_dealer() == [folded]
+    assert not unfolded
+
+
+def test_a_connection_over_tcp_is_not_local(pair: Pair) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    near_end = socket.create_connection(listening.getsockname())
+    route = Route(pair.router, b"id", "u", near_end.fileno())
+    assert not route.is_local
+    frames: list[Buffer] = [b"head", large()]
+    assert route.fold(frames) is frames
+    near_end.close()
+    listening.close()

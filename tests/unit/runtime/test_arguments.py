@@ -19,6 +19,7 @@ from achilles.runtime.arguments import (
     join_attached,
     take,
 )
+from achilles.runtime.seal import CALL_SIZE, TAG_SIZE
 from achilles.runtime.serialize import (
     LARGE,
     SHARE_MIN,
@@ -55,15 +56,18 @@ def call(table: ArgumentTable, *args: object, **kwargs: object) -> Attached:
     return payload
 
 
+@pytest.mark.parametrize("is_sealed", [False, True])
 @pytest.mark.parametrize("store", [shared.store, shared.copy])
-def test_the_store_of_a_table_makes_all_its_copies(store: Any) -> None:
+def test_the_store_of_a_table_makes_all_its_copies(store: Any, is_sealed: bool) -> None:
     made: list[int] = []
+    rooms: list[int] = []
 
-    def note(parts: Any) -> Any:
+    def note(parts: Any, room: int) -> Any:
         made.append(sum(memoryview(part).nbytes for part in parts))
-        return store(parts)
+        rooms.append(room)
+        return store(parts, room)
 
-    table = ArgumentTable(store=note)
+    table = ArgumentTable(store=note, is_sealed=is_sealed)
     large, text, small = array(3.0), "a" * SHARE_MIN, array(2.0, LARGE // 8)
     args, _ = load(call(table, large, text))
     assert (args[0] == 3.0).all()
@@ -74,6 +78,7 @@ def test_the_store_of_a_table_makes_all_its_copies(store: Any) -> None:
     assert (again == 2.0).all()
     assert len(made) == 3
     assert isinstance(payload, memoryview)  # what says that its buffers must stay aligned
+    assert rooms == ([TAG_SIZE, TAG_SIZE, CALL_SIZE] if is_sealed else [0, 0, 0])
 
 
 def load(attached: Attached, payload: Any = None) -> Any:

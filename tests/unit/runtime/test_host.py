@@ -373,7 +373,7 @@ def test_more_results_than_may_be_mapped(monkeypatch: pytest.MonkeyPatch, driver
 
 
 def test_a_result_that_cannot_be_received(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
-    def fail(self: object) -> None:
+    def fail(self: object, *, keep: bool) -> None:
         raise OSError("too many open files")
 
     driver.run(tasks.add, 1)
