@@ -16,7 +16,7 @@ from typing import Any
 from achilles.core import protocol as p
 from achilles.core.budget import UNLIMITED
 from achilles.core.dialer import JOINED, Dialer
-from achilles.core.link import Packet, encoded
+from achilles.core.link import Frames, Packet, encoded
 from achilles.core.liveness import Timings
 from achilles.core.scheduler import Scheduler
 from achilles.core.sessions import CLIENT, WORKER, Send, Sessions
@@ -39,7 +39,7 @@ class Peer:
         self.dialer = Dialer(hello(role, f"{role}-{route}"))
         self.speaker = speaker
 
-    def receive(self, frames: list[p.Buffer], now: float) -> list[Packet]:
+    def receive(self, frames: Frames, now: float) -> list[Packet]:
         """Take in a message; the answers."""
         step = self.dialer.receive(Packet(*p.decode(frames)), now)
         said = [one for message in step.messages for one in self.speaker.answer(message)]
@@ -53,7 +53,7 @@ class Crowd:
         self.now = 0.0
         self.cpu = 0.0
         self._tick_at = 0.0
-        self._turns: deque[tuple[Peer, list[p.Buffer]]] = deque()  # on their way to the broker
+        self._turns: deque[tuple[Peer, Frames]] = deque()  # on their way to the broker
         self._tokens = 0
         self._next_client = 0
         scheduler = Scheduler(now=self.now)
@@ -104,10 +104,10 @@ class Crowd:
         while self._turns:
             self.turn()
 
-    def _broker(self) -> list[tuple[Peer, list[p.Buffer]]]:
+    def _broker(self) -> list[tuple[Peer, Frames]]:
         inbox, self._turns = self._turns, deque()
         sessions, peers, now = self.sessions, self.peers, self.now
-        out: list[tuple[Peer, list[p.Buffer]]] = []
+        out: list[tuple[Peer, Frames]] = []
 
         def transmit(sends: list[Send]) -> None:
             route: Any  # an index, as given to the sessions

@@ -39,7 +39,11 @@ class Packet(NamedTuple):
     message: p.Wire
 
 
-def encoded(packet: Packet, fold: Fold) -> list[Frames]:
+def _in_full(frames: Frames) -> Frames:
+    return frames
+
+
+def encoded(packet: Packet, fold: Fold = _in_full) -> list[Frames]:
     """The packet's frames, of which ``fold`` makes what travels; before those of a large one, those of a heartbeat that announces it.
 
     That one tells of no message sent that its receiver could not have yet, so that it shows no gap.

@@ -66,7 +66,7 @@ STREAM_MAX = 4096 - RECORD.size  # of a payload: a write of up to PIPE_BUF is wh
 QUIET_SECONDS = 0.066
 READ_MAX = 1 << 16
 HOT_SECONDS = 0.001  # a shorter wait for a token than this is worth a core that nobody wants
-LATE_SECONDS = 0.005  # how long it is taken not to be worth it, when no token came for so long
+RETRY_SECONDS = 0.005  # how long it is taken not to be worth it, when no token came for so long
 LEAVE_AT = 10  # waits in a row in which others took the core, until it is left to them
 CROWDED_MAX = 200  # of those, until they are taken to want all cores
 COLD_SECONDS = 0.05  # how long a core is taken to be wanted, or not worth it, once it was
@@ -174,7 +174,7 @@ class Runner:
                 _offer_core()
             looked = perf_counter() - started
             if not is_found:
-                self.cold_until = started + LATE_SECONDS
+                self.cold_until = started + RETRY_SECONDS
             elif thread_time() - ran >= 0.8 * looked:
                 self.crowded = 0
             else:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from achilles.core import protocol as p
-from achilles.core.link import RESYNC_INTERVAL, UNACKED_MAX, Frames, Link, Packet, encoded
+from achilles.core.link import RESYNC_INTERVAL, UNACKED_MAX, Link, Packet, encoded
 from achilles.core.liveness import ANNOUNCED_BYTES
 from achilles.errors import ProtocolError
 
@@ -126,22 +126,18 @@ def test_a_lossy_channel_delivers_everything(seed: int) -> None:
     assert got == list(range(60))
 
 
-def as_it_is(frames: Frames) -> Frames:
-    return frames
-
-
 def test_a_packet_is_announced_by_what_travels_of_it() -> None:
     large = Link(TOKEN).wrap(p.Results([1], b"\0", [bytes(SIZES[1][1])]))
-    assert encoded(large, lambda frames: frames[:1]) == [as_it_is(p.encode(*large))[:1]]
+    assert encoded(large, lambda frames: frames[:1]) == [p.encode(*large)[:1]]
 
 
 def test_a_large_packet_is_announced() -> None:
     """By a heartbeat of its size, which asks for nothing that cannot be there yet."""
     one, other = Link(TOKEN), Link(TOKEN)
     small, large, last = (one.wrap(p.Results([n], b"\0", [bytes(size)])) for n, size in SIZES)
-    assert [len(encoded(packet, as_it_is)) for packet in (small, large, last)] == [1, 2, 1]
+    assert [len(encoded(packet)) for packet in (small, large, last)] == [1, 2, 1]
     for packet in (small, large, last):
-        for frames in encoded(packet, as_it_is):
+        for frames in encoded(packet):
             arrived = Packet(*p.decode([bytes(frame) for frame in frames]))
             assert other.receive(arrived, 0.0) == (True, [])
             if isinstance(arrived.message, p.Heartbeat):
