@@ -706,6 +706,18 @@ def _encode_in_parts(head: bytes, message: Wire) -> list[Buffer]:
     return [head + _encode_body(_with_payloads(message, inline)), *parts]
 
 
+def sign_of_life(frame: Buffer) -> bytes:
+    """A heartbeat with the header of the message whose first frame that is: its receiver sees that it lacks the message.
+
+    Raises:
+        ProtocolError: the frame is too short to have one.
+    """
+    head = bytes(memoryview(frame)[: _HEADER.size])
+    if len(head) < _HEADER.size:
+        raise ProtocolError(f"a message of {len(head)} bytes is shorter than its header")
+    return head + _encode_body(Heartbeat())
+
+
 def decode(frames: Sequence[Buffer]) -> tuple[Header, Wire]:
     """The header and message of ``frames``.
 

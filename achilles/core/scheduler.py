@@ -403,6 +403,8 @@ class Scheduler:
             task.queue = None
             task.payload = None
         client.tasks.clear()
+        client.blobs.clear()
+        client.unwanted.clear()
         client.bytes = 0
         client.live = 0
         for queue in client.queues.values():  # its leases still refer to them

@@ -159,8 +159,6 @@ class Broker:
             return
         if self._is_debugged:
             _LOG.debug("from %s: %s", route.user or "somebody", type(packet.message).__name__)
-        if type(packet.message) is p.Resync:
-            route.folds = False
         token = secrets.token_bytes(16) if packet.header.token == p.NO_TOKEN else p.NO_TOKEN
         self._transmit(self._sessions.receive(route, self._roles_of(route), packet, now, token))
         if self._sessions.is_reload_wanted:

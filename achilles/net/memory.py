@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from achilles.net.connections import Connections
+from achilles.runtime.shared import kept_bytes
 
 SLACK = 64 << 20  # beyond the limit: the process itself, and what is between two looks
 HOARD = 8 << 20  # bytes on one connection that may be on their way
@@ -39,7 +40,7 @@ class MemoryWatch:
         self._limit = limit
         self._connections = list(connections)
         self._end_largest = end_largest
-        self._used = used or resident
+        self._used = used or in_use
         self._next_at = 0.0
         self.shed = 0  # how often somebody had to go
 
@@ -96,13 +97,15 @@ class Leftovers:
             _trim()
 
 
-def resident() -> int:
-    """The bytes of this process that are in memory; 0 where that is not known."""
+def in_use() -> int:
+    """The bytes that this process has, in memory of its own or as large payloads to be handed on; 0 where that is not known."""
     try:
         with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * _PAGE
+            resident, shared = (int(number) * _PAGE for number in file.read().split()[1:3])
     except (OSError, IndexError, ValueError):
         return 0
+    kept = kept_bytes()
+    return resident - min(shared, kept) + kept  # some of what is kept is in memory here, too
 
 
 def _trim() -> None:

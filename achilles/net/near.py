@@ -7,8 +7,9 @@ descriptor through ``/proc``, sees that the memory is the one that was meant and
 Rules
     1. Only over ipc, whose sockets lie in a directory of the user's alone. Who can fold is who could read our memory anyway.
     2. The sender has the memory until the message is acknowledged (`core.link`), so that the receiver finds it.
-    3. A message that cannot be unfolded is as good as lost: the link asks for it again. From then on nothing is folded on that
-       connection, whatever the reason was: no descriptors left, no ``/proc``, or a peer in another container.
+    3. A message that cannot be unfolded is as good as lost. Its receiver asks for it again at once, as the link does where a
+       message is missing, after it has said that it unfolds no more (`REFUSAL`): whatever the reason is, no descriptors left,
+       no ``/proc``, or a peer in another container, from then on all comes in full on that connection.
 
 A folded message's first frame, before those that were not left out::
 
@@ -23,16 +24,18 @@ from itertools import islice
 from struct import Struct
 from struct import error as StructError
 
-from achilles.core.protocol import FRAMES_MAX, Buffer
+from achilles.core.protocol import COMING_MAX, FRAMES_MAX, Buffer
 from achilles.errors import ProtocolError
 from achilles.runtime.shared import Mapping, adopt, copy, store, whole
 
 MAGIC = b"am"
+REFUSAL = b"an"
 PIECES_MAX = 0xFFFF
 STORE_MIN = (
     512 * 1024
 )  # what is smaller is sooner copied twice more than put where it can be referred to (measured)
 
+_OURS = {MAGIC, REFUSAL}
 _HEAD = Struct("<2sIH")
 _PIECE = Struct("<IiQI")
 
@@ -66,9 +69,9 @@ def fold(frames: Sequence[Buffer]) -> Sequence[Buffer]:
     return [_HEAD.pack(MAGIC, os.getpid(), len(pieces) // 2) + b"".join(pieces), *kept]
 
 
-def is_folded(frames: Sequence[Buffer]) -> bool:
-    """Whether these are the frames of a folded message."""
-    return memoryview(frames[0])[: len(MAGIC)] == MAGIC
+def is_for_transport(frames: Sequence[Buffer]) -> bool:
+    """Whether these are the frames of a folded message, or a `REFUSAL`."""
+    return bytes(memoryview(frames[0])[: len(MAGIC)]) in _OURS
 
 
 def unfold(frames: Sequence[Buffer], *, keep: bool) -> list[Buffer]:
@@ -81,6 +84,7 @@ def unfold(frames: Sequence[Buffer], *, keep: bool) -> list[Buffer]:
     rest = iter(frames)
     head = memoryview(next(rest))
     found: list[Buffer] = []
+    size = 0
     try:
         _, pid, count = _HEAD.unpack_from(head)
         offset = _HEAD.size
@@ -93,8 +97,9 @@ def unfold(frames: Sequence[Buffer], *, keep: bool) -> list[Buffer]:
             columns = _sizes(parts)
             sizes = columns.unpack_from(head, offset)
             offset += columns.size
-            if len(found) != at or len(found) + parts > FRAMES_MAX:
-                raise ProtocolError("a folded message of other frames than it says")
+            size += sum(sizes)
+            if len(found) != at or len(found) + parts > FRAMES_MAX or size > COMING_MAX:
+                raise ProtocolError("a folded message of other frames than it says, or too large")
             found += _cut(adopt(pid, fd, inode, sum(sizes), keep=keep), sizes)
     except StructError as error:
         raise ProtocolError(f"a folded message that ends too early: {error}") from None

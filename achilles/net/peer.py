@@ -174,10 +174,7 @@ class Peer:
         """Take in a message."""
         now = monotonic()
         try:
-            packet = Packet(*p.decode(frames))
-            if type(packet.message) is p.Resync:
-                self._port.folds = False
-            step = self._dialer.receive(packet, now)
+            step = self._dialer.receive(Packet(*p.decode(frames)), now)
         except ProtocolError as error:
             _LOG.warning(
                 "the broker at %s sent a malformed message: %s", self._dialed.endpoint, error

@@ -24,10 +24,11 @@ from typing import Any
 
 import zmq
 
-from achilles.core.protocol import FRAMES_MAX, Buffer
+from achilles.core.protocol import FRAMES_MAX, Buffer, sign_of_life
 from achilles.errors import ProtocolError
 from achilles.net import near
 from achilles.net.connections import Connection, Connections
+from achilles.net.endpoint import LOCAL_USER
 from achilles.runtime.loop import Loop
 
 OUTBOX_MAX = 10_000
@@ -177,9 +178,20 @@ class DealerPort:
         frames: list[Buffer] = [memoryview(frame)]
         if frame.more:
             self._is_dropping = _receive_rest(self._socket, frames)
-        whole = _unfold(frames, keep=self._hands_on) if self._is_local else frames
-        if whole is not None:
-            self._on_frames(whole)
+        if self._is_local and near.is_for_transport(frames):
+            frames = self._unfolded(frames)
+        if frames:
+            self._on_frames(frames)
+
+    def _unfolded(self, frames: list[Buffer]) -> list[Buffer]:
+        """What to hand on of a message that is not for the codec as it is."""
+        if frames[0] == near.REFUSAL:
+            self.folds = False
+            return []
+        found, is_whole = _unfold(frames, keep=self._hands_on)
+        if not is_whole:
+            self.send([near.REFUSAL])
+        return found
 
     def _flush_and_receive(self) -> None:
         self.flush()
@@ -203,7 +215,7 @@ class Route:
         self.fd = fd
         self.connection = port.connections.spoke(fd) or Connection(fd, monotonic())
         self.connection.route = self
-        self.is_local = self.folds = self.connection.is_of_this_host()
+        self.is_local = self.folds = user == LOCAL_USER
 
     def fold(self, frames: Sequence[Buffer]) -> Sequence[Buffer]:
         """The frames as they are to be sent there."""
@@ -296,9 +308,20 @@ class RouterPort:
             self._is_dropping = _receive_rest(socket, frames)
         route = self._route(identity, frame)
         route.connection.received += sum(map(len, frames))
-        whole = _unfold(frames, keep=True) if route.is_local else frames
-        if whole is not None:
-            self._on_frames(route, whole)
+        if route.is_local and near.is_for_transport(frames):
+            frames = self._unfolded(route, frames)
+        if frames:
+            self._on_frames(route, frames)
+
+    def _unfolded(self, route: Route, frames: list[Buffer]) -> list[Buffer]:
+        """What to hand on of a message that is not for the codec as it is."""
+        if frames[0] == near.REFUSAL:
+            route.folds = False
+            return []
+        found, is_whole = _unfold(frames, keep=True)
+        if not is_whole:
+            self.send(route, [near.REFUSAL])
+        return found
 
     def _route(self, identity: bytes, frame: Any) -> Route:
         """Where a message came from, by what libzmq says of this very message."""
@@ -367,17 +390,16 @@ def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
     return True
 
 
-def _unfold(frames: list[Buffer], *, keep: bool) -> list[Buffer] | None:
-    """The frames of a message of a peer on this host; None if it is as good as lost."""
-    if not near.is_folded(frames):
-        return frames
+def _unfold(frames: list[Buffer], *, keep: bool) -> tuple[list[Buffer], bool]:
+    """The frames of a folded message; or what has its receiver ask for it again, and False."""
     try:
-        return near.unfold(frames, keep=keep)
-    except ProtocolError:
-        return frames  # for the codec to refuse
-    except OSError as error:
-        _LOG.info("large payloads of another process come in full from here on: %s", error)
-        return None
+        try:
+            return near.unfold(frames, keep=keep), True
+        except (OSError, MemoryError) as error:
+            _LOG.info("large payloads of another process come in full from here on: %s", error)
+            return [sign_of_life(frames[1])], False
+    except (ProtocolError, IndexError):
+        return frames, True  # for the codec to refuse
 
 
 def _receive_rest(socket: zmq.Socket[bytes], frames: list[Buffer]) -> bool:

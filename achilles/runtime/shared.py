@@ -35,6 +35,10 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 IS_AVAILABLE = hasattr(os, "memfd_create") and hasattr(_socket, "SCM_RIGHTS")
 MAPPINGS_LIMIT = 16_384  # a quarter of the mappings that Linux lets a process have
+NUMBERS_LIMIT = 512  # of descriptors in a process that is not ours: `select` takes those below 1024
+COPY_MAX = (
+    512 * 1024
+)  # results that nobody hands on are copied sooner than mapped up to there, which costs a descriptor
 
 HUGE_MIN = 4 << 20  # below it most of the memory could not lie in pages of 2 MiB
 
@@ -49,12 +53,13 @@ _FD_SIZE = 4  # a C int
 class Mapping(mmap.mmap):
     """A private, writable mapping of a whole memfd. ``fd`` is the memfd while it may be handed on, or -1.
 
-    ``is_final``: what is in the memfd does not change any more. ``spare`` is another one of the same memory, for `fresh`. Of that one, ``address`` is where it lies, and ``is_clean`` says that
+    ``is_final``: what is in the memfd does not change any more; ``is_filled``: there was room in it. ``spare`` is another one of the same memory, for `fresh`. Of that one, ``address`` is where it lies, and ``is_clean`` says that
     it is as the memory, and nobody has had it since.
     """
 
     fd = -1
     is_final = False
+    is_filled = False
     spare: Mapping | None = None
     address = 0
     is_clean = False
@@ -68,21 +73,27 @@ _mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
 _sources: weakref.WeakSet[Mapping] = weakref.WeakSet()  # those with a spare
 
 
-def _mappings_max() -> int:
+def _descriptors_max() -> int:
     try:
         import resource
     except ImportError:
-        return 16
-    return max(4, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16, MAPPINGS_LIMIT))
+        return 256
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-MAPPINGS_MAX = _mappings_max()
+def _mappings_max(descriptors: int) -> int:
+    return max(4, min(descriptors // 16, MAPPINGS_LIMIT))
+
+
+# Descriptors have the lowest number that is free: from this one on the others are left to the program, which may have many.
+NUMBERS_MAX = min(_descriptors_max() // 2, NUMBERS_LIMIT)
+MAPPINGS_MAX = _mappings_max(_descriptors_max())
 
 
 def note_limits() -> None:
-    """This process may have more descriptors than when this was imported."""
-    global MAPPINGS_MAX
-    MAPPINGS_MAX = _mappings_max()
+    """This process is all ours, and may have more descriptors than when this was imported."""
+    global MAPPINGS_MAX, NUMBERS_MAX
+    MAPPINGS_MAX, NUMBERS_MAX = _mappings_max(_descriptors_max()), _descriptors_max() // 2
 
 
 def store(parts: Sequence[Buffer], room: int = 0) -> bytes | memoryview:
@@ -113,8 +124,12 @@ def fill(view: Buffer, tail: bytes) -> memoryview | None:
     if type(mapping) is not Mapping or mapping.fd < 0 or len(mapping) != len(view) + len(tail):
         return None
     behind = memoryview(mapping)[len(view) :]
-    if not mapping.is_final:
-        os.pwrite(mapping.fd, tail, len(view))
+    if not mapping.is_filled:
+        try:
+            os.pwrite(mapping.fd, tail, len(view))
+        except OSError:
+            return None  # there is no memory left
+        mapping.is_filled = True
         mapping.is_final = _finish(mapping.fd)
     return behind if behind == tail else None
 
@@ -138,15 +153,21 @@ def adopt(pid: int, fd: int, inode: int, size: int, *, keep: bool) -> memoryview
     Raises:
         OSError: it is not there (any more), it is other memory, it is not final, or this process may not have it.
     """
-    own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    own = os.open(f"/proc/{pid}/fd/{fd}", flags)
     try:
         found = os.fstat(own)
         if not size or (found.st_ino, found.st_size) != (inode, size) or not _is_final(own):
             raise OSError(f"descriptor {fd} of process {pid} is not the memory that was meant")
-        return _take(own, keep=keep)
+        return _take(own, keep=keep, copies=size < COPY_MAX and not keep)
     except BaseException:
         os.close(own)
         raise
+
+
+def kept_bytes() -> int:
+    """How much memory this process has to hand on: whoever wrote it, it stays as long as it is here."""
+    return sum(len(mapping) for mapping in tuple(_mappings) if mapping.fd >= 0)
 
 
 def copy(parts: Sequence[Buffer], room: int = 0) -> memoryview:
@@ -357,6 +378,8 @@ def _write(parts: Sequence[Buffer], room: int) -> int:
     """A new memfd that holds the parts, and is final unless there is room behind them."""
     fd = os.memfd_create("achilles", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        if fd >= NUMBERS_MAX:
+            raise OSError("there are not many descriptors left")
         views = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
         while views:
             written = os.writev(fd, views[:_IOV_MAX])
@@ -383,13 +406,13 @@ def _map(fd: int, *, keep: bool) -> Mapping:
     return mapping
 
 
-def _take(fd: int, *, keep: bool) -> memoryview:
-    """What is in a memfd, as memory of ours; the descriptor is closed, or kept with it.
+def _take(fd: int, *, keep: bool, copies: bool = False) -> memoryview:
+    """What is in a memfd, as memory of ours; the descriptor is closed, or kept with it. ``copies``: rather not mapped.
 
     Raises:
         OSError: it cannot be mapped, or read; it is not closed.
     """
-    if _has_room():
+    if not copies and fd < NUMBERS_MAX and _has_room():
         view = memoryview(_map(fd, keep=keep))
         if not keep:
             os.close(fd)

@@ -10,6 +10,7 @@ import pytest
 from achilles.core import protocol as p
 from achilles.errors import BrokerLostError
 from achilles.mailbox import Batch, Mailbox
+from achilles.runtime.arguments import ArgumentTable
 from achilles.runtime.serialize import dumps
 
 
@@ -18,6 +19,7 @@ class Backend:
 
     def __init__(self, slots: int, *, tasks_max: int = 0) -> None:
         self.mailbox = Mailbox(lambda: None)
+        self.arguments = ArgumentTable()
         self.thread: threading.Thread | None = None
         self.batches: list[Batch] = []
         self.tasks_max = tasks_max

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -247,6 +249,23 @@ def test_a_client_that_leaves_leaves_nothing_behind() -> None:
     bench.say(WORKER, p.Returned(run.lease, [0]))
     status = bench.core.status(bench.now)
     assert (status.queued, status.running, status.clients) == (0, 0, [])
+
+
+def test_what_a_client_sent_is_let_go_of_when_it_leaves() -> None:
+    """At once, not when the garbage collector comes: it may be a lot, and hold descriptors."""
+    bench = SchedulerBench()
+    blob, payload = memoryview(bytes(9)), memoryview(bytes(9))
+    alive = weakref.ref(blob), weakref.ref(payload)
+    bench.say(CLIENT, p.Blob(0, 9, blob))
+    bench.say(CLIENT, p.Submit(9, 0, [1, 2], [payload, payload]))
+    gc.disable()
+    try:
+        bench.leave(CLIENT)
+        bench.leave(WORKER)
+        del blob, payload
+        assert [one() for one in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_late_results_are_dropped_and_counted() -> None:

@@ -18,9 +18,10 @@ from achilles.net.memory import (
     SLACK,
     Leftovers,
     MemoryWatch,
-    resident,
+    in_use,
 )
 from achilles.net.transport import Route
+from achilles.runtime import shared
 
 LIMIT = 1 << 30
 SOMEBODY: Route = object()  # type: ignore[assignment]
@@ -106,8 +107,24 @@ def test_without_a_limit_nobody_looks() -> None:
 def test_the_memory_in_use_is_known() -> None:
     if not sys.platform.startswith("linux"):
         pytest.skip("only Linux tells it in a file")
-    assert resident() > 10 << 20
-    assert resident() % os.sysconf("SC_PAGE_SIZE") == 0
+    assert in_use() > 10 << 20
+    assert in_use() % os.sysconf("SC_PAGE_SIZE") == 0
+
+
+@pytest.mark.skipif(not shared.IS_AVAILABLE, reason="there is no memfd here")
+def test_memory_that_is_handed_on_is_in_use() -> None:
+    """It is in no process's account that does not touch it, and yet nobody else has it."""
+    before = in_use()
+    written = shared.store([bytes(64 << 20)])
+    fd = written.obj.fd  # type: ignore[union-attr]
+    kept = [
+        shared.adopt(os.getpid(), fd, os.fstat(fd).st_ino, 64 << 20, keep=True) for _ in range(2)
+    ]
+    assert 150 << 20 < in_use() - before < 220 << 20
+    assert bytes(kept[0]) == bytes(64 << 20)  # which brings it into memory
+    assert in_use() - before < 220 << 20
+    del written, kept
+    assert in_use() - before < 64 << 20
 
 
 def test_what_is_free_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,12 +162,12 @@ def test_freed_memory_is_kept_for_the_next_large_message() -> None:
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc can be told so")
     code = (
-        "from achilles.net.memory import Leftovers, resident, _trim\n"
-        "left, before = Leftovers(), resident()\n"
+        "from achilles.net.memory import Leftovers, in_use, _trim\n"
+        "left, before = Leftovers(), in_use()\n"
         "data = b'x' * (48 << 20); del data\n"
-        "kept = resident() - before\n"
+        "kept = in_use() - before\n"
         "_trim()\n"
-        "print(kept > 40 << 20, resident() - before < 8 << 20)\n"
+        "print(kept > 40 << 20, in_use() - before < 8 << 20)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True

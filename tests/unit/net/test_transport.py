@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import zmq
 
+from achilles.core import protocol as p
 from achilles.core.protocol import FRAMES_MAX, Buffer
 from achilles.net import near, transport
 from achilles.net.endpoint import LOCAL_USER, Endpoint, Gatekeeper, bind_router, dial_dealer
@@ -355,20 +355,40 @@ def test_a_large_payload_passes_as_a_reference_both_ways(pair: Pair, unfolded: l
 def test_what_cannot_be_unfolded_is_lost_and_then_comes_in_full(
     pair: Pair, unfolded: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Its receiver sees at once that there was a message, as by a heartbeat."""
     route = connect(pair)
     view = large()
-    lost = [bytes(frame) for frame in near.fold([b"lost", large()])]  # whose memory is gone
+    header = p.Header(b"t" * 16, 7, 5)
+    head, *_ = p.encode(header, p.Goodbye("x"))
+    gone = [bytes(frame) for frame in near.fold([head, large()])]
     caplog.set_level("INFO", "achilles.net")
-    pair.dealer.send(lost)
-    pair.dealer.folds = False
+    pair.dealer.send(gone)
+    assert p.decode(pair.at_router()[1]) == (header, p.Heartbeat())
+    pair.until(lambda: not pair.dealer.folds)
     pair.dealer.send(pair.dealer.fold([b"head", view]))
     assert pair.at_router()[1] == [b"head", bytes(view)]
-    pair.router.send(route, lost)
-    route.folds = False
+    pair.router.send(route, gone)
+    assert p.decode(pair.at_dealer()[0]) == (header, p.Heartbeat())
+    pair.until(lambda: not route.folds)
     pair.router.send(route, route.fold([b"head", view]))
     assert pair.at_dealer() == [[b"head", bytes(view)]]
     assert len(unfolded) == 2
-    assert "come in full from here on" in caplog.text
+    assert caplog.text.count("come in full from here on") == 2
+
+
+@needs_memfd
+def test_memory_that_is_too_much_comes_in_full(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect(pair)
+    head, *_ = p.encode(p.Header(bytes(16), 1, 0), p.Goodbye("x"))
+    view = large()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(near, "adopt", fail)
+    pair.dealer.send(pair.dealer.fold([head, view]))
+    pair.until(lambda: not pair.dealer.folds)
+    assert len(pair.at_router()[1]) == 1
 
 
 @needs_memfd
@@ -389,20 +409,24 @@ def test_references_are_taken_from_this_host_alone(pair: Pair, unfolded: list[in
     view = large()
     folded = [bytes(frame) for frame in near.fold([b"head", view])]
     route.is_local = False
-    pair.dealer.send(folded)
-    assert pair.at_router()[1] == folded
     pair.dealer._is_local = False
-    pair.router.send(route, folded)
-    assert pair.at_dealer() == [folded]
+    for message in (folded, [near.REFUSAL]):
+        pair.dealer.send(message)
+        assert pair.at_router()[1] == message
+        pair.router.send(route, message)
+        assert pair.at_dealer() == [message]
     assert not unfolded
+    assert route.folds
+    assert pair.dealer.folds
 
 
-def test_a_connection_over_tcp_is_not_local(pair: Pair) -> None:
-    listening = socket.create_server(("127.0.0.1", 0))
-    near_end = socket.create_connection(listening.getsockname())
-    route = Route(pair.router, b"id", "u", near_end.fileno())
-    assert not route.is_local
+@attack("T39")
+def test_whoever_has_a_key_is_not_local(pair: Pair) -> None:
+    """By what libzmq says of this very message, not by a descriptor that may be another connection's by now."""
+    assert pair.router._route(b"one", Arrived(900, LOCAL_USER)).is_local
+    far = pair.router._route(b"two", Arrived(901, "client/a"))
+    unknown = pair.router._route(b"three", Arrived(902, None))
     frames: list[Buffer] = [b"head", large()]
-    assert route.fold(frames) is frames
-    near_end.close()
-    listening.close()
+    for route in (far, unknown):
+        assert not route.is_local
+        assert route.fold(frames) is frames

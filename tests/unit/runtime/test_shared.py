@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from achilles.runtime import shared, written
-from achilles.runtime.shared import HUGE_MIN, Handoff, copy, fresh, store
+from achilles.runtime.shared import (
+    COPY_MAX,
+    HUGE_MIN,
+    Handoff,
+    adopt,
+    copy,
+    fill,
+    fresh,
+    store,
+    whole,
+)
 from tests.descriptors import open_descriptors, wait_until_closed
 
 pytestmark = pytest.mark.skipif(not shared.IS_AVAILABLE, reason="there is no memfd here")
@@ -346,3 +358,137 @@ def test_spares_give_way_to_what_is_used(kept: memoryview, monkeypatch: pytest.M
     assert mapping_of(another)
     assert mapping_of(kept).spare is None
     assert type(fresh(kept)) is bytearray
+
+
+# --- Memory that changes no more ------------------------------------------------------------------
+
+
+def test_what_has_room_behind_it_is_final_once_that_is_filled() -> None:
+    view = store([b"ab", bytes(BIG)], 4)
+    mapping = mapping_of(view)  # type: ignore[arg-type]
+    assert (len(view), mapping.is_final) == (BIG + 2, False)
+    assert bytes(fill(view, b"tail") or b"") == b"tail"
+    assert mapping.is_final
+    assert bytes(mapping[:]) == b"ab" + bytes(BIG) + b"tail"
+    assert bytes(fill(view, b"tail") or b"") == b"tail", "the same again is there"
+    assert fill(view, b"liat") is None, "another is not"
+    assert bytes(mapping[-4:]) == b"tail"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        lambda: b"x" * BIG,
+        lambda: memoryview(b"x" * BIG),
+        lambda: store([bytes(BIG)]),
+        lambda: store([bytes(BIG)], 3),
+        lambda: copy([bytes(BIG)], 4),
+    ],
+)
+def test_nothing_is_filled_where_there_is_no_such_room(payload: Callable[[], Any]) -> None:
+    assert fill(payload(), b"tail") is None
+
+
+def test_room_that_cannot_be_written_to_stays_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    view = store([bytes(BIG)], 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", fail)
+        assert fill(view, b"tail") is None
+    assert bytes(fill(view, b"tail") or b"") == b"tail"
+
+
+def test_final_memory_can_be_changed_by_nobody() -> None:
+    view = store([bytes(BIG)])
+    fd = mapping_of(view).fd  # type: ignore[arg-type]
+    for change in (
+        lambda: os.pwrite(fd, b"x", 0),
+        lambda: os.ftruncate(fd, 1),
+        lambda: os.ftruncate(fd, 2 * BIG),
+        lambda: mmap.mmap(fd, BIG),
+    ):
+        with pytest.raises(PermissionError):
+            change()
+    view[:1] = b"x"  # type: ignore[index]
+    assert bytes(adopted(view, keep=False)[:1]) == b"\0", "one's own mapping of it is one's own"
+
+
+def adopted(view: Any, *, keep: bool) -> memoryview:
+    fd = mapping_of(view).fd
+    return adopt(os.getpid(), fd, os.fstat(fd).st_ino, len(mapping_of(view)), keep=keep)
+
+
+def test_what_is_adopted_is_mapped_unless_it_is_small_and_for_nobody_else() -> None:
+    for size, keep, is_mapped in (
+        (COPY_MAX - 1, False, False),
+        (COPY_MAX - 1, True, True),
+        (COPY_MAX, False, True),
+    ):
+        source = store([os.urandom(size)])
+        found = adopted(source, keep=keep)
+        assert bytes(found) == bytes(source)
+        assert isinstance(found.obj, shared.Mapping) is is_mapped
+        assert not found.readonly
+
+
+def test_pieces_of_memory_are_known_to_be_all_of_it() -> None:
+    one, other = store([bytes(BIG)]), store([bytes(BIG)])
+    assert isinstance(one, memoryview)
+    halves = [one[: BIG // 2], one[BIG // 2 :]]
+    assert whole(halves) is whole([one]) is one.obj
+    assert store(halves) == one
+    others: list[list[Any]] = [
+        [],
+        halves[:1],
+        [*halves, b""],
+        [halves[0], other[BIG // 2 :]],
+        [bytes(BIG)],
+    ]
+    for parts in others:
+        assert whole(parts) is None
+
+
+def test_what_is_kept_is_counted_until_it_is_gone() -> None:
+    before = shared.kept_bytes()
+    view: Any = store([bytes(BIG)])
+    received: Any = adopted(view, keep=True)
+    assert shared.kept_bytes() == before + 2 * BIG
+    mapped = adopted(store([bytes(COPY_MAX)]), keep=False)
+    assert shared.kept_bytes() == before + 2 * BIG
+    del view, received, mapped
+    assert shared.kept_bytes() == before
+
+
+def test_descriptors_are_left_to_the_program(
+    ends: tuple[Handoff, Handoff], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be one that has hundreds, or `select` in it, which takes numbers below 1024."""
+    near, far = ends
+    data = os.urandom(COPY_MAX)
+    there: Any = store([data])
+    assert near.send([data])
+    lowest = os.dup(0)
+    os.close(lowest)
+    monkeypatch.setattr(shared, "NUMBERS_MAX", lowest)
+    before = open_descriptors()
+    assert type(store([data])) is bytes
+    assert not near.send([data])
+    received = far.receive(keep=True)
+    assert bytes(received) == data
+    assert not isinstance(received.obj, shared.Mapping)
+    found = adopted(there, keep=True)
+    assert bytes(found) == data
+    assert not isinstance(found.obj, shared.Mapping)
+    assert open_descriptors() <= before
+
+
+def test_limits_are_looked_at_anew_where_all_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(shared, "NUMBERS_MAX", 1)
+    monkeypatch.setattr(shared, "MAPPINGS_MAX", 1)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64_000, 64_000))
+    shared.note_limits()
+    assert (shared.NUMBERS_MAX, shared.MAPPINGS_MAX) == (32_000, 4000)
