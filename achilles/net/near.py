@@ -31,9 +31,8 @@ from achilles.runtime.shared import Mapping, adopt, copy, store, whole
 MAGIC = b"am"
 REFUSAL = b"an"
 PIECES_MAX = 0xFFFF
-STORE_MIN = (
-    512 * 1024
-)  # what is smaller is sooner copied twice more than put where it can be referred to (measured)
+# What is smaller is sooner copied four times, into sockets and out of them, than put where it can be referred to (measured).
+STORE_MIN = 512 * 1024
 
 _OURS = {MAGIC, REFUSAL}
 _HEAD = Struct("<2sIH")
