@@ -16,7 +16,7 @@ from achilles.mailbox import Mailbox
 from achilles.net import near
 from achilles.runtime.shared import adopt
 from tests import tasks
-from tests.integration.test_faults import kill_broker, own_cluster, start_broker
+from tests.integration.test_faults import kill_broker, own_cluster, runners_of, start_broker
 from tests.modes import CLUSTER, EMBEDDED, OURS, Maker, of_modes, wait_until
 
 np = pytest.importorskip("numpy")
@@ -319,6 +319,31 @@ def test_who_cannot_reach_the_memory_of_others_gets_it_in_full(
             x[-1] = n
             assert np.array_equal(executor.submit(tasks.echo, x).result(30), x)
     assert len(failed) == 1, "it was tried again and again, or never"
+
+
+@pytest.mark.parametrize("who", ["a runner", "a worker", "the broker"])
+def test_whoever_dies_large_payloads_and_results_arrive(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, who: str
+) -> None:
+    """The memory of who has died is gone, and so is what was under way in it."""
+    arrays, gate = [array(n) for n in range(12)], tmp_path / "gate"
+    with (
+        own_cluster(monkeypatch, workers=2, slots=1) as cluster,
+        DistributedExecutor(address=cluster.address) as executor,
+    ):
+        blockers = [executor.submit(tasks.await_file, str(gate)) for _ in range(2)]
+        futures = [executor.submit(tasks.echo, x) for x in arrays]
+        wait_until(lambda: all(blocker.running() for blocker in blockers))
+        if who == "a runner":
+            runners_of(cluster.workers[0])[0].kill()
+        elif who == "a worker":
+            cluster.workers[0].kill()
+        else:
+            kill_broker(cluster)
+            start_broker(cluster)
+        gate.touch()
+        for future, x in zip(futures, arrays, strict=True):
+            assert np.array_equal(future.result(60), x)
 
 
 @of_modes(CLUSTER)
