@@ -67,6 +67,8 @@ QUIET_SECONDS = 0.066
 READ_MAX = 1 << 16
 HOT_SECONDS = 0.001  # a shorter wait for a token than this is worth a core that nobody wants
 RETRY_SECONDS = 0.005  # how long it is taken not to be worth it, when no token came for so long
+BRIEF_SECONDS = 2e-5  # a shorter wait says nothing of the core
+OWN_PART = 0.95  # of a wait has to pass on the core, for nobody else to want it
 LEAVE_AT = 10  # waits in a row in which others took the core, until it is left to them
 CROWDED_MAX = 200  # of those, until they are taken to want all cores
 COLD_SECONDS = 0.05  # how long a core is taken to be wanted, or not worth it, once it was
@@ -101,7 +103,8 @@ class Runner:
         poll = select.poll()
         poll.register(tokens, select.POLLIN)
         self.poll = poll.poll
-        self.is_hot = False  # the last wait for a token was short
+        self.got_at = 0.0  # the last token
+        self.is_hot = False  # the last wait for one was short
         self.cold_until = 0.0  # until then others want the core
         self.crowded = 0  # how often in a row they did
         self.stream = stream
@@ -167,7 +170,7 @@ class Runner:
         try again for some time.
         """
         started = perf_counter()
-        if self.is_hot and started > self.cold_until:
+        if self.is_hot and started > self.cold_until and started - self.got_at < HOT_SECONDS:
             ran = thread_time()
             is_there = self.poll
             while not (is_found := is_there(0)) and perf_counter() - started < HOT_SECONDS:
@@ -175,18 +178,24 @@ class Runner:
             looked = perf_counter() - started
             if not is_found:
                 self.cold_until = started + RETRY_SECONDS
-            elif thread_time() - ran >= 0.8 * looked:
-                self.crowded = 0
-            else:
-                self.crowded += 1
-                if self.crowded % LEAVE_AT == 0:
-                    _leave_core()
-                if self.crowded > CROWDED_MAX:
-                    self.crowded = 0
-                    self.cold_until = started + COLD_SECONDS
+            elif looked >= BRIEF_SECONDS:
+                self._note_company(thread_time() - ran < OWN_PART * looked)
         token = os.read(self.tokens, 1)
-        self.is_hot = perf_counter() - started < HOT_SECONDS
+        self.got_at = perf_counter()
+        self.is_hot = self.got_at - started < HOT_SECONDS
         return token
+
+    def _note_company(self, is_wanted: bool) -> None:
+        """Whether others took the core during the last wait."""
+        if not is_wanted:
+            self.crowded = 0
+            return
+        self.crowded += 1
+        if self.crowded % LEAVE_AT == 0:
+            _leave_core()
+        if self.crowded > CROWDED_MAX:
+            self.crowded = 0
+            self.cold_until = perf_counter() + COLD_SECONDS
 
     def _command(self) -> Chunk | None:
         """Obey the next command; a chunk (a sync: one with seq 0) is returned instead."""
