@@ -114,15 +114,16 @@ def test_the_memory_in_use_is_known() -> None:
 @pytest.mark.skipif(not shared.IS_AVAILABLE, reason="there is no memfd here")
 def test_memory_that_is_handed_on_is_in_use() -> None:
     """It is in no process's account that does not touch it, and yet nobody else has it."""
+    block = bytes(1 << 20)  # what is larger may stay with the C library, as memory in use
     before = in_use()
-    written = shared.store([bytes(64 << 20)])
+    written = shared.store([block] * 64)
     fd = written.obj.fd  # type: ignore[union-attr]
     kept = [
         shared.adopt(os.getpid(), fd, os.fstat(fd).st_ino, 64 << 20, keep=True) for _ in range(2)
     ]
     assert 150 << 20 < in_use() - before < 220 << 20
-    assert bytes(kept[0]) == bytes(64 << 20)  # which brings it into memory
-    assert in_use() - before < 220 << 20
+    assert not any(kept[0][::4096])  # which brings it into memory
+    assert 150 << 20 < in_use() - before < 220 << 20
     del written, kept
     assert in_use() - before < 64 << 20
 
