@@ -19,6 +19,7 @@ import math
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -179,19 +180,9 @@ class DealerPort:
         if frame.more:
             self._is_dropping = _receive_rest(self._socket, frames)
         if self._is_local and near.is_for_transport(frames):
-            frames = self._unfolded(frames)
+            frames = _unfold(self, frames, self.send, keep=self._hands_on)
         if frames:
             self._on_frames(frames)
-
-    def _unfolded(self, frames: list[Buffer]) -> list[Buffer]:
-        """What to hand on of a message that is not for the codec as it is."""
-        if frames[0] == near.REFUSAL:
-            self.folds = False
-            return []
-        found, is_whole = _unfold(frames, keep=self._hands_on)
-        if not is_whole:
-            self.send([near.REFUSAL])
-        return found
 
     def _flush_and_receive(self) -> None:
         self.flush()
@@ -309,19 +300,9 @@ class RouterPort:
         route = self._route(identity, frame)
         route.connection.received += sum(map(len, frames))
         if route.is_local and near.is_for_transport(frames):
-            frames = self._unfolded(route, frames)
+            frames = _unfold(route, frames, partial(self.send, route), keep=True)
         if frames:
             self._on_frames(route, frames)
-
-    def _unfolded(self, route: Route, frames: list[Buffer]) -> list[Buffer]:
-        """What to hand on of a message that is not for the codec as it is."""
-        if frames[0] == near.REFUSAL:
-            route.folds = False
-            return []
-        found, is_whole = _unfold(frames, keep=True)
-        if not is_whole:
-            self.send(route, [near.REFUSAL])
-        return found
 
     def _route(self, identity: bytes, frame: Any) -> Route:
         """Where a message came from, by what libzmq says of this very message."""
@@ -390,16 +371,27 @@ def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
     return True
 
 
-def _unfold(frames: list[Buffer], *, keep: bool) -> tuple[list[Buffer], bool]:
-    """The frames of a folded message; or what has its receiver ask for it again, and False."""
+def _unfold(
+    end: DealerPort | Route,
+    frames: list[Buffer],
+    answer: Callable[[list[Buffer]], None],
+    *,
+    keep: bool,
+) -> list[Buffer]:
+    """What is to be handed on of a message from there that is not for the codec as it is."""
+    if frames[0] == near.REFUSAL:
+        end.folds = False
+        return []
     try:
         try:
-            return near.unfold(frames, keep=keep), True
+            return near.unfold(frames, keep=keep)
         except (OSError, MemoryError) as error:
+            lost = sign_of_life(frames[1])
             _LOG.info("large payloads of another process come in full from here on: %s", error)
-            return [sign_of_life(frames[1])], False
+            answer([near.REFUSAL])
+            return [lost]
     except (ProtocolError, IndexError):
-        return frames, True  # for the codec to refuse
+        return frames  # for the codec to refuse
 
 
 def _receive_rest(socket: zmq.Socket[bytes], frames: list[Buffer]) -> bool:

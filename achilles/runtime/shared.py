@@ -38,7 +38,7 @@ MAPPINGS_LIMIT = 16_384  # a quarter of the mappings that Linux lets a process h
 NUMBERS_LIMIT = 512  # of descriptors in a process that is not ours: `select` takes those below 1024
 COPY_MAX = (
     512 * 1024
-)  # results that nobody hands on are copied sooner than mapped up to there, which costs a descriptor
+)  # below it, what nobody hands on is rather copied: a mapping costs a descriptor
 
 HUGE_MIN = 4 << 20  # below it most of the memory could not lie in pages of 2 MiB
 
