@@ -6,13 +6,16 @@ Theory
     they are measured per function, as a moving average over tasks (not over chunks, so that one early
     slow call, which pays for an import, is soon outweighed).
 
+    What was measured first is short, for the shortest tasks are done first. So a chunk holds no more tasks than were measured, until those
+    are `MEASURED_TASKS`: with 16 slots and lengths of all kinds, whole queues were given out at once by a tenth of their true length.
+
     A chunk holds about `CHUNK_SECONDS` of work; or `BACKLOG_PART` of what is queued for a slot where that is more, up
     to `CHUNK_SECONDS_MAX`: who has that much queued does not miss a result for so long, and on busy cores what a
     chunk costs is taken from the tasks. Not where several clients have work: slots go to who holds fewest chunks, so long ones would take
     most of the time. At the tail, where there is less left than would keep every slot busy, chunks
-    shrink with what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987), but not below `SHARE_SECONDS` of
-    work: a slot that idles for so long costs less than one more dispatch. Short tasks that are submitted as fast as they
-    are done are all tail, and would otherwise travel alone.
+    shrink with what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987), to `SHARE_PART` of what is queued for a slot, but
+    not below `SHARE_SECONDS` of work: a slot that idles for so long costs less than one more dispatch. Short tasks that are submitted as
+    fast as they are done are all tail, and would otherwise travel alone.
 
     Tasks of one function can take longer than those before them did. A worker gives back what has waited behind a task for
     `LATE_SECONDS` longer than the chunk should have taken, or for `STUCK_SECONDS`; or for `IDLE_SECONDS` where it has a runner without
@@ -22,27 +25,34 @@ Theory
 
 from __future__ import annotations
 
+import math
+
 from achilles.core.protocol import TASKS_MAX
 
 CHUNK_SECONDS = 0.005
-CHUNK_SECONDS_MAX = 0.06
-BACKLOG_PART = 0.33
+CHUNK_SECONDS_MAX = 0.08
+BACKLOG_PART = 0.5
+SHARE_PART = 2 / 3
 SHARE_SECONDS = 0.0005
+MEASURED_TASKS = 64  # which are enough; the average forgets what is older than about so many
 CONTEST_SECONDS = 1.0  # that slots count as contested, from when another client got one
-STUCK_SECONDS = 0.075  # since the last known result; later ones may lie in a pipe for 0.066
+STUCK_SECONDS = 0.095  # since the last known result; later ones may lie in a pipe for 0.086
 LATE_SECONDS = 0.02  # later than a chunk should be over, at whose end its results are known
 IDLE_SECONDS = 0.005  # a runner is idle, with nothing for it on its way
-_MEMORY_TASKS = 64  # the average forgets what is older than about so many tasks
 
 
 class Estimate:
-    """The moving average of a function's task durations, in seconds; None until one was measured."""
+    """The moving average of a function's task durations, in seconds; None until one was measured.
 
-    __slots__ = ("_tasks", "seconds")
+    ``guess`` is that of tasks that probably take as long: the first one that is measured here replaces it.
+    """
 
-    def __init__(self, seconds: float | None = None) -> None:
-        self.seconds = seconds  # a first guess, which the first task that is measured replaces
-        self._tasks = 0
+    __slots__ = ("_weight", "measured", "seconds")
+
+    def __init__(self, guess: Estimate | None = None) -> None:
+        self.seconds = None if guess is None else guess.seconds
+        self.measured = 0 if guess is None else guess.measured  # tasks, as far as they matter
+        self._weight = 0
 
     def observe(self, tasks: int, seconds: float) -> None:
         """Take in that ``tasks`` tasks took ``seconds`` together."""
@@ -50,8 +60,9 @@ class Estimate:
         if self.seconds is None:
             self.seconds = mean
         else:
-            self.seconds += (mean - self.seconds) * (tasks / (tasks + self._tasks))
-        self._tasks = min(self._tasks + tasks, _MEMORY_TASKS)
+            self.seconds += (mean - self.seconds) * (tasks / (tasks + self._weight))
+        self._weight = min(self._weight + tasks, MEASURED_TASKS)
+        self.measured = min(self.measured + tasks, MEASURED_TASKS)
 
     @property
     def is_short(self) -> bool:
@@ -74,5 +85,7 @@ def chunk_size(
     if not is_contested:
         seconds = max(seconds, min(BACKLOG_PART * queued * each / slots, CHUNK_SECONDS_MAX))
     by_time = int(seconds / each)
-    by_share = max(-(-queued // (2 * slots)), int(SHARE_SECONDS / each))
+    if estimate.measured < MEASURED_TASKS:
+        by_time = min(by_time, estimate.measured)
+    by_share = max(math.ceil(SHARE_PART * queued / slots), int(SHARE_SECONDS / each))
     return max(1, min(by_time, by_share, queued, chunk_max or TASKS_MAX, TASKS_MAX))

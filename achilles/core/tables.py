@@ -97,14 +97,14 @@ class TaskQueue:
         "tasks",
     )
 
-    def __init__(self, client: Client, group: p.Group, seconds: float | None = None) -> None:
+    def __init__(self, client: Client, group: p.Group, guess: Estimate | None = None) -> None:
         self.client = client
         self.group = group
         self.needs = group.needs
         self.does_lend = False  # its tasks wait for tasks of their own
         self.options = group.options or p.PLAIN
         self.entry: Rank | None = None  # under which it stands in its client's order
-        self.estimate = Estimate(seconds)
+        self.estimate = Estimate(guess)
         self.tasks: deque[Task] = deque()
         self.live = 0
         self.leases = 0
@@ -235,9 +235,7 @@ class Client:
             return queue
         # With other arguments that are sent once, or other options, the function takes as long, for all that is known.
         key = (group.fn, (group.options or p.PLAIN).is_bundle)
-        known = self._estimates.get(key)
-        seconds = None if known is None else known.seconds
-        queue = self.queues[group] = TaskQueue(self, group, seconds)
+        queue = self.queues[group] = TaskQueue(self, group, self._estimates.get(key))
         self._estimates[key] = queue.estimate
         return queue
 

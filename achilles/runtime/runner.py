@@ -63,7 +63,7 @@ LETTERS = 0x20  # the same: read the side channel first
 STREAM_MAX = 4096 - RECORD.size  # of a payload: a write of up to PIPE_BUF is whole or not at all
 # A chunk wakes the host before its end at most so often, and most are over by then; as often the host looks by itself, for results
 # that lie in the stream pipe behind a task that takes long.
-QUIET_SECONDS = 0.066
+QUIET_SECONDS = 0.086
 READ_MAX = 1 << 16
 HOT_SECONDS = 0.001  # a shorter wait for a token than this is worth a core that nobody wants
 RETRY_SECONDS = 0.005  # how long it is taken not to be worth it, when no token came for so long

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 import msgspec
 
 from achilles.core import protocol as p
+from achilles.core.chunking import MEASURED_TASKS
 from achilles.core.link import Packet
 from achilles.core.scheduler import Scheduler
 
@@ -19,6 +20,7 @@ M = TypeVar("M")
 
 CLIENT, OTHER, WORKER, SECOND = "client", "other", "worker", "second"
 BROKER = "broker"
+TAUGHT = 1_000_000  # ids of tasks that only tell how long they take
 
 _OF_RUNNERS = get_args(p.RunnerCommand | p.RunnerEvent)
 _decode_of_runners = msgspec.msgpack.Decoder(p.RunnerCommand | p.RunnerEvent).decode
@@ -116,6 +118,16 @@ class SchedulerBench:
         values: list[p.Payload] = [b"v%d" % id for id in run.ids]
         message = p.Done(run.lease, list(range(count)), bytes(count), values, seconds * count)
         return self.say(peer, message)
+
+    def teach(
+        self, seconds: float, peer: str = CLIENT, *, options: p.Options | None = None
+    ) -> None:
+        """Have it known how long a client's function takes, by as many tasks as it wants to know that from."""
+        ids = list(range(TAUGHT, TAUGHT + MEASURED_TASKS))
+        payloads: list[p.Payload] = [b"x"] * len(ids)
+        sends = self.say(peer, p.Submit(1, 0, ids, payloads, options=options))
+        while found := [(to, run) for to, run in sends if isinstance(run, p.Run)]:
+            sends = [send for to, run in found for send in self.done(to, run, seconds=seconds)]
 
     def leave(self, peer: str, reason: str = "gone", *, charge: bool = True) -> list[Any]:
         """A session ends."""

@@ -1,10 +1,11 @@
-"""Chunks hold 5 to 60 ms of work by what is queued, and fewer tasks at the tail."""
+"""Chunks hold 5 to 80 ms of work by what is queued, and fewer tasks at the tail, or while few were measured."""
 
 from __future__ import annotations
 
 from achilles.core.chunking import (
     CHUNK_SECONDS,
     CHUNK_SECONDS_MAX,
+    MEASURED_TASKS,
     STUCK_SECONDS,
     Estimate,
     chunk_size,
@@ -28,15 +29,15 @@ def test_an_unknown_duration_means_one_task() -> None:
 
 def test_a_chunk_holds_so_much_work() -> None:
     """Short tasks share a dispatch, long ones do not."""
-    assert chunk_size(estimate(CHUNK_SECONDS / 50), 300, 2) == 50
+    assert chunk_size(estimate(CHUNK_SECONDS / 50), 160, 2) == 50
     assert chunk_size(estimate(1.0), 100_000, 2) == 1
     assert chunk_size(estimate(0.0), 10_000_000, 2) == TASKS_MAX
 
 
 def test_a_chunk_holds_more_where_much_is_queued() -> None:
-    """A third of a slot's share, and never so much that a result is missed."""
+    """Half of a slot's share, and never so much that a result is missed."""
     short = estimate(1e-3)
-    assert [chunk_size(short, queued, 2) for queued in (20, 100, 200, 80_000)] == [5, 16, 33, 60]
+    assert [chunk_size(short, queued, 2) for queued in (20, 100, 200, 80_000)] == [5, 25, 50, 80]
     assert chunk_size(short, 20_000, 2_000) == 5
     assert chunk_size(short, 80_000, 2, 7) == 7
 
@@ -49,13 +50,13 @@ def test_a_chunk_holds_no_more_where_clients_compete() -> None:
 def test_chunks_shrink_at_the_tail() -> None:
     """What is left is shared by all slots."""
     short = estimate(1e-4)
-    assert [chunk_size(short, queued, 4) for queued in (320, 80, 48, 40)] == [40, 10, 6, 5]
+    assert [chunk_size(short, queued, 4) for queued in (320, 80, 48, 40)] == [50, 14, 8, 7]
 
 
 def test_chunks_do_not_shrink_below_what_a_dispatch_is_worth() -> None:
     """Tasks that are submitted as fast as they are done are all tail."""
     short = estimate(1e-6)
-    assert [chunk_size(short, queued, 4) for queued in (8000, 800, 80, 1)] == [1000, 500, 80, 1]
+    assert [chunk_size(short, queued, 4) for queued in (8000, 800, 80, 1)] == [1334, 500, 80, 1]
     assert chunk_size(estimate(1e-4), 9, 4) == 5
     assert chunk_size(estimate(1e-3), 9, 4) == 2
 
@@ -64,6 +65,25 @@ def test_an_explicit_chunksize_is_an_upper_bound() -> None:
     """The user's word holds; it never enlarges."""
     assert chunk_size(estimate(1e-6), 10_000, 2, 7) == 7
     assert chunk_size(estimate(1.0), 10_000, 2, 7) == 1
+
+
+def test_no_more_travel_together_than_were_measured() -> None:
+    """Who is first done took least, so the first few say little of the rest."""
+    made = Estimate()
+    sizes = []
+    for tasks in (1, 2, 20, MEASURED_TASKS):
+        made.observe(tasks, 1e-6 * tasks)
+        sizes.append(chunk_size(made, 10_000, 2))
+    assert sizes == [1, 3, 23, 3334]
+
+
+def test_a_guess_is_as_good_as_what_it_is_from() -> None:
+    """And the first task that is measured outweighs it."""
+    made = Estimate(estimate(1e-6, tasks=7))
+    assert chunk_size(made, 10_000, 2) == 7
+    made.observe(1, 1e-3)
+    assert made.seconds == 1e-3
+    assert chunk_size(made, 80_000, 2) == 8
 
 
 def test_one_slow_first_call_is_soon_outweighed() -> None:

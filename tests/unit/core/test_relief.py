@@ -17,16 +17,10 @@ EACH = SHARE_SECONDS / TOGETHER
 
 
 def known(workers: int = 2, slots: int = 1) -> SchedulerBench:
-    """Of whose function 1 a task is known to take `EACH`."""
+    """A task of its client's function is known to take `EACH`."""
     bench = SchedulerBench(workers, slots)
-    warm_up(bench, CLIENT)
+    bench.teach(EACH)
     return bench
-
-
-def warm_up(bench: SchedulerBench, client: str) -> None:
-    """Have it known how long the client's function takes."""
-    ((name, run),) = bench.submit(1, peer=client)[-1:]
-    bench.done(name, run, seconds=EACH)
 
 
 def shared_out(bench: SchedulerBench, slots: int = 1) -> dict[str, list[p.Run]]:
@@ -64,7 +58,7 @@ def test_what_waits_at_another_worker_is_called_back() -> None:
     assert revoked(bench.tick(RELIEF_SECONDS / 2)) == []
     first, second = chunks[SECOND]
     assert revoked(bench.tick(due - bench.now)) == [(SECOND, first.lease)]
-    (again,) = runs(bench.say(SECOND, p.Returned(second.lease, [*range(TOGETHER)])))
+    (again,) = runs(bench.say(SECOND, p.Returned(second.lease, [*range(len(second.ids))])))
     assert again.ids == second.ids
 
 
@@ -129,7 +123,7 @@ def test_nobody_gets_more_slots_than_it_wants(slots_max: int) -> None:
     """What would not be given out again is not called back."""
     bench = known()
     bench.join_client(OTHER, slots_max)
-    warm_up(bench, OTHER)
+    bench.teach(EACH, OTHER)
     (run,) = runs(bench.submit(*range(10, 10 + TOGETHER), peer=OTHER))
     assert len(run.ids) == TOGETHER
     assert bool(revoked(bench.tick(RELIEF_SECONDS))) == (slots_max == 0)
@@ -142,11 +136,10 @@ def test_only_a_worker_that_may_run_it_counts(tag: str) -> None:
     options = p.Options(tags=("gpu",))
     for name, offered in ((WORKER, "gpu"), (SECOND, tag)):
         bench.join_worker(name, tags=[offered])
-    for ids in ([1], [*range(10, 10 + TOGETHER)]):
-        payloads: list[p.Payload] = [b"x"] * len(ids)
-        (run,) = runs(bench.say(CLIENT, p.Submit(1, 0, ids, payloads, options=options)))
-        if len(ids) == 1:
-            bench.done(WORKER, run, seconds=EACH)
+    bench.teach(EACH, options=options)
+    payloads: list[p.Payload] = [b"x"] * TOGETHER
+    ids = [*range(10, 10 + TOGETHER)]
+    assert len(runs(bench.say(CLIENT, p.Submit(1, 0, ids, payloads, options=options)))) == 1
     assert bool(revoked(bench.tick(RELIEF_SECONDS))) == (tag == "gpu")
     bench.tick(RELIEF_SECONDS)
 
@@ -155,7 +148,7 @@ def test_who_finds_nothing_looks_less_often() -> None:
     """As long as that is so."""
     bench = known()
     bench.join_client(OTHER, 1)
-    warm_up(bench, OTHER)
+    bench.teach(EACH, OTHER)
     bench.submit(*range(10, 10 + TOGETHER), peer=OTHER)
     gaps = []
     for _ in range(4):

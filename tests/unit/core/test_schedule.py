@@ -14,6 +14,7 @@ import pytest
 from achilles.core import protocol as p
 from achilles.core.agent import Agent
 from achilles.core.scheduler import Scheduler
+from achilles.runtime.host import LOOK_SECONDS
 from achilles.runtime.runner import QUIET_SECONDS
 from benchmarks.stats import Span, ideal_seconds, longest_idle
 from tests.unit.core.bench import crossed
@@ -28,6 +29,7 @@ class Runner:
         self.waiting: deque[tuple[int, int, int, bool]] = deque()
         self.is_busy = False
         self.woken_at = 0.0
+        self.cut_until = 0.0  # until then its host looks more often, for a chunk that was cut
         self.results: list[tuple[int, int, int, float, bytes]] = []
 
 
@@ -117,6 +119,9 @@ class Cluster:
         for seq, *_ in runner.waiting:
             counts[seq] = counts.get(seq, 0) + 1
         runner.waiting.clear()
+        if counts:
+            runner.cut_until = self.now + QUIET_SECONDS
+            self._after(0.0, lambda: self._read(name, number))
         self._tell(name, p.RunnerRecalled(number, list(counts.items())))
 
     def _start(self, name: str, number: int) -> None:
@@ -133,7 +138,8 @@ class Cluster:
             is_seen = is_last or self.now - runner.woken_at >= QUIET_SECONDS
             if is_seen:
                 runner.woken_at = self.now
-            self._after(0.0 if is_seen else QUIET_SECONDS, lambda: self._read(name, number))
+            unseen = LOOK_SECONDS if self.now < runner.cut_until else QUIET_SECONDS
+            self._after(0.0 if is_seen else unseen, lambda: self._read(name, number))
             self._start(name, number)
 
         self._after(seconds, end)
