@@ -2,7 +2,8 @@
 
 Two loads, round trips of no-ops and a stream of submits, each embedded and on a broker and worker over ipc. First they run
 alone, for the figures: how long a task takes, and how much CPU time of each process; then again under py-spy, for flame
-graphs (SVG) and for the part that each function has in its process's time. ``--docs`` puts the tables into docs/performance.md.
+graphs (SVG) and for the part that each function has in its process's time; and round trips once more with the code of all
+processes at the same addresses, for what their cores' branch predictors have to do with it. ``--docs`` puts the tables into docs/performance.md.
 
 py-spy has to be allowed to read other processes: on macOS as root, in a container with the capability SYS_PTRACE.
 """
@@ -10,6 +11,7 @@ py-spy has to be allowed to read other processes: on macOS as root, in a contain
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from typing import NamedTuple
 
 from benchmarks import flames, systems
 from benchmarks.environments import ROOT
-from benchmarks.floor import floors
+from benchmarks.floor import SAME_ADDRESSES, floors, output_of
 from benchmarks.plots import number
 from benchmarks.stats import percentile
 from benchmarks.systems import System
@@ -144,6 +146,24 @@ def costs_table(costs: Mapping[tuple[str, str], Cost]) -> str:
     )
 
 
+def layouts_table() -> str:
+    """Round trips over ipc as they are, and with the code of all processes at the same addresses, where that is possible."""
+    rows = []
+    for what, prefix in (
+        ("as it is", ()),
+        ("with their code at the same addresses in all processes", SAME_ADDRESSES),
+    ):
+        with tempfile.TemporaryDirectory(prefix="p-") as folder:
+            path = Path(folder, "found")
+            contestant = [sys.executable, "-m", "benchmarks.contestant", "ipc", str(path)]
+            if output_of([*prefix, *contestant, "--workloads", "trips"]) is None:
+                continue
+            found = [json.loads(line)["figures"] for line in path.read_text("utf-8").splitlines()]
+        figures = {name: value for one in found for name, value in one.items()}
+        rows.append([what, number(figures["p50_us"]), number(figures["p99_us"])])
+    return markdown(["round trip over ipc, µs", "p50", "p99"], rows)
+
+
 def functions_table(cpu: Mapping[str, float], stacks: Mapping[str, flames.Stacks]) -> str:
     """Each role's CPU time by the function that ran, in microseconds a task."""
     rows = []
@@ -177,7 +197,7 @@ def measure(seconds: float, folder: Path) -> str:
                 )
                 print(f"{mode}, {load}: done", flush=True)
     floor = markdown(["floor", "µs"], [[what, number(value)] for what, value in floors().items()])
-    return "\n".join([floor, costs_table(costs), *tables])
+    return "\n".join([floor, costs_table(costs), layouts_table(), *tables])
 
 
 def main() -> int:

@@ -50,8 +50,8 @@ class Estimate:
     __slots__ = ("_weight", "measured", "seconds")
 
     def __init__(self, guess: Estimate | None = None) -> None:
-        self.seconds = None if guess is None else guess.seconds
-        self.measured = 0 if guess is None else guess.measured  # tasks, as far as they matter
+        self.seconds: float | None = None if guess is None else guess.seconds
+        self.measured: int = 0 if guess is None else guess.measured  # tasks, so far as they matter
         self._weight = 0
 
     def observe(self, tasks: int, seconds: float) -> None:

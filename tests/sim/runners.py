@@ -1,7 +1,7 @@
 """The host of a worker's runners, in virtual time: what `runtime.host` and its child processes do.
 
-Tasks run one after the other; a recall takes back all that have not started. A result that comes within a
-millisecond of the runner's last one, and is not its chunk's last, is seen up to 86 ms later (5, if that was taken back), as in the real thing.
+Tasks run one after the other; a recall takes back all that have not started. A result that is not its chunk's last is seen up to 86 ms
+later (5, if that was taken back), unless the runner has woken its host for nothing in that time, as in the real thing.
 A killed runner is gone at once, which is seen a little later.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from achilles.core import protocol as p
 from tests.sim.oracle import Oracle, Truth, Violation, join, outcome
 
-QUICK = 0.001
 STREAM_INTERVAL = 0.086  # runtime.runner.QUIET_SECONDS; only the cores are under test here
 CUT_INTERVAL = 0.005  # runtime.host.LOOK_SECONDS
 BURY_SECONDS = 0.003
@@ -58,6 +58,7 @@ class Runner:
         self.is_ready = False
         self.is_waking = False
         self.cut_until = 0.0
+        self.woken_at = -inf  # its host, by a result
         self.is_dead = False
         self.is_retiring = False
         self.is_doomed = False  # it dies as soon as it has nothing to do
@@ -312,11 +313,13 @@ class Host:
         if runner.is_doomed and not runner.queue:
             self.crash(runner)
             return
-        if entry.is_last or seconds >= QUICK:
+        now = self._clock()
+        if entry.is_last or now - runner.woken_at >= STREAM_INTERVAL:
+            runner.woken_at = now
             self._notify(runner)
         elif not runner.is_polled:
             runner.is_polled = True
-            is_cut = self._clock() < runner.cut_until
+            is_cut = now < runner.cut_until
             self._timer(CUT_INTERVAL if is_cut else STREAM_INTERVAL, self._poll, runner)
         self._start_next(runner)
         if self._watch and runner.current is None:
