@@ -103,7 +103,7 @@ class Recovery:
         payloads: list[p.Payload] = []
         for id, payload in zip(message.ids, message.payloads, strict=True):
             if id in found.results:
-                status, result = found.results.pop(id)
+                status, result, _ = found.results.pop(id)
                 task = Task(id, queue, payload)
                 if status == p.ERROR and may_retry(task, queue):
                     client.tasks[id] = task
@@ -167,7 +167,7 @@ class Recovery:
             for task, status, payload in zip(tasks, statuses, payloads, strict=True):
                 if found.tasks.get(task.id) is task:
                     del found.tasks[task.id]
-                    found.results[task.id] = status, payload
+                    found.results[task.id] = status, payload, _earlier(task)
 
     def keep_end(self, client: Client, task: Task, kind: str, text: str) -> None:
         """A task took more time or memory than it may: its client may still ask for it, and says then whether it has retries."""
@@ -224,13 +224,19 @@ class Recovery:
     def _match(self, client: Client, task: Task, now: float) -> Task | None:
         """Let the client have this task from this worker, if it wants it or may yet ask for it; which task nobody wants now.
 
-        Of two workers that tell of one task, the later attempt is the one to have: the earlier one has ended somehow.
+        Of two workers that tell of one task, the later attempt is the one to have: the earlier one has ended somehow. If it has
+        ended with a value, nothing more is wanted.
         """
         queued = client.tasks.get(task.id)
         if queued is None:
             found = client.found
-            if found is None or task.id in found.results:
+            if found is None:
                 return task
+            if task.id in found.results:
+                status, _, earlier = found.results[task.id]
+                if status == p.VALUE or earlier >= _earlier(task):
+                    return task
+                del found.results[task.id]
             if task.id in found.ended:
                 if found.ended[task.id][2] >= _earlier(task):
                     return task

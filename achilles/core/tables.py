@@ -162,15 +162,15 @@ class TaskQueue:
 class Found:
     """What workers hold of a client's that it has not asked for, after a change of brokers.
 
-    ``tasks`` run, or wait to; of ``results`` each is a status and a payload; ``ended`` are those that took more time or memory than
-    they may: a kind, a text, and how many attempts there had been before; ``letters`` are for a client that is not back.
+    ``tasks`` run, or wait to; of ``results`` each is a status, a payload, and how many attempts there had been before; ``ended`` are those
+    that took more time or memory than they may: a kind, a text, and the same number; ``letters`` are for a client that is not back.
     """
 
     __slots__ = ("ended", "letters", "results", "tasks")
 
     def __init__(self) -> None:
         self.tasks: dict[int, Task] = {}
-        self.results: dict[int, tuple[int, p.Payload]] = {}
+        self.results: dict[int, tuple[int, p.Payload, int]] = {}
         self.ended: dict[int, tuple[str, str, int]] = {}
         self.letters: list[p.Letter] = []
 

@@ -196,6 +196,29 @@ def test_what_is_held_by_a_worker_that_is_lost_runs_elsewhere() -> None:
     assert (to, run.ids, run.attempt) == (SECOND, [1], 1)
 
 
+@pytest.mark.parametrize(("status", "is_run_on"), [(p.ERROR, True), (p.VALUE, False)])
+def test_a_later_attempt_is_the_one_to_have_also_where_the_earlier_raised(
+    status: int, is_run_on: bool
+) -> None:
+    """Its report comes late, for its worker did not hear that the last broker had it. A value is enough, whichever it is."""
+    bench = RecoveryBench(WORKER, SECOND)
+    bench.worker()
+    bench.holds(1, 1)
+    bench.resumed(WORKER)
+    bench.say(WORKER, p.Done(OLD + 1, [0], bytes([status]), [b"value"], 0.5))
+    bench.worker(SECOND)
+    revoked = bench.holds(2, 1, worker=SECOND, attempt=2)
+    assert revoked == ([] if is_run_on else [revoke(2, 0, worker=SECOND)])
+    bench.resumed(SECOND)
+    bench.client()
+    sends = bench.again(1, options=p.Options(retries=3))
+    if is_run_on:
+        assert sends == []
+        sends = bench.value(2, worker=SECOND)
+    assert of(sends, p.Results)[0].ids == [1]
+    assert runs(sends) == []
+
+
 def test_attempts_go_on_counting() -> None:
     bench = RecoveryBench(WORKER)
     bench.client()
