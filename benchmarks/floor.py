@@ -35,6 +35,7 @@ TURNS = 6  # processes: about as many as a round trip through a broker has threa
 # Starts a program whose code lies where it lies in all others that are started so. It is for measurements: addresses that nobody
 # can guess are a defence.
 SAME_ADDRESSES = ("setarch", "-R")
+COMMAND_SECONDS = 120.0
 
 
 def floors(rounds: int = ROUNDS) -> dict[str, float]:
@@ -57,10 +58,12 @@ def floors(rounds: int = ROUNDS) -> dict[str, float]:
 
 
 def output_of(command: Sequence[str]) -> str | None:
-    """What a command prints; None if it is not there, or fails."""
+    """What a command prints; None if it is not there, fails, or does not end."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=COMMAND_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout
 

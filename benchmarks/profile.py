@@ -147,7 +147,7 @@ def costs_table(costs: Mapping[tuple[str, str], Cost]) -> str:
 
 
 def layouts_table() -> str:
-    """Round trips over ipc as they are, and with the code of all processes at the same addresses, where that is possible."""
+    """Round trips over ipc as they are, and with the code of all processes at the same addresses; a dash where that is not to be had."""
     rows = []
     for what, prefix in (
         ("as it is", ()),
@@ -156,11 +156,13 @@ def layouts_table() -> str:
         with tempfile.TemporaryDirectory(prefix="p-") as folder:
             path = Path(folder, "found")
             contestant = [sys.executable, "-m", "benchmarks.contestant", "ipc", str(path)]
-            if output_of([*prefix, *contestant, "--workloads", "trips"]) is None:
-                continue
-            found = [json.loads(line)["figures"] for line in path.read_text("utf-8").splitlines()]
-        figures = {name: value for one in found for name, value in one.items()}
-        rows.append([what, number(figures["p50_us"]), number(figures["p99_us"])])
+            output_of([*prefix, *contestant, "--workloads", "trips"])
+            lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        figures: dict[str, float] = {}
+        for line in lines:
+            figures.update(json.loads(line)["figures"])
+        cells = [number(figures[one]) if one in figures else "-" for one in ("p50_us", "p99_us")]
+        rows.append([what, *cells])
     return markdown(["round trip over ipc, µs", "p50", "p99"], rows)
 
 

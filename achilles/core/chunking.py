@@ -6,8 +6,9 @@ Theory
     they are measured per function, as a moving average over tasks (not over chunks, so that one early
     slow call, which pays for an import, is soon outweighed).
 
-    What was measured first is short, for the shortest tasks are done first. So a chunk holds no more tasks than were measured, until those
-    are `MEASURED_TASKS`: with 16 slots and lengths of all kinds, whole queues were given out at once by a tenth of their true length.
+    What was measured first is short, for the shortest tasks are done first. So a chunk holds at most `GROWTH` times as many tasks as were
+    measured, until those are `MEASURED_TASKS`: with 16 slots and lengths of all kinds, whole queues were given out at once by a
+    tenth of their true length. Over a slow connection that takes two round trips more, once for each function.
 
     A chunk holds about `CHUNK_SECONDS` of work; or `BACKLOG_PART` of what is queued for a slot where that is more, up
     to `CHUNK_SECONDS_MAX`: who has that much queued does not miss a result for so long, and on busy cores what a
@@ -35,6 +36,7 @@ BACKLOG_PART = 0.5
 SHARE_PART = 2 / 3
 SHARE_SECONDS = 0.0005
 MEASURED_TASKS = 64  # which are enough; the average forgets what is older than about so many
+GROWTH = 4
 CONTEST_SECONDS = 1.0  # that slots count as contested, from when another client got one
 STUCK_SECONDS = 0.095  # since the last known result; later ones may lie in a pipe for 0.086
 LATE_SECONDS = 0.02  # later than a chunk should be over, at whose end its results are known
@@ -44,7 +46,7 @@ IDLE_SECONDS = 0.005  # a runner is idle, with nothing for it on its way
 class Estimate:
     """The moving average of a function's task durations, in seconds; None until one was measured.
 
-    ``guess`` is that of tasks that probably take as long: the first one that is measured here replaces it.
+    ``guess`` is that of tasks that probably take as long: the first ones that are measured here replace it.
     """
 
     __slots__ = ("_weight", "measured", "seconds")
@@ -61,8 +63,7 @@ class Estimate:
             self.seconds = mean
         else:
             self.seconds += (mean - self.seconds) * (tasks / (tasks + self._weight))
-        self._weight = min(self._weight + tasks, MEASURED_TASKS)
-        self.measured = min(self.measured + tasks, MEASURED_TASKS)
+        self._weight = self.measured = min(self._weight + tasks, MEASURED_TASKS)
 
     @property
     def is_short(self) -> bool:
@@ -86,6 +87,6 @@ def chunk_size(
         seconds = max(seconds, min(BACKLOG_PART * queued * each / slots, CHUNK_SECONDS_MAX))
     by_time = int(seconds / each)
     if estimate.measured < MEASURED_TASKS:
-        by_time = min(by_time, estimate.measured)
+        by_time = min(by_time, GROWTH * estimate.measured)
     by_share = max(math.ceil(SHARE_PART * queued / slots), int(SHARE_SECONDS / each))
     return max(1, min(by_time, by_share, queued, chunk_max or TASKS_MAX, TASKS_MAX))

@@ -180,7 +180,9 @@ class Host:
                 kept = command.keeps_first and not runner.is_retiring and runner.current is None
                 first = [runner.queue.popleft()] if kept and runner.queue else []
                 counts = runner.counts()
-                runner.cut_until = self._clock() + STREAM_INTERVAL
+                if counts:  # a chunk that is cut does not tell of its end
+                    runner.cut_until = self._clock() + STREAM_INTERVAL
+                    self._timer(0.0, self._poll, runner)
                 self._take_all(runner)
                 runner.queue.extend(first)
                 self._timer(0.0, self._exit_if_over, runner)  # which is seen later

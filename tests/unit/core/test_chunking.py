@@ -11,7 +11,9 @@ from achilles.core.chunking import (
     chunk_size,
 )
 from achilles.core.protocol import TASKS_MAX
+from achilles.runtime.host import LOOK_SECONDS
 from achilles.runtime.runner import QUIET_SECONDS
+from tests.sim import runners
 
 
 def estimate(seconds: float, tasks: int = 100) -> Estimate:
@@ -74,16 +76,16 @@ def test_no_more_travel_together_than_were_measured() -> None:
     for tasks in (1, 2, 20, MEASURED_TASKS):
         made.observe(tasks, 1e-6 * tasks)
         sizes.append(chunk_size(made, 10_000, 2))
-    assert sizes == [1, 3, 23, 3334]
+    assert sizes == [4, 12, 92, 3334]
 
 
 def test_a_guess_is_as_good_as_what_it_is_from() -> None:
-    """And the first task that is measured outweighs it."""
+    """And the first task that is measured replaces it, but says no more than any first one."""
     made = Estimate(estimate(1e-6, tasks=7))
-    assert chunk_size(made, 10_000, 2) == 7
-    made.observe(1, 1e-3)
-    assert made.seconds == 1e-3
-    assert chunk_size(made, 80_000, 2) == 8
+    assert chunk_size(made, 10_000, 2) == 28
+    made.observe(1, 1e-4)
+    assert made.seconds == 1e-4
+    assert chunk_size(made, 80_000, 2) == 4
 
 
 def test_one_slow_first_call_is_soon_outweighed() -> None:
@@ -105,3 +107,8 @@ def test_long_tasks_are_not_prefetched() -> None:
 def test_a_whole_chunk_goes_by_before_its_results_are_looked_for() -> None:
     """Or each chunk would send two messages. And what lies in a pipe unseen is not taken for stuck."""
     assert CHUNK_SECONDS_MAX < QUIET_SECONDS < STUCK_SECONDS
+
+
+def test_simulated_hosts_look_as_often_as_real_ones() -> None:
+    """They may not import the runtime."""
+    assert (runners.STREAM_INTERVAL, runners.CUT_INTERVAL) == (QUIET_SECONDS, LOOK_SECONDS)

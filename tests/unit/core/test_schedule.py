@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
@@ -187,21 +188,22 @@ def test_nothing_waits_long_behind_a_long_task_where_another_worker_idles(seed: 
 
 
 @pytest.mark.parametrize(("workers", "slots"), [(8, 2), (1, 16)])
-@pytest.mark.parametrize("seed", range(1, 5))
-def test_the_first_tasks_that_are_done_do_not_stand_for_all(
-    workers: int, slots: int, seed: int
-) -> None:
-    """They are the shortest of those that begin together. By their length alone, most would be given out twice."""
-    lengths = random.Random(seed)
-    seconds = [lengths.expovariate(500) for _ in range(600)]
-    cluster = Cluster(seconds, workers=workers, slots=slots, delay=0.0003)
-    spans = cluster.run()
-    assert cluster.returned <= 60
-    assert max(span.end for span in spans) <= 1.12 * in_order(seconds, 16)
-    assert longest_idle(spans, 16, 0.0) <= 0.03
+def test_the_first_tasks_that_are_done_do_not_stand_for_all(workers: int, slots: int) -> None:
+    """They are the shortest of those that begin together. By their length alone, a third of all would be given out twice."""
+    returned, ratios = 0, []
+    for seed in range(12):
+        lengths = random.Random(seed)
+        seconds = [lengths.expovariate(500) for _ in range(600)]
+        cluster = Cluster(seconds, workers=workers, slots=slots, delay=0.0003)
+        spans = cluster.run()
+        returned += cluster.returned
+        ratios.append(max(span.end for span in spans) / in_order(seconds, 16))
+        assert longest_idle(spans, 16, 0.0) <= 0.03
+    assert returned <= 0.1 * 12 * 600
+    assert statistics.mean(ratios) <= 1.045
 
 
-@pytest.mark.parametrize("length", [0.0001, 0.001, 0.01, 0.06])
+@pytest.mark.parametrize("length", [0.0001, 0.001, 0.01, 0.04, 0.06, 0.08, 0.09])
 def test_equal_lengths_leave_no_gaps(length: float) -> None:
     count = min(5000, int(2 / length))
     spans = Cluster([length] * count, workers=1, slots=2, delay=0.0003).run()
