@@ -131,7 +131,7 @@ class Agent:
             if times_out_at is not None and now >= times_out_at and runner.has_begun:
                 chunk = runner.chunks[0]
                 runner.condemned[chunk.seq, min(chunk.open)] = p.TIMEOUT
-            runner.recalled_at = now
+            runner.recalled_at, runner.is_wanted = now, False
             self._watch(runner)
             sends.append(Send("host", p.Recall(number)))
         return sends
@@ -282,9 +282,9 @@ class Agent:
             for index in chunk.open.intersection(revoke.indexes):
                 runner.condemned.setdefault((chunk.seq, index), UNWANTED)
             self._watch(runner)
-        for_others = not revoke.indexes  # from a runner that may be starting, `tick` takes it
-        is_due = runner.results or not for_others
-        return [Send("host", p.Recall(runner.number, for_others))] if is_due else []
+        is_early = not revoke.indexes and not runner.results  # it may be starting: see `tick`
+        runner.is_wanted = runner.is_wanted or is_early
+        return [] if is_early else [Send("host", p.Recall(runner.number, not revoke.indexes))]
 
     def _give_back(self, chunk: Chunk, indexes: Collection[int]) -> list[Send]:
         back = sorted(indexes)

@@ -61,6 +61,7 @@ class Runner:
         "has_submitted",
         "is_killed",
         "is_retiring",
+        "is_wanted",
         "loaded",
         "number",
         "progress_at",
@@ -82,6 +83,7 @@ class Runner:
         self.has_begun = False  # its first task, as far as is known
         self.progress_at = 0.0
         self.recalled_at = 0.0
+        self.is_wanted = False  # what waits there, elsewhere, since before it had shown a result
         self.is_retiring = False
         self.condemned: dict[
             tuple[int, int], str
@@ -128,6 +130,8 @@ class Runner:
 
     def _patience(self, chunk: Chunk) -> float:
         """How long to wait for a result of the chunk that it runs, before others are called back."""
+        if self.is_wanted:
+            return IDLE_SECONDS
         each = self._estimate.seconds
         if each is None or self._estimated != (chunk.run.client, chunk.run.fn):
             return STUCK_SECONDS

@@ -458,6 +458,23 @@ def test_what_waits_is_called_back_for_others() -> None:
     assert bench.sent() == [returned(2, 1)]
 
 
+def test_what_others_wanted_too_early_is_called_back_soon() -> None:
+    """They ask once; and of a function that is new there, nobody knows when it should be over."""
+    bench = busy(1, 2)
+    bench.run(2, 3, 4)
+    bench.sent()
+    bench.hear(revoke(2))
+    assert bench.sent() == []
+    bench.finish(1, (1, 0))
+    bench.sent()
+    assert bench.core.next_deadline() == bench.now + IDLE_SECONDS
+    bench.tick_when_due()
+    assert bench.sent() == [recall(1)]
+    bench.recalled(1, (2, 2))
+    assert bench.sent() == [returned(2, 0, 1)]
+    assert bench.core.next_deadline() is None
+
+
 def test_what_was_kept_can_be_called_back_later() -> None:
     """Each time the last ones of those that the runner has come back."""
     bench = busy(1)
