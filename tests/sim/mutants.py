@@ -368,10 +368,18 @@ MUTANTS = [
     Mutant(
         "a runner that is starting is called back for others",
         "agent",
-        "is_due = runner.results or not for_others",
-        "is_due = True",
+        "is_early = not revoke.indexes and not runner.results",
+        "is_early = False",
         ("no task ends early", "just charge"),
         seed=1870,
+    ),
+    Mutant(
+        "what others wanted too early is forgotten",
+        "runners",
+        "        if self.is_wanted:\n",
+        "        if False:\n",
+        ("nobody waits behind",),
+        seed=12092,
     ),
     Mutant(
         "nothing is called back from behind a long task",
