@@ -30,6 +30,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from achilles.core import envelope
 from achilles.core import protocol as p
 from achilles.core.budget import bounded
+from achilles.core.chunking import AHEAD_SECONDS_MAX
 from achilles.core.chunking import IDLE_SECONDS as IDLE_SECONDS
 from achilles.core.chunking import STUCK_SECONDS as STUCK_SECONDS
 from achilles.core.holding import Holding
@@ -68,6 +69,7 @@ class Agent:
         self._runners: dict[int, Runner] = {}
         self._chunks: dict[int, Chunk] = {}
         self._queue: deque[Chunk] = deque()  # chunks that no runner has yet
+        self._moved_at = 0.0  # when a task was done last, or the first of them came
         self._blobs: dict[tuple[int, int], p.Payload] = {}
         self._next_runner = 1
         self._due: dict[int, float] = {}  # the runners that `tick` has to look at, and when
@@ -121,6 +123,12 @@ class Agent:
         for runner in self._surplus():
             if now >= runner.progress_at + SURPLUS_SECONDS:
                 self._retire(runner, sends)
+        if (
+            self._queue
+            and self._holding.since is None
+            and now >= self._moved_at + AHEAD_SECONDS_MAX
+        ):
+            sends += self._give_back_queue()
         if not self._due:
             return sends
         if self._relieve_at is not None and now >= self._relieve_at:
@@ -144,6 +152,9 @@ class Agent:
         if idle := self._surplus():
             at = idle[0].progress_at + SURPLUS_SECONDS
             wanted = at if wanted is None else min(at, wanted)
+        if self._queue and self._holding.since is None:
+            at = self._moved_at + AHEAD_SECONDS_MAX
+            wanted = at if wanted is None else min(at, wanted)
         return wanted
 
     def drain(self) -> list[Send]:
@@ -152,9 +163,7 @@ class Agent:
             return []
         self.is_draining = True
         sends = [Send("broker", p.Drain())]
-        while self._queue:
-            chunk = self._queue.popleft()
-            sends += self._give_back(chunk, chunk.open)
+        sends += self._give_back_queue()
         sends += [Send("host", p.Recall(runner.number)) for runner in self._runners.values()]
         return [*sends, *self._goodbye_if_empty()]
 
@@ -239,6 +248,12 @@ class Agent:
         """How many runners work, each in a slot."""
         return self.running - len(self._lent)
 
+    @property
+    def _free(self) -> int:
+        """How many runners have nothing to do, and a slot to do something in."""
+        idle = sum(1 for runner in self._runners.values() if runner.is_open and not runner.chunks)
+        return min(idle, self._slots - self._busy)
+
     def __repr__(self) -> str:
         return f"<Agent {len(self._runners)}/{self._slots} runners | {len(self._chunks)} leases>"
 
@@ -251,6 +266,8 @@ class Agent:
         self._chunks[run.lease] = chunk
         if self.is_draining:
             return self._give_back(chunk, chunk.open)
+        if not self._queue:
+            self._moved_at = now
         self._queue.append(chunk)
         return self._assign(now)
 
@@ -290,6 +307,13 @@ class Agent:
         back = sorted(indexes)
         self._close(chunk, back)
         return [Send("broker", p.Returned(chunk.run.lease, back))]
+
+    def _give_back_queue(self) -> list[Send]:
+        sends: list[Send] = []
+        while self._queue:
+            chunk = self._queue.popleft()
+            sends += self._give_back(chunk, chunk.open)
+        return sends
 
     def _close(self, chunk: Chunk, indexes: Iterable[int]) -> None:
         """Note that these tasks of the chunk were reported."""
@@ -381,14 +405,15 @@ class Agent:
         sends: list[Send] = []
         while self._queue:
             chunk = self._queue[0]
-            runner = self._choose(len(chunk.run.ids), sends)
+            runner = self._choose(chunk.run, sends, now)
             if runner is None:
                 break
             self._queue.popleft()
             sends += self._execute(runner, chunk, now)
         return sends
 
-    def _choose(self, tasks: int, sends: list[Send]) -> Runner | None:
+    def _choose(self, run: p.Run, sends: list[Send], now: float) -> Runner | None:
+        tasks = len(run.ids)
         busy = self._busy if len(self._runners) > self._slots else 0
         if busy < self._slots:
             for runner in self._runners.values():
@@ -399,10 +424,16 @@ class Agent:
             self._next_runner += 1
             sends.append(Send("host", p.Spawn(runner.number)))
             return runner
+        if any(runner.takes_long(run) for runner in self._runners.values()):
+            return None  # it goes to whichever runner is free first
         # What waits behind a long task would come back.
         for runner in sorted(self._runners.values(), key=lambda runner: -runner.progress_at):
-            has_room = 0 < len(runner.chunks) < CHUNKS_MAX and not runner.is_lent
-            if has_room and runner.is_open and self._fits(runner, tasks, sends):
+            has_room = runner.is_open and not runner.is_lent and not runner.is_late(now)
+            if (
+                has_room
+                and 0 < len(runner.chunks) < CHUNKS_MAX
+                and self._fits(runner, tasks, sends)
+            ):
                 return runner
         return None
 
@@ -423,6 +454,8 @@ class Agent:
         if not runner.chunks:
             runner.progress_at = now
         runner.chunks.append(chunk)
+        if self._relieve_at is not None and not self._free:
+            self._relieve_at = None
         runner.given += len(run.ids)
         sends = []
         for blob in (run.fn, run.init, *run.blobs):
@@ -462,7 +495,7 @@ class Agent:
         runner = self._runners.get(message.runner)
         if runner is None:
             return []
-        runner.progress_at = now
+        self._moved_at = runner.progress_at = now
         runner.has_begun = True
         runner.results += len(message.results)
         sends: list[Send] = []
@@ -487,9 +520,7 @@ class Agent:
 
     def _relieve(self, now: float) -> list[Send]:
         """Call back what waits behind tasks that run for long, from as many runners as are idle."""
-        idle = sum(1 for runner in self._runners.values() if runner.is_open and not runner.chunks)
-        count = min(idle, self._slots - self._busy)
-        found, self._relieve_at = overdue(self._runners.values(), count, now)
+        found, self._relieve_at = overdue(self._runners.values(), self._free, now)
         for runner in found:
             runner.recalled_at = now
             self._watch(runner)

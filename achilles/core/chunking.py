@@ -21,7 +21,9 @@ Theory
     Tasks of one function can take longer than those before them did. A worker gives back what has waited behind a task for
     `LATE_SECONDS` longer than the chunk should have taken, or for `STUCK_SECONDS`; or for `IDLE_SECONDS` where it has a runner without
     work; and what waits at one worker while another has a free slot is called back (see `relief`). So nothing is sent ahead, to wait
-    behind a running chunk, where a task takes longer than that.
+    behind a running chunk, where a task takes longer than that. Up to `AHEAD_SECONDS` it is sent to the worker all the same, if there is one
+    for each slot besides, and waits there for the first runner that is free: or each task would pay for a way to the broker and back, 1 ms here
+    and a third of its length over a connection of 40 ms. Where no task ends for `AHEAD_SECONDS_MAX` it goes back.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ GROWTH = 4
 CONTEST_SECONDS = 1.0  # that slots count as contested, from when another client got one
 STUCK_SECONDS = 0.095  # since the last known result; later ones may lie in a pipe for 0.086
 LATE_SECONDS = 0.02  # later than a chunk should be over, at whose end its results are known
+AHEAD_SECONDS = 0.25  # a task that takes longer is sent when a slot is free, and not before
+AHEAD_SECONDS_MAX = 2 * AHEAD_SECONDS  # that one waits at a worker where no task ends
 IDLE_SECONDS = 0.005  # a runner is idle, with nothing for it on its way
 
 

@@ -56,8 +56,8 @@ class Dispatcher:
         self._relief = Relief(self._idle)
         self._last_root = 0  # the number of whom a lease was made for last
         self._contested_until = -inf
-        # Single tasks and chunks, and when they are due; each in order.
-        self._unannounced: tuple[Unannounced, Unannounced] = (deque(), deque())
+        # Single tasks, chunks, and what is certain to take long, and when they are due; each in order.
+        self._unannounced: tuple[Unannounced, ...] = (deque(), deque(), deque())
         self._next_lease = self._first_lease = first_lease
         # By client's number and blob: the workers that have it, which each know that, too.
         self._holders: dict[int, dict[int, dict[PeerId, Worker]]] = {}
@@ -115,7 +115,7 @@ class Dispatcher:
         if self.waiting and self._room:
             self._fill(self._room, False, now, sends)
         self._relief.plan(now)
-        return sends
+        return sends + self._announce(now) if self._unannounced[2] else sends
 
     def _fill(self, places: Places, in_slot: bool, now: float, sends: list[Send]) -> None:
         sets = sorted(places, key=len) if len(places) > 1 else list(places)
@@ -169,7 +169,7 @@ class Dispatcher:
                 elif other.root.places <= places:
                     continue
             queue = client.next_queue(tags)
-            if queue is not None and queue.may_wait:
+            if queue is not None and queue.may_wait(self.slots):
                 best = queue
                 if places <= self._least_places and not root.nested:
                     return best
@@ -273,10 +273,15 @@ class Dispatcher:
         return list(told.values())
 
     def announce_soon(self, lease: Lease, now: float) -> None:
-        """Have it told which tasks of the lease were dispatched."""
-        is_chunk = len(lease.tasks) > 1
-        at = now + (ANNOUNCE_CHUNK_SECONDS if is_chunk else ANNOUNCE_SECONDS)
-        self._unannounced[is_chunk].append((at, lease))
+        """Have it told which tasks of the lease were dispatched; at once where they take long, for whoever is told of them is
+        mostly being told of a result now.
+        """
+        if len(lease.tasks) > 1:
+            self._unannounced[1].append((now + ANNOUNCE_CHUNK_SECONDS, lease))
+        elif not _is_long(lease):
+            self._unannounced[0].append((now + ANNOUNCE_SECONDS, lease))
+        elif lease.in_slot:  # or when it gets one
+            self._unannounced[2].append((now, lease))
 
     def wait(self, client: Client) -> None:
         """The client has queued tasks."""
@@ -350,6 +355,8 @@ class Dispatcher:
         lease.client.root.prefetched -= 1
         lease.client.root.running += 1
         self.place(lease.worker)
+        if _is_long(lease):
+            self._unannounced[2].append((-inf, lease))
 
     def lend(self, client: Client) -> list[Send]:
         """Lend the place of the lease that has tasks of this client under way, or take it back."""
@@ -461,3 +468,9 @@ class Dispatcher:
             for tags in self._idle:
                 if not client.root.has_all_its_slots and client.next_queue(tags):
                     raise AssertionError("a slot idles while a task waits")
+
+
+def _is_long(lease: Lease) -> bool:
+    """Whether it is one task that, by what is known, will not be done in a moment."""
+    seconds = lease.queue.estimate.seconds
+    return len(lease.tasks) == 1 and seconds is not None and seconds > ANNOUNCE_SECONDS

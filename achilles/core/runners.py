@@ -7,10 +7,17 @@ from collections.abc import Collection, Iterable
 
 from achilles.core import envelope
 from achilles.core import protocol as p
-from achilles.core.chunking import IDLE_SECONDS, LATE_SECONDS, STUCK_SECONDS, Estimate
+from achilles.core.chunking import (
+    CHUNK_SECONDS_MAX,
+    IDLE_SECONDS,
+    LATE_SECONDS,
+    STUCK_SECONDS,
+    Estimate,
+)
 from achilles.errors import ProtocolError
 
 CHUNKS_MAX = 2  # the one that runs, and one behind it
+LONG_SECONDS = CHUNK_SECONDS_MAX / 2  # of a task that comes alone, however many are queued
 START_SECONDS = 0.2  # a runner that has shown nothing yet is perhaps still starting
 
 
@@ -117,9 +124,12 @@ class Runner:
     def stuck_at(self) -> float | None:
         """When what waits behind its running task has waited long enough; None if nothing does."""
         chunks = self.chunks
-        if len(chunks) > 1 or (chunks and len(chunks[0].open) > 1):
-            return self.shown_at + (self._patience(chunks[0]) if self.results else START_SECONDS)
-        return None
+        has_more = len(chunks) > 1 or (chunks and len(chunks[0].open) > 1)
+        return self.shown_at + self._patience(chunks[0]) if has_more else None
+
+    def is_late(self, now: float) -> bool:
+        """Whether what is put behind its running task would be called back at once."""
+        return bool(self.chunks) and now >= self.shown_at + self._patience(self.chunks[0])
 
     def observe(self, run: p.Run, tasks: int, seconds: float) -> None:
         """Take in that tasks of a chunk took so long together."""
@@ -128,8 +138,15 @@ class Runner:
             self._estimate = Estimate()
         self._estimate.observe(tasks, seconds)
 
+    def takes_long(self, run: p.Run) -> bool:
+        """Whether it is known here that a task like these takes so long that nothing should wait behind it on one runner."""
+        each = self._estimate.seconds
+        return each is not None and each > LONG_SECONDS and self._estimated == (run.client, run.fn)
+
     def _patience(self, chunk: Chunk) -> float:
         """How long to wait for a result of the chunk that it runs, before others are called back."""
+        if not self.results:
+            return START_SECONDS
         if self.is_wanted:
             return IDLE_SECONDS
         each = self._estimate.seconds

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 from achilles.core import protocol as p
-from achilles.core.chunking import Estimate
+from achilles.core.chunking import AHEAD_SECONDS, Estimate
 from achilles.errors import ProtocolError
 
 QUEUES_KEPT = 256  # without tasks, of a client: of a function that comes back the duration is known
@@ -121,14 +121,21 @@ class TaskQueue:
         is_alone = self.options.at_most_once or self.options.is_bundle or self.does_lend
         return 1 if is_alone else self.group.chunk_max
 
-    @property
-    def may_wait(self) -> bool:
-        """Whether a chunk may be sent ahead, behind one that runs."""
+    def may_wait(self, slots: int) -> bool:
+        """Whether a chunk may be sent ahead, behind one that runs, where ``slots`` slots share what is queued.
+
+        What takes long may if something is left for each slot then: near the end it goes to whichever is free first.
+        """
         if self.does_lend:
             return False
-        # An unknown function may send one task ahead, or a client that came later would never start
-        # where others keep every slot busy.
-        return self.estimate.is_short or (self.estimate.seconds is None and not self.leases)
+        estimate = self.estimate
+        if estimate.seconds is None:
+            # One task may, or a client that came later would never start where others keep every slot busy.
+            return not self.leases
+        if estimate.is_short:
+            return True
+        has_more = self.live > slots and not self.options.at_most_once
+        return has_more and estimate.seconds <= AHEAD_SECONDS
 
     def head(self) -> Task | None:
         """The oldest task that is not cancelled."""

@@ -113,18 +113,18 @@ class Broker:
 
     def step(self, timeout_max: float = 1.0) -> None:
         """Wait up to ``timeout_max`` seconds for input, and handle what there is."""
-        now = monotonic()
         soon = self._sessions.scheduler.next_deadline()
         at = self._next_tick if soon is None or soon > self._next_tick else soon
-        if now >= at:
-            self._transmit(self._sessions.tick(now))
-            self._next_tick = now + TICK_SECONDS
-            self._look_after(now)
         for port in self._roles:
             if port.outboxes:
                 port.flush()
                 timeout_max = min(timeout_max, OUTBOX_INTERVAL)
-        self.loop.wait(max(0.0, min(at - now, timeout_max)))
+        self.loop.wait(max(0.0, min(at - monotonic(), timeout_max)))
+        now = monotonic()
+        if now >= at:
+            self._transmit(self._sessions.tick(now))
+            self._next_tick = now + TICK_SECONDS
+            self._look_after(now)
 
     def close(self) -> None:
         """Close the sockets and the loop."""

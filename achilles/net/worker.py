@@ -147,7 +147,6 @@ class Worker:
     def _step(self) -> None:
         agent, host = self._agent, self._host
         now = monotonic()
-        self._sends += agent.tick(now)
         due = self._peer.tick(now)
         for deadline in (agent.next_deadline(), host.next_deadline(now)):
             if deadline is not None and deadline < due:
@@ -160,6 +159,7 @@ class Worker:
         now = monotonic()
         for event in host.collect():
             self._sends += agent.receive(event, now)
+        self._sends += agent.tick(now)
         if self._memory_limit is not None and now >= self._look_at:
             self._look_at = now + MEMORY_INTERVAL
             self._check_memory(self._memory_limit, now)

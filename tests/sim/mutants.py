@@ -384,10 +384,26 @@ MUTANTS = [
     Mutant(
         "nothing is called back from behind a long task",
         "runners",
-        "return self.shown_at + (self._patience(chunks[0]) if self.results else START_SECONDS)",
+        "return self.shown_at + self._patience(chunks[0]) if has_more else None",
         "return None",
         ("nobody waits behind",),
         seed=40,
+    ),
+    Mutant(
+        "chunks are put behind who is late",
+        "agent",
+        " and not runner.is_late(now)",
+        "",
+        ("timers",),
+        seed=957,
+    ),
+    Mutant(
+        "what finds no runner free stays for ever",
+        "agent",
+        "now >= self._moved_at + AHEAD_SECONDS_MAX",
+        "False",
+        ("timers",),
+        seed=957,
     ),
     Mutant(
         "timeouts are not enforced",

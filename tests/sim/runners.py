@@ -306,6 +306,8 @@ class Host:
         if self._watch and runner.queue:
             self._watch.unblocked(runner, runner.queue[0], self._clock())
         runner.current = None
+        if self._watch and not runner.queue:
+            self._watch.changed(1, self._clock())  # before its worker can give it more
         if not runner.is_written_off:
             self._oracle.finished(entry.truth, entry.attempt, self._clock())
         status, payload = self._run(runner, entry)
@@ -324,8 +326,6 @@ class Host:
             is_cut = now < runner.cut_until
             self._timer(CUT_INTERVAL if is_cut else STREAM_INTERVAL, self._poll, runner)
         self._start_next(runner)
-        if self._watch and runner.current is None:
-            self._watch.changed(1, self._clock())
         self._exit_if_over(runner)
 
     def _run(self, runner: Runner, entry: Entry) -> tuple[int, bytes]:

@@ -364,8 +364,8 @@ class WatchedAgent(Agent):
 
     marks: Marks
 
-    def _choose(self, tasks: int, sends: list[AgentSend]) -> Runner | None:
-        runner = super()._choose(tasks, sends)
+    def _choose(self, run: p.Run, sends: list[AgentSend], now: float) -> Runner | None:
+        runner = super()._choose(run, sends, now)
         if runner is None:
             self.marks["runner: none for a chunk"] += 1
         elif runner.chunks:

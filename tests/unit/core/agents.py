@@ -6,9 +6,11 @@ from typing import Any
 
 from achilles.core import protocol as p
 from achilles.core.agent import Agent
+from achilles.core.runners import LONG_SECONDS
 from tests.unit.core.bench import BROKER, Bench, crossed
 
 HOST = "host"
+STEADY = LONG_SECONDS  # that a task takes: another may wait behind it
 
 
 class AgentBench(Bench):
@@ -30,7 +32,7 @@ class AgentBench(Bench):
         fields = {"client": 1, "fn": 1, "init": 0, **fields}
         self.hear(p.Run(lease=lease, ids=list(ids), payloads=payloads, **fields))
 
-    def finish(self, runner: int, *rows: tuple[int, int], seconds: float = 0.5) -> None:
+    def finish(self, runner: int, *rows: tuple[int, int], seconds: float = STEADY) -> None:
         """A runner's values, each ``(seq, index)``."""
         made = [(seq, at, p.VALUE, seconds, b"v%d.%d" % (seq, at)) for seq, at in rows]
         self.hear(p.RunnerDone(runner=runner, results=made))
@@ -72,7 +74,7 @@ def started(runner: int, *ids: int) -> list[tuple[str, Any]]:
     return [(HOST, p.Spawn(runner=runner)), load, execute(runner, 1, *ids)]
 
 
-def done(lease: int, *rows: tuple[int, int], seconds: float = 0.5) -> tuple[str, Any]:
+def done(lease: int, *rows: tuple[int, int], seconds: float = STEADY) -> tuple[str, Any]:
     """The report of values, each ``(seq, index)``; ``seconds`` a task."""
     return BROKER, p.Done(
         lease=lease,

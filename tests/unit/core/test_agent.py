@@ -6,10 +6,12 @@ import pytest
 
 from achilles.core import protocol as p
 from achilles.core.agent import IDLE_SECONDS, START_SECONDS, STUCK_SECONDS
-from achilles.core.chunking import LATE_SECONDS
+from achilles.core.chunking import AHEAD_SECONDS_MAX, LATE_SECONDS
+from achilles.core.runners import LONG_SECONDS
 from tests.unit.core.agents import (
     HOST,
     LOAD,
+    STEADY,
     AgentBench,
     busy,
     crashed,
@@ -223,11 +225,11 @@ def test_what_waits_behind_a_long_task_is_called_back() -> None:
     bench.sent()
     bench.run(2, 3)
     bench.sent()
-    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
-    bench.tick(STUCK_SECONDS / 2)
+    assert bench.core.next_deadline() == bench.now + STEADY + LATE_SECONDS
+    bench.tick(LATE_SECONDS)
     bench.tick_when_due()
     assert bench.sent() == [recall(1)]
-    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
+    assert bench.core.next_deadline() == bench.now + STEADY + LATE_SECONDS
     bench.tick_when_due()
     assert bench.sent() == [recall(1)]
     bench.recalled(1, (2, 1))
@@ -348,7 +350,61 @@ def test_nothing_is_called_back_while_all_runners_work() -> None:
     bench.sent()
     bench.run(6, 8)
     bench.sent()
+    deadline = bench.core.next_deadline()
+    assert deadline is not None
+    assert deadline > bench.now + 2 * IDLE_SECONDS, "it would wake for nothing"
     bench.tick(2 * IDLE_SECONDS)
+    assert bench.sent() == []
+
+
+# --- What takes long waits for the first runner that is free --------------------------------------
+
+
+def two_that_take_long() -> AgentBench:
+    """Each of two runners has a task that takes long, by the one before it, and a lease waits."""
+    bench = AgentBench(slots=2)
+    for lease in (1, 2):
+        bench.run(lease, lease)
+        bench.sent()
+    for runner in (1, 2):
+        bench.finish(runner, (1, 0), seconds=1.01 * LONG_SECONDS)
+        bench.sent()
+    for lease in (3, 4):
+        bench.run(lease, lease)
+        bench.sent()
+    bench.run(5, 5)
+    assert bench.sent() == []
+    return bench
+
+
+@pytest.mark.parametrize("runner", [1, 2])
+def test_what_takes_long_goes_to_the_runner_that_is_free_first(runner: int) -> None:
+    """What is behind another task would have to be called back from there."""
+    bench = two_that_take_long()
+    bench.tick(0.1)
+    bench.finish(runner, (2, 0))
+    assert bench.sent() == [done(runner + 2, (2, 0)), execute(runner, 3, 5)]
+
+
+def test_what_finds_no_runner_free_for_long_goes_back() -> None:
+    """To where tasks end, perhaps. The time counts from the last one that ended here."""
+    bench = two_that_take_long()
+    bench.tick(AHEAD_SECONDS_MAX / 2)
+    bench.run(6, 6)
+    bench.sent()
+    bench.finish(1, (2, 0))
+    assert bench.sent() == [done(3, (2, 0)), execute(1, 3, 5)]
+    assert bench.core.next_deadline() == bench.now + AHEAD_SECONDS_MAX
+    bench.tick_when_due()
+    assert bench.sent() == [returned(6, 0)]
+    assert bench.core.next_deadline() is None
+
+
+def test_what_waits_stays_while_there_is_no_broker() -> None:
+    """Nobody could give it out elsewhere."""
+    bench = two_that_take_long()
+    bench.core.hold([], bench.now)
+    bench.tick(2 * AHEAD_SECONDS_MAX)
     assert bench.sent() == []
 
 
@@ -383,7 +439,7 @@ def test_a_chunk_behind_the_running_one_gives_it_no_more_time() -> None:
     bench.sent()
     bench.run(3, 3)
     bench.sent()
-    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
+    assert bench.core.next_deadline() == bench.now + STEADY + LATE_SECONDS
     bench.finish(1, (2, 0), (3, 0))
     bench.sent()
     bench.tick(9.0)

@@ -41,7 +41,7 @@ class Bench:
         return self.event(p.FromRunner(runner, client, envelope.NESTED, body))
 
     def done(self, runner: int, seq: int, *indexes: int) -> list[Any]:
-        rows = [(seq, index, p.VALUE, 0.1, b"value") for index in indexes or (0,)]
+        rows = [(seq, index, p.VALUE, 0.01, b"value") for index in indexes or (0,)]
         return self.event(p.RunnerDone(runner, rows))
 
     def event(self, event: Any) -> list[Any]:

@@ -203,9 +203,24 @@ def test_the_first_tasks_that_are_done_do_not_stand_for_all(workers: int, slots:
     assert statistics.mean(ratios) <= 1.045
 
 
-@pytest.mark.parametrize("length", [0.0001, 0.001, 0.01, 0.04, 0.06, 0.08, 0.09])
+@pytest.mark.parametrize("length", [0.0001, 0.001, 0.01, 0.04, 0.06, 0.08, 0.09, 0.1, 0.2])
 def test_equal_lengths_leave_no_gaps(length: float) -> None:
     count = min(5000, int(2 / length))
     spans = Cluster([length] * count, workers=1, slots=2, delay=0.0003).run()
     ideal = -(-count // 2) * length
     assert ideal / max(span.end for span in spans) >= 0.98
+
+
+@pytest.mark.parametrize("length", [0.06, 0.1, 0.2])
+def test_tasks_of_some_length_do_not_pay_for_a_slow_connection(length: float) -> None:
+    """A message takes 20 ms each way. Sent one by one, each task of 100 ms would take 140; so much do the first and the last ones."""
+    returned, ratios = 0, []
+    for seed in range(6):
+        lengths = random.Random(seed)
+        seconds = [length * lengths.uniform(0.8, 1.2) for _ in range(320)]
+        cluster = Cluster(seconds, workers=4, slots=4, delay=0.02)
+        spans = cluster.run()
+        returned += cluster.returned
+        ratios.append(max(span.end for span in spans) / in_order(seconds, 16))
+    assert returned <= 0.02 * 6 * 320
+    assert statistics.mean(ratios) <= 1 + 0.14 / (20 * length)

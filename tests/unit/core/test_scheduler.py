@@ -11,7 +11,7 @@ import pytest
 
 from achilles.core import protocol as p
 from achilles.core.charges import CRASHES_MAX, LOSSES_MAX, ORDERED_MAX
-from achilles.core.chunking import CONTEST_SECONDS
+from achilles.core.chunking import AHEAD_SECONDS, CONTEST_SECONDS
 from achilles.core.dispatch import (
     ANNOUNCE_CHUNK_SECONDS,
     ANNOUNCE_SECONDS,
@@ -52,6 +52,26 @@ def test_long_tasks_are_not_sent_ahead() -> None:
     bench = SchedulerBench()
     (run,) = runs(bench.submit(1, 2, 3))
     assert [len(run.ids) for run in runs(bench.done(WORKER, run, seconds=1.0))] == [1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "queued", "options", "sizes"),
+    [
+        (AHEAD_SECONDS, 3, None, [1, 1]),
+        (AHEAD_SECONDS, 2, None, [1]),  # it may start sooner elsewhere
+        (1.01 * AHEAD_SECONDS, 3, None, [1]),
+        (AHEAD_SECONDS, 3, p.Options(at_most_once=True), [1]),  # it would be in doubt for longer
+    ],
+)
+def test_tasks_of_some_length_are_sent_ahead_where_there_are_more_than_slots(
+    seconds: float, queued: int, options: p.Options | None, sizes: list[int]
+) -> None:
+    """Or each would pay for a round trip. What is left at the end goes to whichever slot is free first."""
+    bench = SchedulerBench()
+    bench.teach(seconds, options=options)
+    ids = list(range(1, queued + 1))
+    sends = bench.say(CLIENT, p.Submit(1, 0, ids, [b"x"] * queued, options=options))
+    assert [len(run.ids) for run in runs(sends)] == sizes
 
 
 def test_ten_tasks_do_not_wait_behind_a_hundred_thousand() -> None:
@@ -104,6 +124,33 @@ def test_running_is_announced_for_what_is_still_open() -> None:
     bench.done(WORKER, fast)
     assert bench.tick(ANNOUNCE_SECONDS) == [(CLIENT, p.Running(slow.ids))]
     assert bench.tick(9.0) == []
+
+
+def test_what_takes_long_is_announced_with_the_result_before_it() -> None:
+    """Both wake the client once."""
+    bench = SchedulerBench()
+    bench.teach(2 * ANNOUNCE_SECONDS)
+    (first,) = runs(bench.submit(1))
+    sends = bench.done(WORKER, first, seconds=2 * ANNOUNCE_SECONDS)
+    assert of(sends, p.Running) == []
+    sends = bench.submit(2)
+    assert sends[-1] == (CLIENT, p.Running([2]))
+    assert bench.tick(9.0) == []
+
+
+def test_what_is_sent_ahead_and_takes_long_is_announced_when_it_has_its_slot() -> None:
+    """It may come back until then."""
+    bench = SchedulerBench()
+    bench.teach(AHEAD_SECONDS)
+    sends = bench.submit(1, 2, 3)
+    assert of(sends, p.Running) == [p.Running([1])]
+    assert bench.tick(9.0) == []
+    first, _ = runs(sends)
+    sends = bench.done(WORKER, first, seconds=AHEAD_SECONDS)
+    assert of(sends, p.Results) + of(sends, p.Running) == [
+        p.Results([1], b"\0", [b"v1"], AHEAD_SECONDS),
+        p.Running([2]),
+    ]
 
 
 def test_what_was_dispatched_at_nearly_the_same_time_is_announced_together() -> None:

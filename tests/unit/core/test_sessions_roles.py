@@ -66,8 +66,9 @@ def test_each_allowed_message_reaches_the_scheduler() -> None:
         worker,
         p.Done(lease=run.lease, indexes=[0], statuses=b"\0", payloads=[b"v"], seconds=9.0),
     )
-    (to, result), (_, run) = bench.sent()
+    (to, result), (_, run), (_, told) = bench.sent()
     assert (to, result) == ("client", p.Results([1], b"\0", [b"v"], 9.0))
+    assert told == p.Running([2])
     bench.say(client, p.Cancel(ids=[2]))
     assert bench.sent() == [("worker", p.Revoke(lease=run.lease, indexes=[0]))]
     bench.say(client, p.Forget(client=0, blobs=[1]))
