@@ -128,8 +128,10 @@ class TaskCore(Core):
 
 def _join(backend: Backend) -> None:
     """Wait for the last result, and then for the last callback."""
-    if backend.thread is not None and backend.thread is not threading.current_thread():
-        backend.thread.join()
+    thread = backend.thread
+    is_started = thread is not None and thread.ident is not None  # Ctrl-C can come in between
+    if thread is not None and is_started and thread is not threading.current_thread():
+        thread.join()
     callbacks = backend.mailbox.callback_thread
     if callbacks is not None and callbacks is not threading.current_thread():
         callbacks.join()
@@ -140,7 +142,7 @@ def _give_up(backends: Sequence[Backend], seconds: float) -> None:
     from achilles.errors import TerminatedError
 
     deadline = monotonic() + seconds
-    threads = [backend.thread for backend in backends if backend.thread is not None]
+    threads = [thread for one in backends if (thread := one.thread) is not None and thread.ident]
     try:
         for thread in threads:
             thread.join(min(SILENT_SECONDS, seconds))

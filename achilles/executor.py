@@ -576,8 +576,8 @@ class DistributedExecutor(concurrent.futures.Executor):
     def _start(self) -> None:
         with self._core.lock:
             if not self._core.is_started and not self._core.is_discarded:
+                LIVE.add(self._core.backend)  # before, for Ctrl-C can interrupt it
                 self._core.backend.start()
-                LIVE.add(self._core.backend)
                 self._core.is_started = True
 
     def _failed(self, error: Exception, name: str) -> concurrent.futures.Future[Any]:

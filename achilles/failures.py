@@ -1,4 +1,4 @@
-"""What a task fails with that was given up: the words of broker and worker as exceptions, for whoever waits for it."""
+"""The exception of a task that was given up, made from what the broker or a worker said of it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def failure(message: p.Failed, task: str) -> BaseException:
     story = "; ".join(f"attempt {n}: {line}" for n, line in enumerate(message.story, 1))
     if message.kind == p.CRASHED:
         return TaskCrashedError(
-            f"{task} ended the process that ran it too often; the executor goes on without it. {story}"
+            f"{task} ended the process that ran it{_too_often(message)}; the executor goes on without it. {story}"
         )
     if message.kind == p.REFUSED:
         return RuntimeError(f"cannot schedule {task}: {'; '.join(message.story)}")
     if message.kind == p.OVERSIZED:
         return ArgumentTooLargeError(
-            _too_large(f"the arguments of {task} hold", message.story[0], ARGUMENT_LIMIT)
+            _too_large(f"the arguments of {task} hold", "".join(message.story[:1]), ARGUMENT_LIMIT)
         )
     if message.kind == p.TIMEOUT:
         return TaskTimeoutError(f"{task} took longer than it may. {story}")
@@ -35,8 +35,12 @@ def failure(message: p.Failed, task: str) -> BaseException:
             f"{task} needs more memory than its worker allows (worker.memory_limit). {story}"
         )
     return WorkerLostError(
-        f"{task} was on too many workers that vanished; the executor goes on without it. {story}"
+        f"{task} was on a worker that vanished{_too_often(message)}; the executor goes on without it. {story}"
     )
+
+
+def _too_often(message: p.Failed) -> str:
+    return " too often" if len(message.story) > 1 else ""
 
 
 def result_too_large(sizes: str, task: str) -> BaseException:

@@ -67,9 +67,10 @@ class LocalCluster:
     # --- User threads -----------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the I/O thread."""
-        self._host.setup["path"] = list(sys.path)  # the program may have changed it by now
-        self.thread = PatientThread(self._run, "achilles-io")
+        """Start the I/O thread; again where Ctrl-C has interrupted that."""
+        if self.thread is None:
+            self._host.setup["path"] = list(sys.path)  # the program may have changed it by now
+            self.thread = PatientThread(self._run, "achilles-io")
         self.thread.start()
 
     def discard(self) -> None:

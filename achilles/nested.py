@@ -114,7 +114,8 @@ class NestedConnection:
 
     def start(self) -> None:
         """Start the I/O thread."""
-        self.thread = PatientThread(self._run, "achilles-nested")
+        if self.thread is None:
+            self.thread = PatientThread(self._run, "achilles-nested")
         self.thread.start()
         self._side.handle(NESTED, self._take_letter)
         self._side.before_results(self.flush)

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -359,6 +360,12 @@ def leave_a_stubborn_child() -> int:
             time.sleep(0.1)
         os._exit(0)
     return pid
+
+
+def leave_a_thread() -> int:
+    """A thread that Python waits for at its end, and that never ends; the process's number."""
+    threading.Thread(target=threading.Event().wait, name="left behind").start()
+    return os.getpid()
 
 
 def close_all() -> None:

@@ -870,7 +870,7 @@ def _check_fields(message: Wire) -> None:
             | Gone()
             | Resync()
         ):
-            pass  # their types leave nothing open
+            pass  # what their types leave open, only a broker sends
 
 
 def _check_columns(ids: list[int], *lengths: int) -> None:

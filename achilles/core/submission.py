@@ -158,8 +158,8 @@ class Submission:
             self._unsent -= dropped
         self._at_broker -= len(at_broker)
         self._may_run = self._may_run or bool(at_broker)
-        if self._credit is None or not at_broker:
-            return self._resumed()
+        if self._credit is None:
+            return []
         cancels = [Send("broker", p.Cancel(ids, kill)) for ids in _runs(at_broker)]
         return [*cancels, *self._advance()]
 

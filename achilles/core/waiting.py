@@ -52,7 +52,13 @@ def answer(
     if not request.task:
         return stuck(clients, workers)
     return [
-        Waiting(client.root.name, request.task, 1, _why(task, client, workers, now), *_remedy(task))
+        Waiting(
+            client.root.name,
+            request.task,
+            1,
+            _why(task, client, workers, now),
+            *_remedy(task, client),
+        )
         for client in clients
         if (task := client.tasks.get(request.task)) is not None
         and request.client in ("", client.root.name)
@@ -172,10 +178,13 @@ def _state(worker: Worker, silent_for: float | None = None) -> str:
     return "is silent" if silent_for is None else f"has been silent for {silent_for:.1f} s"
 
 
-def _remedy(task: Task) -> tuple[bool, list[str]]:
+def _remedy(task: Task, client: Client) -> tuple[bool, list[str]]:
     """Whether another worker would help, and with which tags."""
-    queue = task.queue
-    return queue is not None and task.lease is None, list(queue.options.tags) if queue else []
+    queue, root = task.queue, client.root
+    if queue is None:
+        return False, []
+    is_queued = task.lease is None and not root.is_held_back
+    return is_queued and not root.has_all_its_slots, list(queue.options.tags)
 
 
 def _list(tags: Iterable[str]) -> str:

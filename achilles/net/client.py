@@ -118,6 +118,7 @@ class Connection:
         self._requests: deque[Callable[[], None]] = deque()
         self._statuses: deque[Callable[[p.Status], None]] = deque()
         self._joined = threading.Event()
+        self._is_given_up = False  # nobody waits for a session any more
         self._failure: AchillesError | None = None
         self._next_watch = 0.0
         self._cancel_at: float | None = None  # when to cancel what is not running by then
@@ -131,23 +132,29 @@ class Connection:
     # --- User threads -----------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Connect.
+        """Connect; again where Ctrl-C has interrupted that, as long as its thread has not noticed.
 
         Raises:
             BrokerUnreachableError: no session within ``connect_timeout`` seconds.
         """
-        if self.thread is not None:
-            return
-        self.thread = PatientThread(self._run, "achilles-io")
-        self.thread.start()
-        while not self._joined.wait(0.1):
-            if not self.thread.is_alive():
-                break
+        if self.thread is None:
+            self.thread = PatientThread(self._run, "achilles-io")
+        try:
+            self.thread.start()
+            while not self._joined.wait(0.1):
+                if not self.thread.is_alive():
+                    break
+        except BaseException:  # Ctrl-C: the thread ends by itself, and frees what it uses
+            self._is_given_up = True
+            self._loop.wake()
+            raise
         if self._failure is not None:
             raise self._failure
 
     def discard(self) -> None:
-        """Free the descriptors; instead of `start`."""
+        """Free the descriptors; instead of `start`, or after one that was interrupted."""
+        if self.thread is not None:
+            return
         self._desk.close()
         self._loop.close()
 
@@ -270,7 +277,7 @@ class Connection:
         deadline = monotonic() + self._connect_timeout
         while not peer.is_joined:
             now = monotonic()
-            if now > deadline:
+            if now > deadline or self._is_given_up:
                 raise peer.problem()
             self._loop.wait(max(0.0, min(deadline, peer.tick(now)) - now))
         self._joined.set()

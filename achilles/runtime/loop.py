@@ -102,17 +102,26 @@ class Loop:
 
 
 class PatientThread(threading.Thread):
-    """A thread that can still be waited for when a wait was interrupted.
+    """A thread that can still be waited for when a wait was interrupted, and started when its start was.
 
-    Python 3.10 and 3.11 take a thread for dead whose `join` was interrupted by Ctrl-C.
+    Python 3.10 and 3.11 take a thread for dead whose `join` was interrupted by Ctrl-C. And `start` waits until the thread runs, so
+    Ctrl-C can end it when that is certain already.
     """
 
     def __init__(self, target: Callable[[], object], name: str, *, daemon: bool = True) -> None:
         super().__init__(name=name, daemon=daemon)
         self._call = target
+        self._claim = threading.Lock()
         self._ended = threading.Event()
 
+    def start(self) -> None:
+        """Start it, unless it was started."""
+        if self.ident is None:
+            super().start()
+
     def run(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return  # it was started twice
         try:
             self._call()
         finally:

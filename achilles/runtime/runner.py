@@ -591,3 +591,10 @@ def main(sock: int, tokens: int, stream: int, handoff: int, side: int, life: int
         os.close(sock)
     except OSError:
         os._exit(CHANNEL_LOST)  # nobody waits for this process any more
+    except BaseException:  # of a signal's handler that a task has left, say
+        import traceback
+
+        traceback.print_exc()
+        os._exit(
+            1
+        )  # Python's own end waits for threads that tasks have left, while its host waits for this process

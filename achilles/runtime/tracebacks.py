@@ -13,6 +13,9 @@ from achilles.runtime.serialize import dumps, loads
 from achilles.task_errors import RemoteError
 
 REASON_MAX = 300
+_TRACEBACK: Any = BaseException.__dict__[
+    "__traceback__"
+]  # what a class of the user's makes of the name is its own
 
 
 def dump_error(error: BaseException, *, is_loaded: bool = True) -> bytes:
@@ -20,6 +23,16 @@ def dump_error(error: BaseException, *, is_loaded: bool = True) -> bytes:
 
     ``is_loaded`` False says that it arose while the function or its arguments were unpickled.
     """
+    try:
+        return _dump(error, is_loaded=is_loaded)
+    except (
+        BaseException
+    ) as failure:  # a class of the user's can make anything of the names that are looked up here
+        text = f"{type.__repr__(type(error))}, which cannot be looked at: {type(failure).__name__}"
+        return dumps((RemoteError(text), f"{text}\n"))
+
+
+def _dump(error: BaseException, *, is_loaded: bool) -> bytes:
     if not is_loaded:
         _say_where(error)
     text = _format(error)
@@ -31,12 +44,12 @@ def dump_error(error: BaseException, *, is_loaded: bool = True) -> bytes:
 
 def _format(error: BaseException) -> str:
     """The traceback from the user's first frame on."""
-    frames = error.__traceback__
+    frames = _TRACEBACK.__get__(error)
     while frames is not None and frames.tb_frame.f_globals.get("__package__") == __package__:
         frames = frames.tb_next
     try:
         return "".join(traceback.format_exception(type(error), error, frames))
-    except Exception as failure:  # a __str__ or __notes__ of the user's that raises
+    except BaseException as failure:  # a __str__ or __notes__ of the user's that raises
         return f"{_name(error)} (its traceback cannot be formatted: {type(failure).__name__})\n"
 
 

@@ -89,6 +89,16 @@ def test_a_runner_killed_from_outside(make: Maker, tmp_path: Path) -> None:
     assert future.result(10) == int(tasks.notes(path)[1].split()[1]) != first
 
 
+@of_modes(*OURS)
+def test_a_runner_that_ends_by_an_exception_does_not_wait_for_threads(make: Maker) -> None:
+    """Of those that tasks have left: its host would wait for it, and with that host who waits for its tasks."""
+    executor = make(1)
+    first = executor.submit(tasks.leave_a_thread).result(20)
+    os.kill(first, signal.SIGINT)
+    wait_until(lambda: not psutil.pid_exists(first), "the runner has ended")
+    assert executor.submit(tasks.pid).result(20) != first
+
+
 @pytest.mark.bad_input(16, 17, 18)
 @of_modes(*OURS)
 @pytest.mark.parametrize(

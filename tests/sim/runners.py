@@ -28,6 +28,7 @@ class Entry:
     __slots__ = (
         "attempt",
         "blobs",
+        "found",
         "index",
         "is_last",
         "payload",
@@ -41,6 +42,7 @@ class Entry:
         self.seq = command.seq
         needs = p.Group(command.fn, command.init, blobs=command.blobs).needs
         self.blobs = [(command.client, blob) for blob in needs]
+        self.found: list[bytes] = []  # what those hold, when it starts
         self.attempt = command.attempt
         self.index = index
         self.is_last = index == len(command.payloads) - 1
@@ -281,6 +283,7 @@ class Host:
             return
         entry = runner.current = runner.queue.popleft()
         entry.started_at = self._clock()
+        entry.found = [runner.blobs[name] for name in entry.blobs if name in runner.blobs]
         truth = entry.truth
         is_fresh = self.is_present()
         self._oracle.started(truth, entry.attempt, self.name, entry.started_at, is_fresh=is_fresh)
@@ -310,7 +313,7 @@ class Host:
             self._watch.changed(1, self._clock())  # before its worker can give it more
         if not runner.is_written_off:
             self._oracle.finished(entry.truth, entry.attempt, self._clock())
-        status, payload = self._run(runner, entry)
+        status, payload = self._run(entry)
         seconds = entry.truth.seconds
         runner.outbox.append((entry.seq, entry.index, status, seconds, payload))
         runner.has_shown_life = True
@@ -328,11 +331,10 @@ class Host:
         self._start_next(runner)
         self._exit_if_over(runner)
 
-    def _run(self, runner: Runner, entry: Entry) -> tuple[int, bytes]:
-        blobs = [runner.blobs[name] for name in entry.blobs if name in runner.blobs]
-        if len(blobs) < len(entry.blobs):
+    def _run(self, entry: Entry) -> tuple[int, bytes]:
+        if len(entry.found) < len(entry.blobs):
             return p.ERROR, b"the runner lacks a blob"
-        return outcome(blobs, join(entry.payload), entry.attempt, entry.truth)
+        return outcome(entry.found, join(entry.payload), entry.attempt, entry.truth)
 
     def _poll(self, runner: Runner) -> None:
         runner.is_polled = False

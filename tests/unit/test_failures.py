@@ -22,7 +22,7 @@ TASK = "work() (task 7)"
     ("kind", "error", "text"),
     [
         (p.CRASHED, TaskCrashedError, "ended the process that ran it too often"),
-        (p.LOST, WorkerLostError, "was on too many workers that vanished"),
+        (p.LOST, WorkerLostError, "was on a worker that vanished too often"),
         (p.TIMEOUT, TaskTimeoutError, "took longer than it may"),
         (p.MEMORY, TaskMemoryError, "worker.memory_limit"),
     ],
@@ -35,6 +35,12 @@ def test_each_error_names_the_task_and_tells_of_each_attempt(
     assert str(found).startswith(f"{TASK} ")
     assert text in str(found)
     assert str(found).endswith("attempt 1: first; attempt 2: second")
+
+
+def test_once_is_not_too_often() -> None:
+    """Of what may run at most once."""
+    for kind in (p.CRASHED, p.LOST):
+        assert "too often" not in str(failure(p.Failed(7, kind, ["first"]), TASK))
 
 
 def test_what_a_task_may_not_submit_is_refused_with_the_reason() -> None:
@@ -56,5 +62,6 @@ def test_what_is_too_large_names_both_sizes_and_the_setting() -> None:
 
 
 def test_sizes_that_are_none_are_not_shown() -> None:
-    """A worker can write there what it likes."""
+    """A worker can write there what it likes, and a broker nothing at all."""
+    assert "hold more bytes" in str(failure(p.Failed(7, p.OVERSIZED, []), TASK))
     assert "holds more bytes, and the broker takes fewer" in str(result_too_large("\x1b[2J", TASK))

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from achilles import local
+from achilles import DistributedExecutor, local
 from achilles.errors import BrokerLostError
 from achilles.local import LocalCluster
+from achilles.runtime.loop import PatientThread
 from achilles.runtime.serialize import dumps, dumps_call
 from tests import tasks
 from tests.descriptors import open_descriptors, wait_until_closed
@@ -161,3 +162,22 @@ def test_tasks_of_many_threads(cluster: LocalCluster) -> None:
     for thread in threads:
         thread.join()
     assert sorted(found) == [50 * start + 1225 for start in range(4)]
+
+
+def test_ctrl_c_while_its_thread_starts_leaves_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program goes on, as an interactive one does."""
+    start = PatientThread.start
+
+    def interrupted(thread: PatientThread) -> None:
+        monkeypatch.undo()
+        start(thread)
+        raise KeyboardInterrupt
+
+    with DistributedExecutor(1) as executor:
+        monkeypatch.setattr(PatientThread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(pow, 2, 3)
+        assert executor.submit(pow, 2, 5).result(20) == 32
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count("achilles-io") == 1
+    assert "achilles-io" not in [thread.name for thread in threading.enumerate()]

@@ -290,6 +290,17 @@ def test_a_cancellation_gives_credit_back() -> None:
     assert bench.sent() == [cancel(1), submit(5)]
 
 
+def test_a_cancellation_lets_those_pass_that_waited_behind_it() -> None:
+    """Of a task that did not fit into what the broker takes in bytes."""
+    bench = SubmissionBench(credit=None)
+    bench.step(bench.core.connect(0, credit_bytes=8))
+    bench.submit(1)
+    bench.sent()
+    bench.submit(12_345_678, 2)
+    bench.cancel(12_345_678)
+    assert bench.sent() == [submit(2)]
+
+
 def test_dropped_outcomes_give_no_credit_back() -> None:
     """The cancellation did."""
     bench = busy(1, 2, 3, 4, credit=2)

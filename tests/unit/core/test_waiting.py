@@ -202,6 +202,15 @@ def test_an_executor_that_wants_few_slots() -> None:
         "it waits: its executor has all the 1 slots at once that it wants (max_"
     )
     assert reason.endswith("; 1 of its tasks come first")
+    (row,) = bench.explain(3)
+    assert advice(row, "tcp://h:1") == "", "another worker would not help"
+
+
+def test_a_worker_more_helps_who_waits_for_a_slot() -> None:
+    bench = WaitingBench()
+    bench.submit(1, 2)
+    (row,) = bench.explain(2)
+    assert advice(row, "tcp://h:1") == "start one with: achilles worker tcp://h:1"
 
 
 def test_what_befell_it_before() -> None:

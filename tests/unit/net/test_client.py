@@ -68,6 +68,38 @@ def test_a_broker_that_does_not_answer_is_a_named_error_in_time(
     assert not [thread for thread in threading.enumerate() if thread.name == "achilles-io"]
 
 
+def test_ctrl_c_while_it_connects_ends_its_thread(
+    achilles_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which goes on for a moment, and frees itself what it uses."""
+    with RunningBroker(achilles_home) as broker:
+        copies = {path: path.read_bytes() for path in (achilles_home / "run").glob("*.join")}
+        address = str(broker.addresses.clients)
+    for path, content in copies.items():
+        path.write_bytes(content)
+        path.chmod(0o600)
+    made = connection(
+        address,
+        home=achilles_home,
+        join=None,
+        slots_max=0,
+        connect_timeout=60.0,
+        broker_timeout=60.0,
+    )
+
+    def interrupt(_: float) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(made._joined, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        made.start()
+    made.discard()  # as the executor's finalizer does
+    assert made.thread is not None
+    made.thread.join(10)
+    assert not made.thread.is_alive()
+    assert not caplog.records
+
+
 def test_an_address_that_cannot_be_is_refused(achilles_home: Path) -> None:
     with pytest.raises(ConfigError, match="'http://x' is not an endpoint"):
         DistributedExecutor(address="http://x")

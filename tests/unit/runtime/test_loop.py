@@ -149,6 +149,35 @@ def test_a_thread_lives_on_when_who_waits_for_it_is_interrupted() -> None:
     assert not thread.is_alive()
 
 
+def test_a_thread_whose_start_was_interrupted_is_started_once() -> None:
+    """`start` waits until the thread runs, which Ctrl-C can end."""
+    calls: list[int] = []
+    go_on = threading.Event()
+
+    def call() -> None:
+        calls.append(1)
+        go_on.wait(10)
+
+    thread = PatientThread(call, "interrupted")
+    started = thread._started  # type: ignore[attr-defined]
+    wait = started.wait
+
+    def interrupted(timeout: float | None = None) -> bool:
+        started.wait = wait
+        wait(timeout)
+        raise KeyboardInterrupt
+
+    started.wait = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        thread.start()
+    thread.start()
+    thread.start()
+    assert thread.is_alive()
+    go_on.set()
+    thread.join(10)
+    assert calls == [1]
+
+
 def test_a_thread_that_fails_has_ended() -> None:
     failed: list[object] = []
     thread = PatientThread(lambda: 1 / 0, "failing")

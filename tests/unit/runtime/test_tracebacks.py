@@ -203,3 +203,26 @@ def test_a_traceback_that_cannot_be_formatted(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(traceback, "format_exception", fail)
     _, text = travel(ValueError("x"))
     assert text == "ValueError (its traceback cannot be formatted: RuntimeError)\n"
+
+
+def test_a_class_that_lets_nobody_look_at_it_ends_nothing() -> None:
+    """Whatever is looked up raises, by turns what `except Exception` does not catch."""
+
+    class Opaque(Exception):
+        def __getattribute__(self, name: str) -> NoReturn:
+            raise KeyboardInterrupt(name)
+
+    for is_loaded in (True, False):
+        error, text = loads(dump_error(Opaque(), is_loaded=is_loaded))
+        assert type(error) is RemoteError
+        assert "Opaque" in str(error)
+        assert "Opaque" in text
+
+
+def test_a_text_that_ends_the_program_does_not() -> None:
+    class Ending(Exception):
+        def __str__(self) -> NoReturn:
+            raise SystemExit(3)
+
+    _, text = loads(dump_error(Ending()))
+    assert "Ending" in text
