@@ -2,85 +2,58 @@
 
 Rules
     1. Each task of a lease is reported once: done, returned, or crashed.
-    2. A runner holds at most two chunks: the one that it runs and one behind it.
-    3. Nothing waits behind one task for more than `STUCK_SECONDS`, for `LATE_SECONDS` longer than its chunk should take, or for
-       `IDLE_SECONDS` where a runner is idle: what has not started goes back.
-    4. A task is ended (it took too long, or nobody wants it any more) when it is alone on its runner: then its
+    2. What waits for a runner goes back where no task ends for `AHEAD_SECONDS_MAX`.
+    3. A task is ended (it took too long, or nobody wants it any more) when it is alone on its runner: then its
        runner is killed, and no neighbour with it.
-    5. A task whose lease is lent waits for tasks of its own: it takes up no slot, and nothing waits behind it. There are as
-       many runners more; those that are idle for long afterwards are let go.
-    6. A worker without a broker goes on with what it has, and holds its reports. A broker that follows the last one is told
+    4. A task whose lease is lent waits for tasks of its own, and takes up no slot.
+    5. A worker without a broker goes on with what it has, and holds its reports. A broker that follows the last one is told
        of all that; one that has given the worker up is not, and all is ended.
-    7. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies before it
+    6. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies before it
        finished anything, in spite of having work, charges its first task: or nothing would ever end.
 
 Picture
     Run ─▶ Chunk ─Execute─▶ runner ─RunnerDone─▶ Done
                     └─Recall─▶ RunnerRecalled ─▶ Returned
 
-The agent decides; ``runtime.host`` does what its runner commands say and answers with runner events.
+The agent decides what becomes of leases, its `Crew` which runner gets what; ``runtime.host`` does what its runner commands say and answers with runner events.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from typing import Literal, NamedTuple, TypeAlias
 
 from achilles.core import envelope
 from achilles.core import protocol as p
 from achilles.core.budget import bounded
 from achilles.core.chunking import AHEAD_SECONDS_MAX
-from achilles.core.chunking import IDLE_SECONDS as IDLE_SECONDS
-from achilles.core.chunking import STUCK_SECONDS as STUCK_SECONDS
+from achilles.core.crew import Crew
+from achilles.core.crew import Send as Send
 from achilles.core.holding import Holding
-from achilles.core.runners import (
-    CHUNKS_MAX,
-    Chunk,
-    Runner,
-    crossed,
-    overdue,
-    relayed,
-    surplus,
-    without_first,
-)
-from achilles.core.runners import START_SECONDS as START_SECONDS
+from achilles.core.runners import Chunk, Runner, crossed, relayed, without_first
 from achilles.errors import ProtocolError
 
-SURPLUS_SECONDS = 5.0  # a runner beyond the slots may be idle for so long
 UNWANTED = "unwanted"  # why a task is ended that nobody waits for
-
-To: TypeAlias = Literal["broker", "host"]
-
-
-class Send(NamedTuple):
-    """A message to the broker, or a command to the host of the runners."""
-
-    to: To
-    message: p.FromWorker | p.RunnerCommand
 
 
 class Agent:
     """Runs leases on up to ``slots`` runners, each for at most ``tasks_max`` tasks (0: no limit)."""
 
     def __init__(self, slots: int, *, tasks_max: int = 0) -> None:
-        self._slots = slots
-        self._tasks_max = tasks_max
-        self._runners: dict[int, Runner] = {}
+        self._crew = self._make_crew(slots, tasks_max)
+        self._runners = self._crew.runners
         self._chunks: dict[int, Chunk] = {}
         self._queue: deque[Chunk] = deque()  # chunks that no runner has yet
         self._moved_at = 0.0  # when a task was done last, or the first of them came
         self._blobs: dict[tuple[int, int], p.Payload] = {}
-        self._next_runner = 1
-        self._due: dict[int, float] = {}  # the runners that `tick` has to look at, and when
-        self._relieve_at: float | None = None  # when to see what waits although a runner is idle
         self.is_draining = False  # it takes no more work
         self._said_goodbye = False
-        self._lent: set[int] = set()  # leases
         self.result_max = 0  # bytes that the broker takes of one result; 0: no limit
-        self._has_lent = False
         self._holding = Holding(slots)
         self._epoch = b""  # of the last broker
+
+    def _make_crew(self, slots: int, tasks_max: int) -> Crew:
+        return Crew(slots, tasks_max)
 
     # --- The core's contract ----------------------------------------------------------------------
 
@@ -118,44 +91,23 @@ class Agent:
                 return self._letter(message)
 
     def tick(self, now: float) -> list[Send]:
-        """Call back what waits behind a task that runs long; end the task that ran for too long; let surplus runners go."""
+        """Give back what finds no runner free; call back what waits behind a task that runs long; end the one that ran for too long."""
         sends = self.reset() if self._holding.is_too_old(now) else []
-        for runner in self._surplus():
-            if now >= runner.progress_at + SURPLUS_SECONDS:
-                self._retire(runner, sends)
-        if (
-            self._queue
-            and self._holding.since is None
-            and now >= self._moved_at + AHEAD_SECONDS_MAX
-        ):
+        at = self._stale_at
+        if at is not None and now >= at:
             sends += self._give_back_queue()
-        if not self._due:
-            return sends
-        if self._relieve_at is not None and now >= self._relieve_at:
-            sends += self._relieve(now)
-        for number in [number for number, at in self._due.items() if now >= at]:
-            runner = self._runners[number]
-            times_out_at = runner.times_out_at
-            if times_out_at is not None and now >= times_out_at and runner.has_begun:
-                chunk = runner.chunks[0]
-                runner.condemned[chunk.seq, min(chunk.open)] = p.TIMEOUT
-            runner.recalled_at, runner.is_wanted = now, False
-            self._watch(runner)
-            sends.append(Send("host", p.Recall(number)))
-        return sends
+        return sends + self._crew.tick(now)
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        wanted = min(self._due.values(), default=None)
-        if wanted is not None and self._relieve_at is not None:
-            wanted = min(wanted, self._relieve_at)
-        if idle := self._surplus():
-            at = idle[0].progress_at + SURPLUS_SECONDS
-            wanted = at if wanted is None else min(at, wanted)
-        if self._queue and self._holding.since is None:
-            at = self._moved_at + AHEAD_SECONDS_MAX
-            wanted = at if wanted is None else min(at, wanted)
-        return wanted
+        wanted, at = self._crew.next_deadline(), self._stale_at
+        return at if wanted is None or (at is not None and at < wanted) else wanted
+
+    @property
+    def _stale_at(self) -> float | None:
+        """When what waits here for a runner has waited for long enough, if anybody could give it out elsewhere."""
+        is_away = self._holding.since is not None
+        return self._moved_at + AHEAD_SECONDS_MAX if self._queue and not is_away else None
 
     def drain(self) -> list[Send]:
         """Take no more work, give back what has not started, say goodbye when the rest is done."""
@@ -179,17 +131,11 @@ class Agent:
             self._holding.clear()
             return []
         sends = self._take_stock(now) if is_new else self.reset()
-        ordered = sorted(self._chunks.values(), key=self._waits)
+        ordered = sorted(self._chunks.values(), key=self._crew.is_behind)
         held, reports = self._holding.take(ordered, self._blobs)
         draining = [p.Drain()] if self.is_draining else []
         told = (*held, *draining, p.Resumed(), *reports)  # nobody waits for large reports
         return [*sends, *(Send("broker", one) for one in told), *self._goodbye_if_empty()]
-
-    def _waits(self, chunk: Chunk) -> bool:
-        """Whether the chunk waits behind another one."""
-        return all(
-            not runner.chunks or runner.chunks[0] is not chunk for runner in self._runners.values()
-        )
 
     def _take_stock(self, now: float) -> list[Send]:
         """A new broker comes: end what it cannot take over, the tasks of runners that submitted tasks, and these."""
@@ -197,11 +143,10 @@ class Agent:
         for runner in list(self._runners.values()):
             if runner.has_submitted or any(chunk.run.root for chunk in runner.chunks):
                 sends.append(Send("host", p.Kill(runner.number)))
-                del self._runners[runner.number]
-                self._due.pop(runner.number, None)
+                self._crew.remove(runner.number)
                 for chunk in runner.chunks:
                     del self._chunks[chunk.run.lease]
-                    self._lent.discard(chunk.run.lease)
+                    self._crew.lent.discard(chunk.run.lease)
         for chunk in [chunk for chunk in self._queue if chunk.run.root]:
             self._queue.remove(chunk)
             del self._chunks[chunk.run.lease]
@@ -217,12 +162,9 @@ class Agent:
     def reset(self) -> list[Send]:
         """The session is over: end all work; nothing of it is reported any more. A drain ends with it."""
         sends = [Send("host", p.Kill(number)) for number in self._runners]
-        self._runners.clear()
+        self._crew.clear()
         self._chunks.clear()
         self._queue.clear()
-        self._due.clear()
-        self._relieve_at = None
-        self._lent.clear()
         self._blobs.clear()
         self._holding.clear()
         self._said_goodbye = self.is_draining  # nobody is left to say it to
@@ -241,21 +183,12 @@ class Agent:
     @property
     def running(self) -> int:
         """How many runners have work."""
-        return sum(bool(runner.chunks) for runner in self._runners.values())
-
-    @property
-    def _busy(self) -> int:
-        """How many runners work, each in a slot."""
-        return self.running - len(self._lent)
-
-    @property
-    def _free(self) -> int:
-        """How many runners have nothing to do, and a slot to do something in."""
-        idle = sum(1 for runner in self._runners.values() if runner.is_open and not runner.chunks)
-        return min(idle, self._slots - self._busy)
+        return self._crew.running
 
     def __repr__(self) -> str:
-        return f"<Agent {len(self._runners)}/{self._slots} runners | {len(self._chunks)} leases>"
+        return (
+            f"<Agent {len(self._runners)}/{self._crew.slots} runners | {len(self._chunks)} leases>"
+        )
 
     # --- From the broker --------------------------------------------------------------------------
 
@@ -294,11 +227,11 @@ class Agent:
         if chunk in self._queue:
             self._queue.remove(chunk)
             return self._give_back(chunk, chunk.open)
-        runner = self._holder(chunk)
+        runner = self._crew.holder(chunk)
         if revoke.kill:
             for index in chunk.open.intersection(revoke.indexes):
                 runner.condemned.setdefault((chunk.seq, index), UNWANTED)
-            self._watch(runner)
+            self._crew.watch(runner)
         is_early = not revoke.indexes and not runner.results  # it may be starting: see `tick`
         runner.is_wanted = runner.is_wanted or is_early
         return [] if is_early else [Send("host", p.Recall(runner.number, not revoke.indexes))]
@@ -320,7 +253,7 @@ class Agent:
         chunk.open.difference_update(indexes)
         if not chunk.open:
             del self._chunks[chunk.run.lease]
-            self._lent.discard(chunk.run.lease)
+            self._crew.lent.discard(chunk.run.lease)
             self._holding.ended(chunk)
 
     # --- Tasks that submit tasks ------------------------------------------------------------------
@@ -380,23 +313,14 @@ class Agent:
         chunk = self._chunks.get(lease)
         if chunk is None or chunk in self._queue:
             return []
-        runner = self._holder(chunk)
+        runner = self._crew.holder(chunk)
         chunk.is_lent = is_lent
         if not is_lent:
-            self._lent.discard(lease)
+            self._crew.lent.discard(lease)
             return []
-        self._lent.add(lease)
-        self._has_lent = True
+        self._crew.lend(lease)
         recall = [Send("host", p.Recall(runner.number))] if runner.stuck_at is not None else []
         return [*recall, *self._assign(now)]
-
-    def _holder(self, chunk: Chunk) -> Runner:
-        return next(runner for runner in self._runners.values() if chunk in runner.chunks)
-
-    def _surplus(self) -> list[Runner]:
-        if len(self._runners) <= self._slots:
-            return []
-        return surplus(self._runners.values(), self._slots + len(self._lent))
 
     # --- Runners ----------------------------------------------------------------------------------
 
@@ -405,48 +329,12 @@ class Agent:
         sends: list[Send] = []
         while self._queue:
             chunk = self._queue[0]
-            runner = self._choose(chunk.run, sends, now)
+            runner = self._crew.choose(chunk.run, sends, now)
             if runner is None:
                 break
             self._queue.popleft()
             sends += self._execute(runner, chunk, now)
         return sends
-
-    def _choose(self, run: p.Run, sends: list[Send], now: float) -> Runner | None:
-        tasks = len(run.ids)
-        busy = self._busy if len(self._runners) > self._slots else 0
-        if busy < self._slots:
-            for runner in self._runners.values():
-                if runner.is_open and not runner.chunks and self._fits(runner, tasks, sends):
-                    return runner
-        if len(self._runners) < self._slots + len(self._lent):
-            runner = self._runners[self._next_runner] = Runner(self._next_runner)
-            self._next_runner += 1
-            sends.append(Send("host", p.Spawn(runner.number)))
-            return runner
-        if any(runner.takes_long(run) for runner in self._runners.values()):
-            return None  # it goes to whichever runner is free first
-        # What waits behind a long task would come back.
-        for runner in sorted(self._runners.values(), key=lambda runner: -runner.progress_at):
-            has_room = runner.is_open and not runner.is_lent and not runner.is_late(now)
-            if (
-                has_room
-                and 0 < len(runner.chunks) < CHUNKS_MAX
-                and self._fits(runner, tasks, sends)
-            ):
-                return runner
-        return None
-
-    def _fits(self, runner: Runner, tasks: int, sends: list[Send]) -> bool:
-        """Whether the runner may take so many more tasks; if not, it takes none any more."""
-        if not self._tasks_max or not runner.given or runner.given + tasks <= self._tasks_max:
-            return True
-        self._retire(runner, sends)
-        return False
-
-    def _retire(self, runner: Runner, sends: list[Send]) -> None:
-        runner.is_retiring = True
-        sends.append(Send("host", p.Retire(runner.number)))
 
     def _execute(self, runner: Runner, chunk: Chunk, now: float) -> list[Send]:
         run = chunk.run
@@ -454,8 +342,6 @@ class Agent:
         if not runner.chunks:
             runner.progress_at = now
         runner.chunks.append(chunk)
-        if self._relieve_at is not None and not self._free:
-            self._relieve_at = None
         runner.given += len(run.ids)
         sends = []
         for blob in (run.fn, run.init, *run.blobs):
@@ -463,7 +349,7 @@ class Agent:
             if blob and key not in runner.loaded and key in self._blobs:
                 runner.loaded.add(key)
                 sends.append(Send("host", p.Load(runner.number, *key, self._blobs[key])))
-        self._watch(runner)
+        self._crew.given(runner)
         command = p.Execute(
             runner.number,
             runner.seq,
@@ -477,19 +363,8 @@ class Agent:
             run.ids,
         )
         sends.append(Send("host", command))
-        if self._tasks_max and runner.given >= self._tasks_max:
-            self._retire(runner, sends)
+        self._crew.retire_if_worn(runner, sends)
         return sends
-
-    def _watch(self, runner: Runner) -> None:
-        """Note when `tick` has to look at a runner; after each change of it, so that no message costs all runners."""
-        stuck_at, times_out_at = runner.stuck_at, runner.times_out_at
-        if stuck_at is None and times_out_at is None:
-            self._due.pop(runner.number, None)
-        elif stuck_at is None or (times_out_at is not None and times_out_at < stuck_at):
-            self._due[runner.number] = times_out_at  # type: ignore[assignment]
-        else:
-            self._due[runner.number] = stuck_at
 
     def _done(self, message: p.RunnerDone, now: float) -> list[Send]:
         runner = self._runners.get(message.runner)
@@ -512,19 +387,10 @@ class Agent:
         self._drop_finished(runner)
         if runner.condemned:
             sends += self._execute_sentence(runner)
-        self._watch(runner)
+        self._crew.watch(runner)
         sends += self._assign(now)
-        if self._due and not runner.chunks and (self._relieve_at or 0.0) < now:
-            self._relieve_at = now + IDLE_SECONDS
+        self._crew.plan_relief(runner, now)
         return [*sends, *self._goodbye_if_empty()]
-
-    def _relieve(self, now: float) -> list[Send]:
-        """Call back what waits behind tasks that run for long, from as many runners as are idle."""
-        found, self._relieve_at = overdue(self._runners.values(), self._free, now)
-        for runner in found:
-            runner.recalled_at = now
-            self._watch(runner)
-        return [Send("host", p.Recall(runner.number, True)) for runner in found]
 
     def _drop_finished(self, runner: Runner) -> None:
         chunks = runner.chunks
@@ -559,7 +425,7 @@ class Agent:
             runner.progress_at = now
         if runner.condemned:
             sends += self._execute_sentence(runner)
-        self._watch(runner)
+        self._crew.watch(runner)
         return [*sends, *self._assign(now), *self._goodbye_if_empty()]
 
     def _take_back(self, runner: Runner, unstarted: list[tuple[int, int]]) -> list[Send]:
@@ -573,10 +439,9 @@ class Agent:
         return sends
 
     def _died(self, message: p.RunnerDied, now: float) -> list[Send]:
-        runner = self._runners.pop(message.runner, None)
+        runner = self._crew.remove(message.runner)
         if runner is None:
             return []
-        self._due.pop(message.runner, None)
         unstarted = message.unstarted + crossed(runner.chunks, message.last_seq)
         held = sum(len(chunk.open) for chunk in runner.chunks)
         had_work = bool(message.unstarted) or not message.last_seq
@@ -614,18 +479,10 @@ class Agent:
 
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""
-        if not self._has_lent:
-            assert len(self._runners) <= self._slots, "more runners than slots"
-        assert self._due.keys() <= self._runners.keys(), "a dead runner is looked at"
-        for runner in self._runners.values():
-            wanted = [at for at in (runner.stuck_at, runner.times_out_at) if at is not None]
-            assert self._due.get(runner.number) == min(wanted, default=None), "a stale deadline"
-            runner.check_invariants()
+        self._crew.check_invariants()
         placed = [c for r in self._runners.values() for c in r.chunks] + list(self._queue)
         assert len(placed) == len(self._chunks), "a lease is nowhere, or in two places"
         is_known = all(self._chunks.get(chunk.run.lease) is chunk for chunk in placed)
         assert is_known, "a lease is held that was reported"
         if self._queue:
-            idle = [runner for runner in self._runners.values() if not runner.chunks]
-            free = [runner for runner in idle if not (runner.is_retiring or runner.is_killed)]
-            assert not free or self._busy >= self._slots, "a runner idles while a chunk waits"
+            assert self._crew.free <= 0, "a runner idles while a chunk waits"

@@ -92,7 +92,7 @@ class Charges:
         return [queue.client.tell(p.Failed(task.id, kind, story)), *self._desk.lend(queue.client)]
 
     def requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:
-        """Put leased tasks back to the front of their queue, without those that nobody waits for.
+        """Put leased tasks back to where they stood in their queue, among its first ones, without those that nobody waits for.
 
         They come between others that were put back: the youngest, always in front, would go out and come back again and again.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from achilles.core import envelope
 from achilles.core import protocol as p
@@ -172,26 +172,6 @@ class Runner:
         assert len(self.chunks) <= CHUNKS_MAX, "a runner holds too many chunks"
         for chunk in self.chunks:
             assert chunk.open, "a finished chunk is kept"
-
-
-def surplus(runners: Collection[Runner], wanted: int) -> list[Runner]:
-    """Idle runners beyond those that are wanted, as many as are too many, the longest idle first."""
-    staying = [runner for runner in runners if not runner.is_retiring]
-    idle = [runner for runner in staying if not runner.chunks and not runner.submitted]
-    idle.sort(key=lambda runner: runner.progress_at)
-    return idle[: max(0, len(staying) - wanted)]
-
-
-def overdue(runners: Iterable[Runner], count: int, now: float) -> tuple[list[Runner], float | None]:
-    """Up to ``count`` runners that have not got on for `IDLE_SECONDS` and hold tasks that wait; when to look again, if at all."""
-    found: list[Runner] = []
-    held = [runner for runner in runners if runner.results and runner.stuck_at is not None]
-    for runner in sorted(held, key=lambda one: one.shown_at)[: max(0, count)]:
-        at = runner.shown_at + IDLE_SECONDS
-        if now < at:
-            return found, at
-        found.append(runner)
-    return found, None
 
 
 def relayed(runner: Runner, letter: p.FromRunner) -> p.Relay:

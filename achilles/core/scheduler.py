@@ -554,7 +554,7 @@ class Scheduler:
 
         What was sent ahead had perhaps, too, which matters only to tasks that may run at most once (and come alone).
         """
-        return lease.in_slot or lease.is_lent or lease.queue.options.at_most_once
+        return lease.in_slot or lease.queue.options.at_most_once
 
     def _close_if_done(self, lease: Lease) -> None:
         if lease.left == 0:

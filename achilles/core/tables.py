@@ -2,7 +2,7 @@
 
 Rules
     1. A task knows its queue while somebody waits for its result, and its lease while it is at a worker.
-    2. A queue's tasks are in the order in which they came; one that is put back stands in front again.
+    2. A queue's tasks are in the order in which they came; one that is put back stands among the first again, by its age.
     3. A client's queues stand in the order of their oldest tasks, so that the oldest of all goes first.
     4. A task that submits tasks is a client as well, a nested one: of the *root*, the client that all is done for in the
        end. What they hold is counted there.

@@ -282,7 +282,7 @@ MUTANTS = [
     Mutant(
         "work of an earlier epoch goes on",
         "agent",
-        "        self._runners.clear()\n        self._chunks.clear()\n        self._queue.clear()",
+        "        self._crew.clear()\n        self._chunks.clear()\n        self._queue.clear()",
         "        return []",
         (
             "nothing is left",
@@ -391,7 +391,7 @@ MUTANTS = [
     ),
     Mutant(
         "chunks are put behind who is late",
-        "agent",
+        "crew",
         " and not runner.is_late(now)",
         "",
         ("timers",),
@@ -400,8 +400,8 @@ MUTANTS = [
     Mutant(
         "what finds no runner free stays for ever",
         "agent",
-        "now >= self._moved_at + AHEAD_SECONDS_MAX",
-        "False",
+        "if at is not None and now >= at:",
+        "if False:",
         ("timers",),
         seed=957,
     ),

@@ -37,8 +37,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from achilles.core import protocol as p
-from achilles.core.agent import START_SECONDS
 from achilles.core.charges import CRASHES_MAX
+from achilles.core.runners import START_SECONDS
 
 OPEN, DONE, CANCELLED, ABANDONED = "open", "done", "cancelled", "abandoned"
 ALWAYS = 1 << 30

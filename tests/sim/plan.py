@@ -6,10 +6,10 @@ import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from achilles.core.agent import START_SECONDS
 from achilles.core.charges import LOSSES_MAX
 from achilles.core.liveness import Timings
 from achilles.core.protocol import PLAIN, Group, Options
+from achilles.core.runners import START_SECONDS
 from tests.sim.oracle import ALWAYS, Truth, task_payload
 
 KINDS = (

@@ -13,8 +13,9 @@ from typing import Any
 from achilles.core import protocol as p
 from achilles.core import sessions
 from achilles.core.agent import Agent
-from achilles.core.agent import Send as AgentSend
 from achilles.core.charges import Charges
+from achilles.core.crew import Crew
+from achilles.core.crew import Send as AgentSend
 from achilles.core.dispatch import Dispatcher, Send
 from achilles.core.link import Packet
 from achilles.core.recovery import IN_DOUBT
@@ -359,13 +360,13 @@ class WatchedSessions(Sessions):
         self.marks["session: amnesty"] += now - before > vars(sessions)["STALL_SECONDS"]
 
 
-class WatchedAgent(Agent):
-    """An agent whose dealings with runners are marked."""
+class WatchedCrew(Crew):
+    """A crew whose dealings with runners are marked."""
 
     marks: Marks
 
-    def _choose(self, run: p.Run, sends: list[AgentSend], now: float) -> Runner | None:
-        runner = super()._choose(run, sends, now)
+    def choose(self, run: p.Run, sends: list[AgentSend], now: float) -> Runner | None:
+        runner = super().choose(run, sends, now)
         if runner is None:
             self.marks["runner: none for a chunk"] += 1
         elif runner.chunks:
@@ -377,6 +378,23 @@ class WatchedAgent(Agent):
     def _retire(self, runner: Runner, sends: list[AgentSend]) -> None:
         self.marks["runner: > retiring"] += 1
         super()._retire(runner, sends)
+
+
+class WatchedAgent(Agent):
+    """An agent whose dealings with runners are marked."""
+
+    def _make_crew(self, slots: int, tasks_max: int) -> Crew:
+        self._watched = WatchedCrew(slots, tasks_max)
+        return self._watched
+
+    @property
+    def marks(self) -> Marks:
+        """Where what happens is counted."""
+        return self._watched.marks
+
+    @marks.setter
+    def marks(self, marks: Marks) -> None:
+        self._watched.marks = marks
 
     def _revoke(self, revoke: p.Revoke) -> list[AgentSend]:
         chunk = self._chunks.get(revoke.lease)

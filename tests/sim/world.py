@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from achilles.core import protocol as p
-from achilles.core.agent import START_SECONDS
 from achilles.core.link import Packet
+from achilles.core.runners import START_SECONDS
 from achilles.errors import ProtocolError
 from tests.sim.clients import Client
 from tests.sim.hostile import Hostile

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from achilles.core import protocol as p
-from achilles.core.agent import START_SECONDS, STUCK_SECONDS
+from achilles.core.chunking import STUCK_SECONDS
+from achilles.core.runners import START_SECONDS
 from tests.unit.core.agents import (
     HOST,
     AgentBench,

@@ -8,7 +8,8 @@ import pytest
 
 from achilles.core import envelope
 from achilles.core import protocol as p
-from achilles.core.agent import SURPLUS_SECONDS, Agent, Send
+from achilles.core.agent import Agent
+from achilles.core.crew import SURPLUS_SECONDS, Send
 from tests.unit.core.bench import crossed
 
 CLIENT = 4
@@ -177,7 +178,7 @@ def test_the_end_of_a_runner_that_has_submitted_is_told() -> None:
     goodbye, crashed = bench.event(p.RunnerDied(1, "was killed by SIGSEGV", [], 1))
     assert goodbye == p.Relay(1, 0, 0, p.Goodbye("the runner has ended"))
     assert crashed == p.Crashed(1, 0, "was killed by SIGSEGV")
-    assert bench.core._lent == set()
+    assert bench.core._crew.lent == set()
 
 
 def test_an_initializer_is_loaded_once_for_a_client_and_all_that_its_tasks_submit() -> None:
@@ -204,4 +205,4 @@ def test_a_word_about_a_lease_that_has_ended_is_passed_over() -> None:
     bench.run()
     bench.done(1, 1)
     assert bench.lend(1) == []
-    assert bench.core._lent == set()
+    assert bench.core._crew.lent == set()

@@ -83,7 +83,7 @@ class World:
 
     def join(self, name: str) -> None:
         worker = self.workers[name] = Worker(name, self.chance.randint(1, 2))
-        hello = p.WorkerHello(bytes(16), "", "", name, worker.agent._slots, 1)
+        hello = p.WorkerHello(bytes(16), "", "", name, worker.agent._crew.slots, 1)
         self.broker(self.core.join(name, hello, self.now))
 
     # --- Who hears what ---------------------------------------------------------------------------
@@ -292,7 +292,7 @@ class World:
         assert (status.queued, status.running) == (0, 0)
         for worker in self.workers.values():
             assert not worker.agent._chunks
-            assert not worker.agent._lent
+            assert not worker.agent._crew.lent
         assert all(worker.taken == worker.lent == 0 for worker in self.core._workers.values())
 
 
