@@ -23,6 +23,7 @@ from achilles.net.keys import ROLES, KeyPair, is_key, key_pair, make_pair, new_k
 from achilles.net.private import private_directory, read_private, write_private
 
 NAME_MAX = 64
+LIST_MAX = 16 << 20  # bytes of authorized.json, some 100,000 keys
 
 
 class Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -80,7 +81,7 @@ def add(base: Path, role: str, public: str, name: str) -> Entry:
     """Let the holder of a public key meet the broker.
 
     Raises:
-        ConfigError: it is no key, or the name or key is there already.
+        ConfigError: it is no key, the name or key is there already, or no more fit.
         KeyFileError: a file is loose or damaged.
     """
     if not is_key(public):
@@ -92,7 +93,7 @@ def export(base: Path, role: str, name: str) -> Exported:
     """A new key pair for another machine or person, with its public half authorized.
 
     Raises:
-        ConfigError: the name is there already, or cannot be one.
+        ConfigError: the name is there already, or cannot be one, or no more keys fit.
         KeyFileError: a file is loose or damaged.
     """
     pair = make_pair()
@@ -151,7 +152,12 @@ def _add(base: Path, role: str, public: str, name: str) -> Entry:
                     f"a key called {name!r} is authorized already; revoke it first with: "
                     f"achilles keys revoke {name}"
                 )
-        _write(base, [*present, entry])
+        longer = [*present, entry]
+        if len(_encode(longer)) > LIST_MAX:  # nobody could read it again
+            raise ConfigError(
+                f"no further key fits into {_path(base)} ({LIST_MAX} bytes); take some back with: achilles keys revoke NAME"
+            )
+        _write(base, longer)
     return entry
 
 
@@ -162,7 +168,7 @@ def _path(base: Path) -> Path:
 def _read(base: Path) -> list[Entry]:
     path = _path(base)
     try:
-        found = msgspec.json.decode(read_private(path), type=_File).keys
+        found = msgspec.json.decode(read_private(path, LIST_MAX), type=_File).keys
     except FileNotFoundError:
         return []
     except (msgspec.DecodeError, ValueError):
@@ -174,7 +180,11 @@ def _read(base: Path) -> list[Entry]:
 
 
 def _write(base: Path, found: list[Entry]) -> None:
-    write_private(_path(base), msgspec.json.format(msgspec.json.encode(_File(found))), replace=True)
+    write_private(_path(base), _encode(found), replace=True)
+
+
+def _encode(found: list[Entry]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(_File(found)))
 
 
 @contextlib.contextmanager

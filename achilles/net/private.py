@@ -56,12 +56,12 @@ def check_directory(path: Path) -> Path:
     return path
 
 
-def read_private(path: Path) -> bytes:
+def read_private(path: Path, size_max: int = FILE_MAX) -> bytes:
     """The content of a file that nobody else could have read or written.
 
     Raises:
         FileNotFoundError: there is none.
-        KeyFileError: it is loose.
+        KeyFileError: it is loose, or larger than ``size_max``.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -79,11 +79,12 @@ def read_private(path: Path) -> bytes:
         _check_owner(path, status)
         if status.st_mode & 0o077:
             raise KeyFileError(f"{path} is open to others; close it with: chmod 600 {_quote(path)}")
-        data = os.read(fd, FILE_MAX + 1)
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(size_max + 1)
     finally:
         os.close(fd)
-    if len(data) > FILE_MAX:
-        raise KeyFileError(f"{path} is larger than a file of ours can be")
+    if len(data) > size_max:
+        raise KeyFileError(f"{path} is larger than a file of ours can be ({size_max} bytes)")
     return data
 
 

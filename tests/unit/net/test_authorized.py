@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
 from achilles.errors import ConfigError, KeyFileError
+from achilles.net import authorized
 from achilles.net.authorized import OWN, add, entries, export, revoke, rotate, users
 from achilles.net.keys import ROLES, key_pair
+from achilles.net.private import FILE_MAX
 
 
 def a_key() -> str:
@@ -78,6 +81,36 @@ def test_nothing_is_added_twice(achilles_home: Path) -> None:
     own = key_pair(achilles_home, "admin").public.decode()
     with pytest.raises(ConfigError, match="authorized already, as admin"):
         add(achilles_home, "client", own, "mine")
+
+
+def test_the_list_may_be_longer_than_other_files(achilles_home: Path) -> None:
+    """A thousand keys, with what a broker and each command do with them."""
+    add(achilles_home, "client", a_key(), "me")
+    path = achilles_home / "keys" / "authorized.json"
+    (first,) = msgspec.json.decode(path.read_bytes())["keys"]
+    many = [{**first, "public": a_key(), "name": f"node{number}"} for number in range(1000)]
+    path.write_bytes(msgspec.json.encode({"keys": [first, *many]}))
+    last = add(achilles_home, "client", a_key(), "last")
+    assert path.stat().st_size > 2 * FILE_MAX
+    assert len(users(achilles_home, ("client",))) == 1003
+    assert revoke(achilles_home, "last") == [last]
+
+
+def test_what_could_not_be_read_again_is_not_written(
+    achilles_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(achilles_home, "client", a_key(), "me")
+    path = achilles_home / "keys" / "authorized.json"
+    before = path.read_bytes()
+    monkeypatch.setattr(authorized, "LIST_MAX", len(before) + 10)
+    for one_more in (
+        lambda: add(achilles_home, "client", a_key(), "you"),
+        lambda: export(achilles_home, "client", "you"),
+    ):
+        with pytest.raises(ConfigError, match=r"no further key fits into .*authorized\.json"):
+            one_more()
+    assert path.read_bytes() == before
+    assert [one.name for one in revoke(achilles_home, "me")] == ["me"]
 
 
 @pytest.mark.parametrize("public", ["", "x", "0" * 39, "é" * 40, '"' * 40])

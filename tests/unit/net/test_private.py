@@ -113,6 +113,14 @@ def test_what_is_no_plain_file_is_refused(achilles_home: Path) -> None:
         read_private(achilles_home / "nothing")
 
 
+def test_a_file_may_have_a_limit_of_its_own(achilles_home: Path) -> None:
+    path = achilles_home / "file"
+    write_private(path, bytes(FILE_MAX + 1), replace=True)
+    assert len(read_private(path, FILE_MAX + 1)) == FILE_MAX + 1
+    with pytest.raises(KeyFileError, match=rf"larger than a file of ours can be \({FILE_MAX} byt"):
+        read_private(path, FILE_MAX)
+
+
 def test_a_lock_is_held_by_one(achilles_home: Path) -> None:
     path = achilles_home / "broker.lock"
     lock = BrokerLock(path)
