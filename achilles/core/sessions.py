@@ -220,15 +220,16 @@ class Sessions:
     def cut_unless(self, is_allowed: Callable[[Route, str], bool], now: float) -> list[Send]:
         """The keys were read anew: end the sessions of those who may not be what they are any more.
 
-        Their work goes back to its queues, and nobody is charged for it.
+        Their work goes back to its queues, and nobody is charged for it. Who asked for it may be among them, and has its
+        answer first; it counts the others.
         """
         reason = "its key was revoked"
         cut = [one for one in self._by_token.values() if not is_allowed(one.route, one.role)]
-        sends: list[Send] = []
+        sends = self.reloaded(sum(one not in self._reloaders for one in cut))
         for session in cut:
             sends += self._dismiss(session, reason)
             sends += self._end(session, now, reason, charge=False)
-        return [*sends, *self.reloaded(len(cut))]
+        return sends
 
     def is_reached_on(self, route: Route) -> bool:
         """Whether there is a session on the route."""

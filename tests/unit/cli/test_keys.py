@@ -100,6 +100,17 @@ def test_rotate(achilles_home: Path) -> None:
     assert "exported anew" in output
 
 
+def test_the_administrators_own_key_is_rotated_over_tcp(achilles_home: Path) -> None:
+    """Where the session that asks is one that has the old key."""
+    with RunningBroker(achilles_home, ipc=False) as broker:
+        for _ in range(2):
+            before = broker.join("admin").public
+            code, output, said = invoke("rotate", "admin")
+            assert (code, said) == (0, "")
+            assert "the running broker cut 0 sessions" in output
+            assert broker.join("admin").public != before
+
+
 def test_a_running_broker_that_cannot_read_the_keys_says_so(achilles_home: Path) -> None:
     with RunningBroker(achilles_home):
         (achilles_home / "keys" / "worker.key").chmod(0o644)

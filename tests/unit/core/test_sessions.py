@@ -539,6 +539,26 @@ def test_after_a_stall_of_its_own_the_broker_gives_up_nobody() -> None:
     assert len(bench.scheduler.status(bench.now).workers) == 1
 
 
+def test_who_has_the_keys_read_anew_is_answered_before_it_is_cut() -> None:
+    """Its own key may be among those that are gone."""
+    bench = SessionsBench()
+    worker, admin = bench.join("worker", "worker"), bench.join("admin", "admin")
+    bench.join("client")
+    bench.sent()
+    bench.say(admin, p.ReloadKeys())
+    assert bench.core.is_reload_wanted
+    bench.step(bench.core.cut_unless(lambda route, role: role == "client", bench.now))
+    reason = "its key was revoked"
+    assert bench.sent() == [
+        ("admin", p.KeysReloaded(cut=1)),
+        *cut(worker, reason),
+        ("admin", p.Cluster(workers=0, slots=0)),
+        ("client", p.Cluster(workers=0, slots=0)),
+        *cut(admin, reason),
+    ]
+    assert not bench.core.is_reload_wanted
+
+
 def test_the_deadline_is_the_next_of_all() -> None:
     """The scheduler's own among them."""
     bench = SessionsBench()
