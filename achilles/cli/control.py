@@ -125,6 +125,8 @@ def drain(context: Context, worker: str) -> None:
 def shutdown(context: Context, yes: bool) -> None:
     """End the broker and its workers; tasks without a result fail."""
     from achilles.core import protocol as p
+    from achilles.net.control import Asking
+    from achilles.net.peer import dialer_to
 
     if not yes:
         address, values = _status(context)
@@ -132,8 +134,12 @@ def shutdown(context: Context, yes: bool) -> None:
         loss = f"; {count(open_tasks, 'task')} without a result will fail" if open_tasks else ""
         workers = count(values["workers"], "worker")
         click.confirm(f"End the broker at {address} and its {workers}{loss}?", abort=True)
-    join, _ = _ask(context, p.Shutdown())
-    if _has_ended(join):
+    join = context.join("admin")
+    is_own = not context.settings["join"]
+    with Asking(dialer_to(join)) as asking:
+        asking.ask(p.Shutdown(), context.settings["client.connect_timeout"])
+        has_ended = not is_own and asking.sees_the_end(END_SECONDS)
+    if has_ended or (is_own and _has_ended(join)):
         click.echo(f"the broker at {join.address} has ended, and its workers with it")
     else:
         click.echo(f"the broker at {join.address} and its workers are ending")
@@ -159,7 +165,7 @@ def _ask(context: Context, question: Question) -> tuple[Join, Answer]:
 
 
 def _has_ended(join: Join) -> bool:
-    """Wait for the broker to take its join file away; whether it did in time."""
+    """Wait for this user's broker to take its join file away, which it does later than its sockets; whether it did in time."""
     from achilles.errors import AchillesError
     from achilles.net.keys import find_join
 

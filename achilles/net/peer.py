@@ -90,6 +90,8 @@ class Peer:
         self._on_message = on_message
         self._hands_on = hands_on
         self.large_at = -inf  # when the last large message came
+        self._is_connected = False
+        self.was_cut_off = False  # whether a connection that was made has ended, and not by us
         self._received = 0  # bytes, of large messages since the last acknowledgement
         self._backoff = BACKOFF_FIRST
         self._busy_until = 0.0  # with what was sent
@@ -198,13 +200,17 @@ class Peer:
         now = monotonic()
         for event in self._dialed.watch.poll():
             if event.is_connected:
+                self._is_connected = True
                 self._backoff = BACKOFF_FIRST
                 self._transmit(self._dialer.connected(now))
+            elif self._is_connected:
+                self._is_connected, self.was_cut_off = False, True
             if event.problem is not None:
                 self._note(event, now)
 
     def _open(self, now: float) -> None:
         self._redial_at = None
+        self._is_connected = False
         self._opened_at = now
         self._dialed = self._dial()
         self._port = DealerPort(

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from achilles import DistributedExecutor
 from achilles.cli import main
 from achilles.core import protocol as p
+from achilles.net.keys import key_pair
 from tests import commands
 from tests.brokers import RunningBroker, raw_peer, wait_for
 
@@ -133,6 +134,31 @@ def test_a_shutdown_ends_all_and_waits_for_it(achilles_home: Path) -> None:
         assert worker.wait() == 0
     with commands.broker() as another:
         assert another.stop() == 0
+
+
+@pytest.mark.parametrize("is_waited_for", [True, False])
+def test_a_shutdown_from_elsewhere_says_ended_when_it_is(
+    achilles_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_waited_for: bool
+) -> None:
+    """This user's own home, where no broker is, tells nothing of the one that the join file is for."""
+    tmp_path.chmod(0o700)
+    with RunningBroker(achilles_home) as broker, raw_peer(broker, "worker") as worker:
+        worker.hello("worker")  # and it does not leave: the broker waits for it
+        join = broker.join("admin")
+        file = tmp_path / "admin.join"
+        file.write_bytes(join.for_others(key_pair(achilles_home, "admin")).encode())
+        file.chmod(0o600)
+        monkeypatch.setenv("ACHILLES_HOME", str(tmp_path))
+        monkeypatch.setenv("ACHILLES_JOIN", str(file))
+        if not is_waited_for:
+            monkeypatch.setattr("achilles.cli.control.END_SECONDS", 0.0)
+        code, output = invoke("shutdown", "--yes")
+        assert code == 0
+        how = (
+            "has ended, and its workers with it" if is_waited_for else "and its workers are ending"
+        )
+        assert output == f"the broker at {join.address} {how}\n"
+        wait_for(lambda: not broker.is_alive, "the broker to end")
 
 
 @pytest.mark.bad_input(73)

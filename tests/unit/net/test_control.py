@@ -9,8 +9,9 @@ import zmq
 
 from achilles.core import protocol as p
 from achilles.errors import BrokerUnreachableError
-from achilles.net.control import request
+from achilles.net.control import Asking, request
 from achilles.net.endpoint import Endpoint
+from achilles.net.keys import KeyPair, key_pair
 from achilles.net.peer import dialer_to
 from tests.brokers import RunningBroker, raw_peer
 
@@ -19,6 +20,10 @@ from tests.brokers import RunningBroker, raw_peer
 def broker(achilles_home: Path) -> Iterator[RunningBroker]:
     with RunningBroker(achilles_home) as broker:
         yield broker
+
+
+def own_pair(broker: RunningBroker) -> KeyPair:
+    return key_pair(broker.home, "admin")
 
 
 def test_a_status_is_asked_for_and_given(broker: RunningBroker) -> None:
@@ -38,6 +43,18 @@ def test_a_shutdown_ends_the_broker_and_its_peers(broker: RunningBroker) -> None
         assert worker.expect(p.Goodbye).reason == client.expect(p.Goodbye).reason
     broker.stop()
     assert not list((broker.home / "run").iterdir())
+
+
+@pytest.mark.parametrize("is_far", [False, True])
+def test_the_end_is_seen_by_the_connection(broker: RunningBroker, is_far: bool) -> None:
+    join = broker.join("admin")
+    with Asking(dialer_to(join.for_others(own_pair(broker)) if is_far else join)) as asking:
+        asking.ask(p.StatusRequest(), 10)
+        assert not asking.sees_the_end(0.0)
+    with Asking(dialer_to(join.for_others(own_pair(broker)) if is_far else join)) as asking:
+        asking.ask(p.Shutdown(), 10)
+        assert asking.sees_the_end(10)
+    broker.stop()
 
 
 @pytest.mark.bad_input(72)
