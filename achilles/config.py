@@ -29,6 +29,7 @@ else:
 FILE_MAX = 1 << 20
 NAME = "achilles.toml"
 LEVELS = ("debug", "info", "warning", "error")
+EMBEDDED = "embedded"  # the address of no broker
 
 DURATION_MAX = 1e8  # three years; what waits for a descriptor could not count much further
 COUNT_MAX = 1_000_000_000
@@ -91,7 +92,7 @@ SETTINGS = (
         "address",
         "text",
         None,
-        'The broker: tcp://host:port, or "auto" for your own.',
+        'The broker: tcp://host:port, or "auto" for your own; "embedded": none, tasks run where the program does.',
         sample='"auto"',
     ),
     Setting(
@@ -227,6 +228,14 @@ class Settings:
     def items(self) -> list[tuple[str, Any, str]]:
         """Every setting: its key, value and origin."""
         return [(key, self._values[key], self._origins[key]) for key in _BY_KEY]
+
+    def broker_address(self, given: str | None = None) -> str | None:
+        """The address that an executor means which was given that one; None: it is embedded.
+
+        A join file that is named is an address, too, where no other is.
+        """
+        address = given or self["address"] or ("auto" if self["join"] else None)
+        return None if address == EMBEDDED else address
 
     def override(self, key: str, value: Any, origin: str) -> None:
         """Set a value that takes precedence.

@@ -70,9 +70,9 @@ class DistributedExecutor(concurrent.futures.Executor):
     """A drop-in for `concurrent.futures.ProcessPoolExecutor` that also runs on a cluster.
 
     Without an ``address`` it is embedded: tasks run on ``max_workers`` child processes of this program (by default
-    one for each core), which start on demand. With one (the argument, ``ACHILLES_ADDRESS``, or
-    ``achilles.toml``) they run on the workers of the broker there; "auto" is this user's running broker, and
-    ``max_workers`` then limits how many of this executor's tasks run at once.
+    one for each core), which start on demand. With one (the argument, or the setting ``address`` or ``join``, as in
+    ``ACHILLES_ADDRESS``) they run on the workers of the broker there; "auto" is the join file's, or this user's running one, and
+    ``max_workers`` then limits how many of this executor's tasks run at once. "embedded" is none, whatever the settings say.
 
     It can be pickled. In a task of its own it is the same executor: the task may submit and wait, and lends its slot
     meanwhile. Elsewhere one with an address connects when it is first used.
@@ -82,7 +82,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         mp_context: taken for compatibility, and ignored: runners are always fresh processes.
         initializer: called with ``initargs`` on each runner before its first task of this executor.
         max_tasks_per_child: a runner is replaced after so many tasks (embedded mode).
-        address: ``tcp://host:port``, "auto", or None.
+        address: ``tcp://host:port``, "auto", "embedded", or None: as the settings say.
         config: path of an ``achilles.toml``.
 
     Raises:
@@ -128,7 +128,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         self._join_file = settings["join"]
         self._prints = settings["client.output"] == "print"
         self._results = settings["client.results"]
-        address = address or settings["address"] or ("auto" if self._join_file else None)
+        address = settings.broker_address(address)
         self._pid = os.getpid()
         self._options: p.Options | None = None
         self._base: DistributedExecutor | None = None  # of a view, what it is a view of

@@ -76,7 +76,7 @@ class AchillesBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._batches: set[Future[Any]] = set()  # those without an outcome
 
     def __repr__(self) -> str:
-        return f"<AchillesBackend {self._options.address or 'embedded'} | {len(self._batches)} batches>"
+        return f"<AchillesBackend {self._options.address or 'by the settings'} | {len(self._batches)} batches>"
 
     # --- How many jobs ----------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class _Options(NamedTuple):
         """The address of the broker, if the backend makes executors for one."""
         if self.executor is not None:
             return None
-        return self.address or load(self.config)["address"]
+        return load(self.config).broker_address(self.address)
 
 
 # --- Runners' side --------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Pool:
         initializer: called with ``initargs`` on each runner before its first task of this pool.
         maxtasksperchild: a runner is replaced after so many tasks (embedded mode); a chunk of a map is one task.
         context: taken for compatibility, and ignored: runners are always fresh processes.
-        address: ``tcp://host:port``, "auto", or None, as with `DistributedExecutor`.
+        address: ``tcp://host:port``, "auto", "embedded", or None, as with `DistributedExecutor`.
         config: path of an ``achilles.toml``.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from achilles.config import NAME, Settings, example, home, load
+from achilles.config import EMBEDDED, NAME, Settings, example, home, load
 from achilles.errors import ConfigError, KeyFileError
 
 if TYPE_CHECKING:
@@ -108,10 +108,13 @@ class Context:
     def address(self) -> str | None:
         """The broker that is meant; None is this user's running one.
 
+        That programs are to be embedded, as the environment or a file may say, does not concern commands.
+
         Raises:
             UsageError, ConfigError: it is no endpoint.
         """
-        if self.settings["address"] in (None, "auto"):
+        value = self.settings["address"]
+        if value in (None, "auto") or (value == EMBEDDED and "address" not in self._given):
             return None
         return str(self.endpoint("address"))
 

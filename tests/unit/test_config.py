@@ -63,6 +63,27 @@ def test_an_empty_variable_counts_as_not_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "address", "join", "meant"),
+    [
+        (None, None, None, None),
+        ("", "", "", None),
+        (None, None, "a.join", "auto"),
+        (None, "tcp://b:1", "a.join", "tcp://b:1"),
+        ("tcp://c:1", "tcp://b:1", "a.join", "tcp://c:1"),
+        ("auto", "embedded", None, "auto"),
+        (None, "embedded", "a.join", None),
+        ("embedded", "tcp://b:1", "a.join", None),
+        ("Embedded", None, None, "Embedded"),
+    ],
+)
+def test_the_address_that_is_meant(
+    tmp_path: Path, given: str | None, address: str | None, join: str | None, meant: str | None
+) -> None:
+    environ = {"ACHILLES_ADDRESS": address or "", "ACHILLES_JOIN": join or ""}
+    assert load_text(tmp_path, "", **environ).broker_address(given) == meant
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"),
     [("2", 2.0), ("2.5", 2.5), ("500ms", 0.5), ("30s", 30.0), (" 5 m ", 300.0), ("1h", 3600.0)],
 )

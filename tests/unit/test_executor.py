@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from achilles import backends as module
-from achilles.errors import BrokerLostError, ConfigError
+from achilles.errors import AchillesError, BrokerLostError, ConfigError
 from achilles.executor import DistributedExecutor
+from achilles.pool import Pool
 from tests import tasks
 from tests.unit.silent import Backend
 
@@ -25,6 +26,23 @@ def test_nothing_starts_before_the_first_task(backends: list[Backend]) -> None:
     assert repr(executor) == "<DistributedExecutor silent | 2 tasks>"
     executor.shutdown()
     assert repr(executor) == "<DistributedExecutor silent | shut down>"
+
+
+@pytest.mark.parametrize("name", ["ACHILLES_ADDRESS", "ACHILLES_JOIN"])
+@pytest.mark.parametrize("kind", [DistributedExecutor, Pool])
+def test_one_can_be_embedded_whatever_the_settings_say(
+    backends: list[Backend], monkeypatch: pytest.MonkeyPatch, name: str, kind: Any
+) -> None:
+    monkeypatch.setenv(name, "tcp://127.0.0.1:9")
+    for unset in (None, ""):
+        with pytest.raises(AchillesError):
+            kind(2, address=unset)
+    made = kind(2, address="embedded")
+    assert len(backends) == 1
+    made.__exit__(None, None, None)
+    monkeypatch.setenv("ACHILLES_ADDRESS", "embedded")
+    kind(2).__exit__(None, None, None)
+    assert len(backends) == 2
 
 
 def test_what_was_never_used_is_discarded_once(backends: list[Backend]) -> None:

@@ -16,7 +16,9 @@ from joblib import Parallel, delayed
 import achilles
 from achilles import joblib_backend
 from achilles.joblib_backend import AchillesBackend, close_idle
+from achilles.net.keys import join_path
 from tests import tasks
+from tests.brokers import RunningBroker, raw_peer
 from tests.modes import wait_until
 
 LONG_SECONDS = 100.0
@@ -48,6 +50,24 @@ def test_numbers_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.effective_n_jobs(0)
     monkeypatch.setenv("ACHILLES_CLIENT_MAX_WORKERS", "7")
     assert backend.effective_n_jobs(-1) == 7
+
+
+def test_the_join_file_that_is_named_is_for_the_backend_too(
+    achilles_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for every executor: its cluster's slots are what there is."""
+    with RunningBroker(achilles_home) as broker, raw_peer(broker, "worker") as worker:
+        worker.hello("worker", slots=37)
+        monkeypatch.setenv("ACHILLES_JOIN", str(join_path(achilles_home, "client")))
+        backend = AchillesBackend()
+        assert backend.effective_n_jobs(-1) == 37
+        assert not backend.supports_inner_max_num_threads
+        close_idle()
+        backend = AchillesBackend(address="embedded")
+        assert backend.effective_n_jobs(-1) == joblib.cpu_count()
+        assert backend.supports_inner_max_num_threads
+        monkeypatch.setenv("ACHILLES_ADDRESS", "embedded")
+        assert AchillesBackend().effective_n_jobs(-1) == joblib.cpu_count()
 
 
 def test_who_names_the_backend_need_not_name_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

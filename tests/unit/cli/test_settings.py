@@ -105,6 +105,15 @@ def test_the_own_broker_has_no_address(value: str | None) -> None:
     assert context.address() is None
 
 
+def test_commands_are_not_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That programs are is nothing to them, and who says it of a command is told that it is no address."""
+    monkeypatch.setenv("ACHILLES_ADDRESS", "embedded")
+    assert Context().address() is None
+    code, output = invoke("worker", "embedded")
+    assert code == 2
+    assert "address from ADDRESS: 'embedded' is not an endpoint" in output
+
+
 def test_text_is_shown_without_what_a_terminal_would_obey() -> None:
     assert escape("a\nb\x1b[2J\t\x7f\u202eé\udcff") == r"a\nb\x1b[2J\t\x7f\u202eé\udcff"
 
