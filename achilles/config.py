@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from achilles.errors import ConfigError
 
@@ -59,13 +59,15 @@ _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _OTHER_VARIABLES = ("ACHILLES_HOME", "ACHILLES_CONFIG", "ACHILLES_WATCH_MEMORY")
 
 
+# A duration is in seconds, a size in bytes, a choice one of ``choices``; names are those of modules and of what is in them.
+Kind = Literal["text", "integer", "duration", "size", "tags", "names", "choice"]
+
+
 class Setting(NamedTuple):
-    """One setting. ``kind``: text, integer, duration (seconds), size (bytes), tags, names (of modules and what is in them), choice
-    of ``choices``.
-    """
+    """One setting."""
 
     key: str
-    kind: str
+    kind: Kind
     default: Any
     doc: str
     minimum: float = 0
@@ -477,7 +479,7 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
                     f'a size like "256MiB" ({", ".join(filter(None, _SIZES))}) or a number of bytes'
                 )
             value = size
-        case _:
+        case "duration":
             seconds = _seconds(value)
             if seconds is None:
                 refuse(f'a duration like "30s" ({", ".join(_UNITS)}) or a number of seconds')

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from achilles.core.protocol import PLAIN, TAGS_MAX, Options
+from achilles.core.protocol import PLAIN, TAG_MAX, TAGS_MAX, Options
 
 PRIORITY_MAX = 1 << 31
 RETRIES_MAX = 1 << 31
@@ -86,8 +86,8 @@ def _tags(value: Any) -> tuple[str, ...]:
     for tag in tags:
         if not isinstance(tag, str):
             raise TypeError(f"tags must be strings, not {type(tag).__name__}")
-        if not tag.isprintable() or not 0 < len(tag) <= 64:
-            raise ValueError(f"a tag must have 1 to 64 printable characters: {tag!r}")
+        if not tag.isprintable() or not 0 < len(tag) <= TAG_MAX:
+            raise ValueError(f"a tag must have 1 to {TAG_MAX} printable characters: {tag!r}")
     if len(tags) > TAGS_MAX:
         raise ValueError(f"at most {TAGS_MAX} tags, not {len(tags)}")
     return tuple(sorted(set(tags)))

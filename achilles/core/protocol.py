@@ -45,7 +45,9 @@ PARTS_MAX = 16_384
 TASKS_MAX = 10_000
 FRAMES_MAX = 1 + TASKS_MAX + PARTS_MAX  # of one message, whatever it is
 BLOBS_MAX = 64  # of one group
-TAGS_MAX = 64
+TAGS_MAX, TAG_MAX = 64, 64  # of one worker or task, and characters of each
+NAME_MAX = 200  # characters of what a peer says of itself
+SLOTS_MAX = 4096  # of one worker
 LETTER_MAX = 5 << 20
 COMING_MAX = PART_MAX * PARTS_MAX
 TEXT_MAX = 4096
@@ -916,7 +918,7 @@ def _check_options(options: Options) -> None:
 
 
 def _check_tags(tags: Sequence[str]) -> None:
-    if any(len(tag) > 64 or not tag.isprintable() for tag in tags):
+    if any(len(tag) > TAG_MAX or not tag.isprintable() for tag in tags):
         raise ProtocolError("over-long or unprintable tags")
 
 
@@ -925,11 +927,11 @@ def _check_hello(hello: ClientHello | WorkerHello) -> None:
         raise ProtocolError("an incarnation that is not 16 bytes long")
     for field in ("name", "version", "python"):
         text = getattr(hello, field)
-        if len(text) > 200 or not text.isprintable():
+        if len(text) > NAME_MAX or not text.isprintable():
             raise ProtocolError(f"{field} is over-long or has control characters")
     if isinstance(hello, WorkerHello):
-        if not 1 <= hello.slots <= 4096:
-            raise ProtocolError(f"{hello.slots} slots; from 1 to 4096 are possible")
+        if not 1 <= hello.slots <= SLOTS_MAX:
+            raise ProtocolError(f"{hello.slots} slots; from 1 to {SLOTS_MAX} are possible")
         _check_tags(hello.tags)
     elif hello.role not in ("client", "admin") or hello.slots_max < 0:
         raise ProtocolError("an unknown role, or a negative number of slots")

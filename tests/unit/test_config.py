@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from achilles import config
 from achilles.config import SETTINGS, Settings, cores, example, home, load
+from achilles.core import protocol
 from achilles.errors import ConfigError
 from tests.security.attacks import attack
 
@@ -233,6 +235,12 @@ def test_the_example_is_valid_as_it_is_and_uncommented(tmp_path: Path) -> None:
     for setting in SETTINGS:
         assert settings.origin(setting.key) != "default", f"{setting.key} is not in the example"
         assert settings[setting.key] == setting.default or setting.default is None
+
+
+def test_what_the_protocol_takes_can_be_set_and_no_more() -> None:
+    """Settings are read without the core, so its limits are written twice."""
+    for name in ("NAME_MAX", "SLOTS_MAX", "TAG_MAX", "TAGS_MAX"):
+        assert getattr(config, name) == getattr(protocol, name)
 
 
 def test_variables_have_distinct_names() -> None:
