@@ -59,8 +59,9 @@ _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _OTHER_VARIABLES = ("ACHILLES_HOME", "ACHILLES_CONFIG", "ACHILLES_WATCH_MEMORY")
 
 
-# A duration is in seconds, a size in bytes, a choice one of ``choices``; names are those of modules and of what is in them.
-Kind = Literal["text", "integer", "duration", "size", "tags", "names", "choice"]
+# A duration is in seconds, a size in bytes, a choice one of ``choices``; names are those of modules and of what is in them;
+# a path in a file is relative to the file's folder.
+Kind = Literal["text", "path", "integer", "duration", "size", "tags", "names", "choice"]
 
 
 class Setting(NamedTuple):
@@ -99,9 +100,9 @@ SETTINGS = (
     ),
     Setting(
         "join",
-        "text",
+        "path",
         None,
-        "A join file of another host's broker, instead of your own running one's.",
+        "A join file of another host's broker, instead of your own running one's; here, relative to this file's folder.",
         sample='"client.join"',
     ),
     Setting("broker.bind", "text", "tcp://127.0.0.1:5555", "Where it listens for clients."),
@@ -299,7 +300,9 @@ def load(
     file = _find(path, environ, cwd or Path("."))
     if file is not None:
         for key, value in _flatten(_read(file), file).items():
-            values[key] = _convert(_BY_KEY[key], value, str(file))
+            setting = _BY_KEY[key]
+            value = _convert(setting, value, str(file))
+            values[key] = _beside(file, value) if setting.kind == "path" else value
             origins[key] = str(file)
     _check_variables(environ)
     for setting in SETTINGS:
@@ -390,6 +393,11 @@ def _flatten(table: dict[str, Any], file: Path) -> dict[str, Any]:
     return flat
 
 
+def _beside(file: Path, path: str) -> str:
+    """The path, where it is relative, as seen from the file's folder; programs and commands are started in any."""
+    return os.path.join(file.absolute().parent, os.path.expanduser(path))
+
+
 def _nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
@@ -448,7 +456,7 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
         raise ConfigError(f"{setting.key} must be {wanted}, not {_short(value)}, in {where}{hint}")
 
     match setting.kind:
-        case "text":
+        case "text" | "path":
             if not isinstance(value, str) or not value or not value.isprintable():
                 refuse("a line of text")
             if len(value) > setting.maximum:

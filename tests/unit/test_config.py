@@ -64,6 +64,28 @@ def test_an_empty_variable_counts_as_not_set(tmp_path: Path) -> None:
     assert load(environ=environ, cwd=tmp_path).origin("address") == "default"
 
 
+def test_a_path_in_a_file_is_relative_to_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to where a program is started, which the environment and flags are about."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for text, wanted in (
+        ("client.join", folder / "client.join"),
+        ("../client.join", folder / ".." / "client.join"),
+        ("/etc/client.join", Path("/etc/client.join")),
+        ("~/client.join", tmp_path / "me" / "client.join"),
+    ):
+        (folder / "achilles.toml").write_text(f'join = "{text}"')
+        for cwd in (folder, tmp_path):
+            monkeypatch.chdir(cwd)
+            file = os.path.relpath(folder / "achilles.toml")
+            assert load(file, environ={})["join"] == str(wanted)
+    monkeypatch.chdir(folder)
+    assert load(environ={"ACHILLES_JOIN": "a/client.join"})["join"] == "a/client.join"
+
+
 @pytest.mark.parametrize(
     ("given", "address", "join", "meant"),
     [
