@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from achilles.cli.settings import Context, StopRequests, count, say
+from achilles.cli.settings import Context, StopRequests, count, escape, say
 from achilles.config import SLOTS_MAX, cores, home
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def worker(
     if given_up and stop.count:
         say(f"achilles worker: gave up {count(given_up, 'running task')}")
         sys.exit(stop.exit_code)
-    say(f"achilles worker {called} has ended: {running.ended_by}")
+    say(f"achilles worker {called} has ended: {escape(running.ended_by)}")
 
 
 def _read_join(context: Context) -> Join:

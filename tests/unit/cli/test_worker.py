@@ -10,8 +10,9 @@ from click.testing import CliRunner
 
 from achilles import DistributedExecutor
 from achilles.cli import main
+from achilles.core.sessions import Sessions
 from tests import commands, tasks
-from tests.brokers import wait_for
+from tests.brokers import RunningBroker, wait_for
 
 
 @pytest.fixture
@@ -62,6 +63,17 @@ def test_it_ends_with_its_broker(broker: commands.Command) -> None:
         broker.stop()
         assert worker.wait() == 0
         assert "has ended: the broker was shut down" in worker.said
+
+
+def test_what_a_broker_says_in_the_end_is_shown_without_what_a_terminal_would_obey(
+    achilles_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    farewell = Sessions.farewell
+    monkeypatch.setattr(Sessions, "farewell", lambda self, _: farewell(self, "bye\n\x1b[2Jforged"))
+    with RunningBroker(achilles_home) as broker, commands.worker("--name", "alpha") as worker:
+        broker.stop()
+        assert worker.wait() == 0
+        assert worker.said.endswith("alpha has ended: bye\\n\\x1b[2Jforged\n")
 
 
 @pytest.mark.bad_input(71, 75)
