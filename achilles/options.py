@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from achilles.core.protocol import PLAIN, TAG_MAX, TAGS_MAX, Options
@@ -54,11 +55,16 @@ def merge_options(
 
 
 def _timeout(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Seconds; any type of real number will do, NumPy's too."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"timeout must be a number of seconds, not {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"timeout must be 0 (no limit) or a positive number, not {value!r}")
-    return float(value)
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"timeout must be 0 (no limit) or a positive number, not {value!r:.40}")
+    return seconds
 
 
 def _retries(value: Any) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 from achilles.core.protocol import Options
@@ -22,6 +24,14 @@ def test_options_add_up() -> None:
     assert both == Options(timeout=2.0, retries=3, priority=-1, tags=("big", "gpu"))
 
 
+@pytest.mark.parametrize("kind", [int, float, Fraction, np.int64, np.float32, np.float64])
+def test_any_type_of_number_will_do(kind: type) -> None:
+    options = merge_options(None, {"timeout": kind(5)}, has_tags=True)
+    assert options == Options(timeout=5.0)
+    assert type(options.timeout) is float
+    assert merge_options(None, {"retries": np.int64(2)}, has_tags=True) == Options(retries=2)
+
+
 def test_one_tag_may_be_a_string() -> None:
     assert merge_options(None, {"tags": "gpu"}, has_tags=True) == Options(tags=("gpu",))
 
@@ -37,6 +47,10 @@ def test_without_workers_of_its_own_every_tag_is_there() -> None:
     [
         ({"timeout": "3"}, TypeError, "timeout must be a number of seconds, not str"),
         ({"timeout": True}, TypeError, "timeout must be a number of seconds"),
+        ({"timeout": np.bool_(True)}, TypeError, "timeout must be a number of seconds"),
+        ({"timeout": 1j}, TypeError, "timeout must be a number of seconds, not complex"),
+        ({"timeout": 10**400}, ValueError, "timeout must be 0 .no limit. or a positive number"),
+        ({"timeout": np.float32("nan")}, ValueError, "timeout must be 0"),
         ({"timeout": -1}, ValueError, "timeout must be 0 .no limit. or a positive number"),
         ({"timeout": math.nan}, ValueError, "timeout"),
         ({"timeout": math.inf}, ValueError, "timeout"),
