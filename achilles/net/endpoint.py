@@ -267,9 +267,12 @@ class Dialed(NamedTuple):
 
 
 def dial_dealer(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, keys: CurveKeys | None
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: Endpoint,
+    keys: CurveKeys | None,
+    pid: int = 0,
 ) -> Dialed:
-    """A DEALER that connects to ``endpoint``; TCP needs keys.
+    """A DEALER that connects to ``endpoint``; TCP needs keys. ``pid``: the broker, where it is known to run on this host.
 
     Raises:
         InsecureBindError: TCP without keys.
@@ -282,7 +285,7 @@ def dial_dealer(
     _prepare(socket)
     socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing piles up for a broker that is not there
     _take_keys(socket, endpoint, keys)
-    watch = Watch(socket, str(endpoint))
+    watch = Watch(socket, str(endpoint), pid)
     socket.connect(str(endpoint))
     return Dialed(socket, watch, str(endpoint))
 
@@ -325,9 +328,10 @@ class WatchEvent(NamedTuple):
 class Watch:
     """A DEALER's monitor, which turns ZeroMQ's silence into named errors."""
 
-    def __init__(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], endpoint: str, pid: int = 0) -> None:
         self._socket = socket
         self._endpoint = endpoint
+        self._pid = pid
         host = parse_endpoint(endpoint).host
         self._nobody = (
             f"nothing listens there, or {host!r} is the name of no host"
@@ -368,14 +372,15 @@ class Watch:
 
     def _interpret(self, event: int, value: int) -> WatchEvent | None:
         at = f"at {self._endpoint}"
+        broker = f"the broker {at} (pid {self._pid})" if self._pid else f"the broker {at}"
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._is_past_handshake = True
-            text = (
-                f"the broker {at} took this key, but does not answer; is it overloaded, or stopped?"
-            )
+            text = f"{broker} took this key, but does not answer; is it overloaded, or stopped?"
             return WatchEvent(True, SilentBrokerError(text), False)
         if event == zmq.EVENT_CONNECTED:
             text = f"what listens {at} was reached, but it never spoke our protocol"
+            if self._pid:
+                text = f"{broker} was reached, but does not answer; is it overloaded, or stopped?"
             return WatchEvent(False, SilentBrokerError(text), False)
         if event == zmq.EVENT_CONNECT_RETRIED:
             text = (

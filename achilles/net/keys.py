@@ -108,6 +108,10 @@ class Join(msgspec.Struct, forbid_unknown_fields=True):
         """As in a join file."""
         return msgspec.json.encode(self)
 
+    def running_pid(self) -> int:
+        """The broker's process, if it is known and runs on this host; else 0."""
+        return self.pid if self.host == hostname() and _is_running(self.pid) else 0
+
     def endpoint(self) -> Endpoint:
         """Where to connect: ipc where broker and peer share a host, else TCP."""
         is_worker = self.role == "worker"
@@ -423,7 +427,7 @@ def find_join(base: Path, role: str, address: str | None) -> Join:
             f"your running broker is at {join.address}, not at {wanted}; there is no key for another one in {base}; "
             "name its join file with the setting join (ACHILLES_JOIN)"
         )
-    if join.host == hostname() and not _is_running(join.pid):
+    if join.host == hostname() and not join.running_pid():
         raise BrokerUnreachableError(
             f"the achilles broker at {join.address} (pid {join.pid}) has ended without removing its join file; "
             "start one with: achilles broker"

@@ -56,7 +56,7 @@ def dialer_to(join: Join) -> Dial:
     """What makes sockets to the broker that ``join`` tells of."""
 
     def dial() -> Dialed:
-        return dial_dealer(_context(), join.endpoint(), join.keys)
+        return dial_dealer(_context(), join.endpoint(), join.keys, join.running_pid())
 
     return dial
 

@@ -63,6 +63,7 @@ def router(stack: ExitStack, secret: bytes | None) -> int:
 
 
 def with_port(join: Join, port: int) -> Join:
+    join.pid = 0  # what listens there is nobody of whom the file tells
     join.address = join.worker_address = f"tcp://127.0.0.1:{port}"
     return join
 

@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 from time import monotonic
 
-import psutil
 import pytest
 from click.testing import CliRunner
 
 from achilles import DistributedExecutor
 from achilles.cli import main
 from achilles.core import protocol as p
+from achilles.errors import SilentBrokerError
 from achilles.net.keys import key_pair
 from tests import commands
 from tests.brokers import RunningBroker, raw_peer, wait_for
@@ -98,18 +98,27 @@ def test_no_broker_is_a_named_error(command: list[str]) -> None:
 
 
 @pytest.mark.bad_input(72)
-def test_a_broker_that_hangs_is_a_named_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("over", ["--ipc", "--no-ipc"])
+def test_a_broker_that_hangs_is_a_named_error_in_time(
+    monkeypatch: pytest.MonkeyPatch, over: str
+) -> None:
     monkeypatch.setenv("ACHILLES_CLIENT_CONNECT_TIMEOUT", "300ms")
-    with commands.broker() as broker:
-        (serving,) = psutil.Process(broker.process.pid).children()
+    with commands.broker(over) as broker:
+        serving = broker.serving()
         serving.send_signal(signal.SIGSTOP)
-        began = monotonic()
-        code, output = invoke("status")
-        assert monotonic() - began < 5
-        serving.send_signal(signal.SIGCONT)
+        try:
+            began = monotonic()
+            code, output = invoke("status")
+            assert monotonic() - began < 5
+            with pytest.raises(SilentBrokerError) as caught:
+                DistributedExecutor(address="auto")
+        finally:
+            serving.send_signal(signal.SIGCONT)
         assert broker.stop() == 0
+    wanted = rf"the broker at \S+ \(pid {broker.process.pid}\) was reached, but does not answer"
     assert code == 69
-    assert "never spoke our protocol" in output
+    assert re.match(f"achilles: {wanted}", output)
+    assert re.match(wanted, str(caught.value))
 
 
 def test_a_drained_worker_ends_by_itself(achilles_home: Path) -> None:

@@ -238,7 +238,15 @@ def test_a_stale_join_file_is_told(achilles_home: Path) -> None:
     with pytest.raises(BrokerUnreachableError, match="has ended without removing its join file"):
         find_join(achilles_home, "client", None)
     write(achilles_home, pid=gone.pid, host=f"not-{hostname()}")
-    assert find_join(achilles_home, "client", None).pid == gone.pid, "not for us to tell"
+    join = find_join(achilles_home, "client", None)
+    assert (join.pid, join.running_pid()) == (gone.pid, 0), "not for us to tell"
+
+
+def test_the_running_brokers_process_is_known_on_its_host(achilles_home: Path) -> None:
+    write(achilles_home)
+    join = find_join(achilles_home, "client", None)
+    assert join.running_pid() == join.pid
+    assert join.for_others(key_pair(achilles_home, "client")).running_pid() == 0
 
 
 # --- The code key ---------------------------------------------------------------------------------
