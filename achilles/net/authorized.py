@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from achilles.errors import ConfigError, KeyFileError
+from achilles.errors import AchillesError, ConfigError, KeyFileError
 from achilles.net.keys import ROLES, KeyPair, is_key, key_pair, make_pair, new_key_pair
 from achilles.net.private import private_directory, read_private, write_private
 
@@ -104,7 +104,7 @@ def revoke(base: Path, which: str) -> list[Entry]:
     """Take the keys of that name or fingerprint (or its beginning) off the list; what was taken off.
 
     Raises:
-        ConfigError: there is none, or it is the user's own.
+        AchillesError: there is none, or it is the user's own.
         KeyFileError: a file is loose or damaged.
     """
     with _locked(base):
@@ -113,11 +113,11 @@ def revoke(base: Path, which: str) -> list[Entry]:
         if not gone:
             own = next((one for one in entries(base) if one.fingerprint.startswith(which)), None)
             if own is not None and len(which) >= 8:
-                raise ConfigError(
+                raise AchillesError(
                     f"{which} is your own key; replace it with: achilles keys rotate {own.role}"
                 )
             names = ", ".join(entry.name for entry in present) or "none"
-            raise ConfigError(f"no key is called {which!r}; there are: {names}")
+            raise AchillesError(f"no key is called {which!r}; there are: {names}")
         _write(base, [entry for entry in present if entry not in gone])
     return gone
 

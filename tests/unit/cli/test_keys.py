@@ -8,8 +8,11 @@ from click.testing import CliRunner
 from zmq.utils import z85
 
 from achilles.cli import main
+from achilles.core import protocol as p
 from achilles.net.authorized import add, entries
-from achilles.net.keys import code_key, key_pair
+from achilles.net.control import request
+from achilles.net.keys import code_key, key_pair, parse_join
+from achilles.net.peer import dialer_to
 from tests.brokers import RunningBroker
 
 
@@ -68,12 +71,31 @@ def test_add_and_revoke(achilles_home: Path) -> None:
     assert code == 0
     assert output.startswith("revoked client laptop (")
     code, _, said = invoke("revoke", "laptop")
-    assert code == 78
+    assert code == 1
     assert "no key is called 'laptop'" in said
+    code, _, said = invoke("revoke", key_pair(achilles_home, "worker").fingerprint)
+    assert code == 1
+    assert "replace it with: achilles keys rotate worker" in said
     code, _, said = invoke("add", "client", "short", "--name", "laptop")
     assert code == 78
     assert "is not a public key" in said
     assert invoke("add", "king", public, "--name", "laptop")[0] == 2
+
+
+def test_a_key_whose_secret_never_left_its_owner_is_put_into_a_join_file(
+    achilles_home: Path,
+) -> None:
+    """The way that docs/commands.md describes."""
+    public, secret = (key.decode() for key in zmq.curve_keypair())
+    with RunningBroker(achilles_home):
+        exported = json.loads(invoke("export", "admin", "--name", "for-ann")[1])
+        assert invoke("add", "admin", public, "--name", "ann")[0] == 0
+        assert invoke("revoke", "for-ann")[0] == 0
+        join = parse_join(
+            json.dumps({**exported, "public": public, "secret": secret}).encode(), "", ""
+        )
+        status = request(dialer_to(join), p.StatusRequest(), timeout=10)
+    assert isinstance(status, p.Status)
 
 
 def test_a_key_and_a_name_may_begin_with_a_dash(achilles_home: Path) -> None:

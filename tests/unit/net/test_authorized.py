@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import zmq
 
-from achilles.errors import ConfigError, KeyFileError
+from achilles.errors import AchillesError, ConfigError, KeyFileError
 from achilles.net import authorized
 from achilles.net.authorized import OWN, add, entries, export, revoke, rotate, users
 from achilles.net.keys import ROLES, key_pair
@@ -121,11 +121,14 @@ def test_what_is_no_key_is_refused(achilles_home: Path, public: str) -> None:
 
 def test_whom_one_cannot_revoke(achilles_home: Path) -> None:
     add(achilles_home, "client", a_key(), "me")
-    with pytest.raises(ConfigError, match="no key is called 'you'; there are: me"):
+    with pytest.raises(AchillesError, match="no key is called 'you'; there are: me"):
         revoke(achilles_home, "you")
     own = key_pair(achilles_home, "worker").fingerprint
-    with pytest.raises(ConfigError, match="replace it with: achilles keys rotate worker"):
+    with pytest.raises(
+        AchillesError, match="replace it with: achilles keys rotate worker"
+    ) as caught:
         revoke(achilles_home, own)
+    assert not isinstance(caught.value, ConfigError), "what was asked for is wrong, and no setting"
 
 
 @pytest.mark.parametrize(
