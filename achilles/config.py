@@ -115,16 +115,33 @@ SETTINGS = (
     ),
     _duration("broker.heartbeat_interval", 1.0, 0.01, "How often peers show that they live."),
     _duration("broker.suspect_after", 5.0, 0.01, "Silence after which a worker gets no new work."),
-    _duration("broker.lost_after", 15.0, 0.03, "Silence after which its work runs elsewhere."),
-    _duration("broker.grace", 2.0, 0.0, "The same after its connection was seen to close."),
-    Setting("broker.restarts", "integer", 5, "Crashes within a minute after which it gives up.", 0),
+    _duration(
+        "broker.lost_after", 15.0, 0.03, "Silence after which a worker's work runs elsewhere."
+    ),
+    _duration(
+        "broker.grace",
+        2.0,
+        0.0,
+        "How long a worker whose connection closed may take to come back before its work runs elsewhere.",
+    ),
+    Setting(
+        "broker.restarts", "integer", 5, "Crashes within a minute after which a broker gives up.", 0
+    ),
     Setting("broker.credit", "integer", 100_000, "Tasks without a result, for each client.", 1),
-    _size("broker.client_bytes", 256 * _MIB, _MIB, "The same in bytes of their arguments."),
+    _size(
+        "broker.client_bytes",
+        256 * _MIB,
+        _MIB,
+        "Bytes of arguments of one client's tasks without a result.",
+    ),
     _size("broker.argument_max", 1 << 30, _MIB, "Bytes of one task's arguments."),
     _size("broker.result_max", 1 << 30, _MIB, "Bytes of one task's result."),
     _size("broker.frame_max", 16 * _MIB, FRAME_MIN, "Bytes of one frame, from anybody."),
     _size(
-        "broker.memory", 2 << 30, 64 * _MIB, "Memory that it uses; beyond it somebody has to go."
+        "broker.memory",
+        2 << 30,
+        64 * _MIB,
+        "Memory that the broker may use; above it, it ends the connection or session that holds most.",
     ),
     Setting("broker.sessions", "integer", 10_000, "Clients and workers at once.", 1),
     Setting(
@@ -135,7 +152,10 @@ SETTINGS = (
         1,
     ),
     _duration(
-        "broker.hello_timeout", 5.0, 0.1, "How long a connection may last without a session."
+        "broker.hello_timeout",
+        5.0,
+        0.1,
+        "How long a connection may last without a session; it may shake hands for as long again.",
     ),
     Setting(
         "worker.slots",
@@ -175,7 +195,7 @@ SETTINGS = (
         "client.max_workers",
         "integer",
         None,
-        "Tasks of one executor at once; by default as many as there are slots.",
+        "Tasks of one executor at once, an embedded one, too; by default as many as there are slots.",
         1,
         sample="4",
     ),
@@ -190,11 +210,13 @@ SETTINGS = (
         "client.results",
         "names",
         None,
-        "Modules and names that results may hold beside plain data, as a worker's key is else code here; []: plain data alone. By default anything.",
+        "What results may contain besides plain data: modules and names. []: plain data only. Unset: anything, so whoever holds a worker's keys can run code in this program.",
         sample='["numpy", "mypackage.types"]',
     ),
     _duration("client.connect_timeout", 10.0, 0.01, "How long to look for a broker at the start."),
-    _duration("client.broker_timeout", 60.0, 0.01, "How long it may be away before tasks fail."),
+    _duration(
+        "client.broker_timeout", 60.0, 0.01, "How long a broker may be away before tasks fail."
+    ),
     Setting(
         "logging.level",
         "choice",
@@ -209,7 +231,7 @@ _SECTIONS = {key.partition(".")[0] for key in _BY_KEY if "." in key}
 _SECTION_DOCS = {
     "broker": "achilles broker",
     "worker": "achilles worker",
-    "client": "DistributedExecutor(address=...)",
+    "client": "programs and commands that use a broker",
     "logging": "the commands' own log",
 }
 
