@@ -458,6 +458,10 @@ def _from_text(setting: Setting, text: str) -> Any:
             raise ConfigError(f"{setting.key} must be an integer, not {_short(text)}, in {where}")
         value = int(text)
     elif setting.kind in ("tags", "names"):
+        if text.strip().startswith("["):  # as in a file
+            raise ConfigError(
+                f"{setting.key} must be texts with commas between them, not {_short(text)}, in {where}; a comma alone is none"
+            )
         value = [part.strip() for part in text.split(",") if part.strip()]
     return _convert(setting, value, where)
 

@@ -132,6 +132,7 @@ def test_texts_are_separated_by_commas_in_the_environment(tmp_path: Path) -> Non
         "big",
     )
     assert load_text(tmp_path, '[worker]\ntags = ["gpu"]')["worker.tags"] == ("gpu",)
+    assert load_text(tmp_path, "", ACHILLES_CLIENT_RESULTS=",")["client.results"] == ()
 
 
 @attack("T34")
@@ -204,6 +205,13 @@ def test_a_file_that_cannot_be_is_refused_by_name(tmp_path: Path, text: str, wan
         ("ACHILLES_WORKER_SLOTS", "9" * 5000, "worker.slots must be an integer"),
         ("ACHILLES_BROKER_GRACE", "soon", "broker.grace must be a duration"),
         ("ACHILLES_BROKER_GRACE", "9" * 400, "broker.grace must be at most 100000000"),
+        (
+            "ACHILLES_WORKER_TAGS",
+            '["a"]',
+            r"worker\.tags must be texts with commas between them, not",
+        ),
+        ("ACHILLES_CLIENT_RESULTS", ' ["numpy"]', r"client\.results must be texts with commas "),
+        ("ACHILLES_CLIENT_RESULTS", "[]", "a comma alone is none"),
         ("ACHILLES_LOGGING_LEVEL", "DEBUG", "must be one of debug"),
         ("ACHILLES_ADDRESS", "\x1b[31m", "must be a line of text"),
         ("ACHILLES_ADRESS", "x", "unknown setting ACHILLES_ADRESS .*mean ACHILLES_ADDRESS"),
