@@ -91,7 +91,6 @@ HOMES: dict[str, tuple[set[str], str]] = {
         {"joblib_backend", "register"},
         "it is an extra, and slow to import",
     ),
-    "rich": ({"cli"}, "it is an extra, for the eyes only"),
     "tomllib": ({"config"}, "settings are read in one place, which can say where each came from"),
     "tomli": ({"config"}, "settings are read in one place, which can say where each came from"),
     "msgspec": (
