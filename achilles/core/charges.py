@@ -22,8 +22,8 @@ ORDERED_MAX = 64  # tasks at the front of a queue, to find the place of one that
 class Charges:
     """Puts failures on tasks' accounts. ``failed`` and ``reassigned`` count tasks."""
 
-    def __init__(self, desk: Dispatcher) -> None:
-        self._desk = desk
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
         self.failed = 0
         self.reassigned = 0
 
@@ -89,7 +89,10 @@ class Charges:
             self.reassigned += 1
         else:
             self.failed += 1
-        return [queue.client.tell(p.Failed(task.id, kind, story)), *self._desk.lend(queue.client)]
+        return [
+            queue.client.tell(p.Failed(task.id, kind, story)),
+            *self._dispatcher.lend(queue.client),
+        ]
 
     def requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:
         """Put leased tasks back to where they stood in their queue, among its first ones, without those that nobody waits for.
@@ -110,7 +113,7 @@ class Charges:
             wanted.sort(key=_id_of)
         queued.extendleft(reversed(wanted))
         self.reassigned += waiting * is_reassigned
-        self._desk.requeue(queue, waiting)
+        self._dispatcher.requeue(queue, waiting)
 
     def unqueue(self, task: Task) -> None:
         """A queued task is wanted no more; it stays where it is for a while, and is passed over."""

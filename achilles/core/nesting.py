@@ -57,14 +57,14 @@ class Nesting:
     def __init__(
         self,
         clients: dict[PeerId, Client],
-        desk: Dispatcher,
+        dispatcher: Dispatcher,
         numbers: Iterator[int],
         *,
         receive: Receive,
         end: Callable[[Client], list[Send]],
     ) -> None:
         self._clients = clients
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._numbers = numbers
         self._receive = receive
         self._end = end
@@ -98,7 +98,7 @@ class Nesting:
                 client.root.nested += 1
                 sends.append(client.tell(cluster))
             if isinstance(message, p.Submit) and client.parent is not lease:
-                sends += self._desk.set_lent(client.parent, False)
+                sends += self._dispatcher.set_lent(client.parent, False)
                 client.parent = lease
         elif isinstance(message, p.Submit):
             return _refuse(worker, relay, message.ids, "the task that submitted it had ended")

@@ -51,7 +51,7 @@ class Recovery:
     def __init__(
         self,
         clients: Mapping[int, Client],
-        desk: Dispatcher,
+        dispatcher: Dispatcher,
         charges: Charges,
         *,
         now: float,
@@ -61,7 +61,7 @@ class Recovery:
         end: Callable[[Client], list[Send]],
     ) -> None:
         self._clients = clients
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._charges = charges
         self._seconds = seconds
         self._awaited = None if awaited is None else set(awaited)
@@ -136,7 +136,7 @@ class Recovery:
                 task.queue = task.payload = None
         client.doubtful.clear()
         if client.live == 0:
-            self._desk.waiting.pop(client.peer, None)
+            self._dispatcher.waiting.pop(client.peer, None)
         return sends
 
     def _take_in(self, task: Task, queue: TaskQueue, payload: p.Payload | None, now: float) -> None:
@@ -144,7 +144,7 @@ class Recovery:
         assert lease is not None
         task.queue, task.payload = queue, payload
         queue.client.tasks[task.id] = task
-        self._desk.announce_soon(lease, now)
+        self._dispatcher.announce_soon(lease, now)
 
     def resumed(self, client: Client) -> list[Send]:
         """The client has asked for all that it wants."""
@@ -197,7 +197,7 @@ class Recovery:
         """
         if not worker.is_returning:
             raise ProtocolError("only a worker that is back tells what it holds")
-        if self._desk.is_own(held.lease) or held.lease in worker.leases:
+        if self._dispatcher.is_own(held.lease) or held.lease in worker.leases:
             raise ProtocolError(f"lease {held.lease} was not made by an earlier broker")
         if worker.ahead >= worker.slots:  # more than an earlier broker can have given it
             return [Send(worker.peer, p.Revoke(held.lease, held.indexes, kill=True))]
@@ -206,9 +206,9 @@ class Recovery:
         lease = Lease(held.lease, worker, queue, [], False, now)
         lease.tasks = [None] * len(held.ids)
         lease.left = len(held.indexes)
-        self._desk.adopt(lease)
+        self._dispatcher.adopt(lease)
         for blob in held.blobs:
-            self._desk.note_blob(worker, client.number, blob)
+            self._dispatcher.note_blob(worker, client.number, blob)
         unwanted = []
         for index in held.indexes:
             task = lease.tasks[index] = Task(held.ids[index], queue, b"")
@@ -248,7 +248,9 @@ class Recovery:
             return known
         queue, lease = queued.queue, queued.lease
         if lease is not None:
-            is_later = not self._desk.is_own(lease.number) and _earlier(queued) < _earlier(task)
+            is_later = not self._dispatcher.is_own(lease.number) and _earlier(queued) < _earlier(
+                task
+            )
             if queue is None or not is_later or not self._assign(task, queue):
                 return task
             payload, queued.queue, queued.payload = queued.payload, None, None
@@ -258,7 +260,7 @@ class Recovery:
             return task
         self._charges.unqueue(queued)
         if client.live == 0:
-            self._desk.waiting.pop(client.peer, None)
+            self._dispatcher.waiting.pop(client.peer, None)
         client.doubtful.discard(task.id)
         if queued.blame is not None:
             held = 0 if task.blame is None else task.blame.earlier
@@ -316,7 +318,7 @@ class Recovery:
                 if client.is_held_back:
                     client.is_held_back = False
                     if client.live:
-                        self._desk.wait(client)
+                        self._dispatcher.wait(client)
                     sends += self.give_up_doubtful(client)
         if self._expires_at is not None and now >= self._expires_at:
             self._expires_at = None

@@ -86,20 +86,20 @@ class Scheduler:
         self._worker_by_number: dict[int, Worker] = {}
         self._draining = self._draining_slots = 0  # workers, and slots of theirs
         first = (epoch << LEASE_BITS) + 1
-        self._desk = self._make_desk(first)
+        self._dispatcher = self._make_dispatcher(first)
         self._charges = self._make_charges()
         self._numbers = itertools.count(first)  # of clients and workers that have no stable one
         self._nesting = Nesting(
             self._clients,
-            self._desk,
+            self._dispatcher,
             self._numbers,
             receive=self._from_client,
             end=self._client_left,
         )
-        self._standing = Standing(self._workers, self._desk)
+        self._standing = Standing(self._workers, self._dispatcher)
         self._recovery = Recovery(
             self._client_by_number,
-            self._desk,
+            self._dispatcher,
             self._charges,
             now=now,
             seconds=recovery,
@@ -113,11 +113,11 @@ class Scheduler:
         self._done = self._late = 0
         self._finishing: set[Client] = set()  # who waits for what runs of theirs
 
-    def _make_desk(self, first_lease: int) -> Dispatcher:
+    def _make_dispatcher(self, first_lease: int) -> Dispatcher:
         return Dispatcher(first_lease)
 
     def _make_charges(self) -> Charges:
-        return Charges(self._desk)
+        return Charges(self._dispatcher)
 
     # --- Sessions ---------------------------------------------------------------------------------
 
@@ -129,8 +129,8 @@ class Scheduler:
                 worker = Worker(peer, number, hello, now)
                 self._workers[peer] = self._worker_by_number[number] = worker
                 self._note_workers({number}, set())
-                self._desk.add(worker)
-                return [*self._cluster_changed(), *self._desk.dispatch(now)]
+                self._dispatcher.add(worker)
+                return [*self._cluster_changed(), *self._dispatcher.dispatch(now)]
             case p.ClientHello():
                 number = self._number(hello, self._client_by_number)
                 client, sends = self._recovery.client(peer, number, hello)
@@ -181,7 +181,7 @@ class Scheduler:
         """A suspect worker was heard again."""
         if worker := self._workers.get(peer):
             self._standing.resume(worker)
-        return self._desk.dispatch(now)
+        return self._dispatcher.dispatch(now)
 
     def grant_of(self, peer: PeerId) -> int:
         """How many bytes of tasks a client may have here; 0: no limit."""
@@ -192,7 +192,7 @@ class Scheduler:
         """A client was sent so many bytes of results, or (below 0) has taken them: see `budget`."""
         client = self._clients.get(peer)
         has_room_again = client is not None and self._budget.owes(client, size)
-        return self._desk.dispatch(now) if has_room_again else []
+        return self._dispatcher.dispatch(now) if has_room_again else []
 
     def largest(self) -> PeerId | None:
         """The client that holds most memory here, where that is more than any may begin with."""
@@ -218,16 +218,16 @@ class Scheduler:
 
     def tick(self, now: float) -> list[Send]:
         """Tell clients what is worth telling by now; give out what was held back for long enough, or waits beside a free slot."""
-        sends = self._desk.tick(now)
+        sends = self._dispatcher.tick(now)
         if self._standing.next_deadline() is not None:
             self._standing.tick(now)
-            sends += self._desk.dispatch(now)
+            sends += self._dispatcher.dispatch(now)
         due = self._recovery.next_deadline()
         return sends if due is None or now < due else [*sends, *self._recover(now)]
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        due = self._desk.next_deadline()
+        due = self._dispatcher.next_deadline()
         for at in (self._standing.next_deadline(), self._recovery.next_deadline()):
             if at is not None and (due is None or at < due):
                 due = at
@@ -264,7 +264,7 @@ class Scheduler:
                 sends = self._submit(client, message, now)
                 if self._budget.grow(client):
                     sends.append(Send(client.peer, p.Credit(client.grant)))
-                return [*sends, *self._desk.lend(client), *self._desk.dispatch(now)]
+                return [*sends, *self._dispatcher.lend(client), *self._dispatcher.dispatch(now)]
             case p.Blob(blob=blob, payload=payload):
                 if blob < 1:
                     raise ProtocolError("a blob's number is at least 1")
@@ -326,7 +326,7 @@ class Scheduler:
         queue.live += added
         client.live += added
         if added:
-            self._desk.wait(client)
+            self._dispatcher.wait(client)
             if was_empty:
                 client.enqueue(queue)
         if message.is_again and queue.options.at_most_once:
@@ -358,7 +358,7 @@ class Scheduler:
         for blob in blobs:
             client.blobs.pop(blob, None)
             client.unwanted.discard(blob)
-        return self._desk.unload(client.number, blobs)
+        return self._dispatcher.unload(client.number, blobs)
 
     def _is_wanted(self, queue: TaskQueue) -> bool:
         """Whether somebody waits for a task of the queue, here or at a worker."""
@@ -389,14 +389,14 @@ class Scheduler:
             task.queue = None
             task.payload = None
         if client.live == 0:
-            self._desk.waiting.pop(client.peer, None)
-        return [*sends, *self._desk.lend(client)]
+            self._dispatcher.waiting.pop(client.peer, None)
+        return [*sends, *self._dispatcher.lend(client)]
 
     def _root_left(self, client: Client) -> list[Send]:
         return [*self._nesting.root_left(client), *self._client_left(client)]
 
     def _client_left(self, client: Client) -> list[Send]:
-        self._desk.waiting.pop(client.peer, None)
+        self._dispatcher.waiting.pop(client.peer, None)
         client.found, client.is_held_back = None, False
         sends = []
         for task in client.tasks.values():
@@ -415,8 +415,8 @@ class Scheduler:
                 if lease.client is client:
                     everything = list(range(len(lease.tasks)))
                     sends.append(Send(worker.peer, p.Revoke(lease.number, everything, kill=True)))
-        sends += self._desk.unload_all(client.number)
-        return [*sends, *self._desk.lend(client)]
+        sends += self._dispatcher.unload_all(client.number)
+        return [*sends, *self._dispatcher.lend(client)]
 
     # --- From workers -----------------------------------------------------------------------------
 
@@ -437,7 +437,7 @@ class Scheduler:
                     worker.state = DRAINING
                     self._draining += 1
                     self._draining_slots += worker.slots
-                self._desk.place(worker)
+                self._dispatcher.place(worker)
                 return self._cluster_changed()
             case p.Relay():
                 return self._nesting.receive(worker, message, self._cluster(), now)
@@ -492,11 +492,11 @@ class Scheduler:
         sends: list[Send] = []
         if ids:
             sends.append(lease.client.tell(p.Results(ids, statuses, payloads, message.seconds)))
-            sends += self._desk.lend(lease.client)
-        self._desk.confirm(lease)
-        self._desk.note_moved(lease, now)
+            sends += self._dispatcher.lend(lease.client)
+        self._dispatcher.confirm(lease)
+        self._dispatcher.note_moved(lease, now)
         self._close_if_done(lease)
-        sends += self._desk.dispatch(now)
+        sends += self._dispatcher.dispatch(now)
         return sends
 
     def _held(self, lease: Lease, indexes: list[int]) -> list[Task]:
@@ -521,11 +521,11 @@ class Scheduler:
         for index in indexes:
             lease.tasks[index] = None
         lease.left -= len(held)
-        self._desk.note_stuck(worker, now)
+        self._dispatcher.note_stuck(worker, now)
         self._recovery.gone(lease.client, held)
         self._charges.requeue(lease.queue, held)
         self._close_if_done(lease)
-        return self._desk.dispatch(now)
+        return self._dispatcher.dispatch(now)
 
     def _crashed(self, worker: Worker, message: p.Crashed, now: float) -> list[Send]:
         lease = worker.leases.get(message.lease)
@@ -547,7 +547,7 @@ class Scheduler:
             else:
                 sends = self._charges.charge(task, text, is_crash=True)
         self._close_if_done(lease)
-        return [*sends, *self._desk.dispatch(now)]
+        return [*sends, *self._dispatcher.dispatch(now)]
 
     def _may_have_started(self, lease: Lease) -> bool:
         """Whether the lease's first open task had perhaps begun when its worker was lost.
@@ -558,16 +558,16 @@ class Scheduler:
 
     def _close_if_done(self, lease: Lease) -> None:
         if lease.left == 0:
-            self._desk.close(lease)
+            self._dispatcher.close(lease)
 
     def _worker_left(self, worker: Worker, now: float, reason: str, charge: bool) -> list[Send]:
-        self._desk.remove(worker)
+        self._dispatcher.remove(worker)
         sends = self._nesting.worker_left(worker)
         # The youngest first: what was sent ahead is not promoted to a slot meanwhile, and the oldest end up in front.
         for lease in reversed(list(worker.leases.values())):
             open_tasks = [task for task in lease.tasks if task is not None]
             lease.left = 0
-            self._desk.close(lease)
+            self._dispatcher.close(lease)
             self._recovery.gone(lease.client, open_tasks)
             started = open_tasks[:1] if charge and self._may_have_started(lease) else []
             self._charges.requeue(lease.queue, open_tasks[len(started) :], is_reassigned=True)
@@ -576,7 +576,7 @@ class Scheduler:
                 sends += self._charges.charge(
                     task, f"worker {worker.name} was lost: {reason}", is_crash=False
                 )
-        return [*sends, *self._cluster_changed(), *self._desk.dispatch(now)]
+        return [*sends, *self._cluster_changed(), *self._dispatcher.dispatch(now)]
 
     # --- Work of an earlier broker's --------------------------------------------------------------
 
@@ -586,7 +586,7 @@ class Scheduler:
         self._recovery.back(worker)
         if worker.state == RETURNING:
             worker.state = READY
-            self._desk.place(worker)
+            self._dispatcher.place(worker)
         return self._recover(now)
 
     def _recover(self, now: float) -> list[Send]:
@@ -597,7 +597,7 @@ class Scheduler:
             known, self.workers = self.workers or set(), set()
             present = set(self._worker_by_number)
             self._note_workers(present, known - present)
-        return [*sends, *self._desk.dispatch(now)]
+        return [*sends, *self._dispatcher.dispatch(now)]
 
     def _note_workers(self, new: set[int], gone: set[int]) -> None:
         """Workers have come or gone, or are not awaited any more."""
@@ -631,7 +631,7 @@ class Scheduler:
 
     def _cluster(self) -> p.Cluster:
         return p.Cluster(
-            len(self._workers) - self._draining, self._desk.slots - self._draining_slots
+            len(self._workers) - self._draining, self._dispatcher.slots - self._draining_slots
         )
 
     def _cluster_changed(self) -> list[Send]:
@@ -660,11 +660,11 @@ class Scheduler:
         for client in self._clients.values():
             places = [lease for lease in leases if lease.client.root is client]
             client.check_invariants(held, places)
-            is_waiting = client.peer in self._desk.waiting
+            is_waiting = client.peer in self._dispatcher.waiting
             may_wait = client.live > 0 and not client.is_held_back
             assert may_wait == is_waiting, "a client waits in vain"
-        assert self._desk.waiting.keys() <= self._clients.keys(), "a client that left waits"
-        self._desk.check_invariants(workers)
+        assert self._dispatcher.waiting.keys() <= self._clients.keys(), "a client that left waits"
+        self._dispatcher.check_invariants(workers)
         self._budget.check_invariants(self._clients.values())
         self._nesting.check_invariants(workers, leases)
         self._recovery.check_invariants()

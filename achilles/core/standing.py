@@ -37,9 +37,9 @@ DOUBLINGS_MAX = 6
 class Standing:
     """Sets the state of a scheduler's workers."""
 
-    def __init__(self, workers: dict[PeerId, Worker], desk: Dispatcher) -> None:
+    def __init__(self, workers: dict[PeerId, Worker], dispatcher: Dispatcher) -> None:
         self._workers = workers
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._resting: dict[PeerId, Worker] = {}
 
     # --- Silence ----------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class Standing:
 
     def _set(self, worker: Worker, state: str) -> None:
         worker.state = state
-        self._desk.place(worker)
+        self._dispatcher.place(worker)
 
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""

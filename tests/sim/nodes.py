@@ -261,7 +261,7 @@ class Broker(Node):
     def _adopted(self, client: tables.Client) -> int:
         workers = self.scheduler._workers.values()
         leases = [lease for worker in workers for lease in worker.leases.values()]
-        is_own = self.scheduler._desk.is_own
+        is_own = self.scheduler._dispatcher.is_own
         return sum(one.client is client and not is_own(one.number) for one in leases)
 
 

@@ -117,8 +117,8 @@ def _fitting(client: Client, worker: Worker) -> Iterable[tuple[int, int]]:
 class WatchedCharges(Charges):
     """Charges that are marked, with their ``cause``."""
 
-    def __init__(self, desk: Dispatcher, marks: Marks) -> None:
-        super().__init__(desk)
+    def __init__(self, dispatcher: Dispatcher, marks: Marks) -> None:
+        super().__init__(dispatcher)
         self._marks = marks
         self.cause = ""
 
@@ -158,11 +158,11 @@ class WatchedScheduler(Scheduler):
         self._on_left = on_left
         super().__init__(**options)
 
-    def _make_desk(self, first_lease: int) -> Dispatcher:
+    def _make_dispatcher(self, first_lease: int) -> Dispatcher:
         return WatchedDispatcher(self._oracle, self._marks, first_lease)
 
     def _make_charges(self) -> Charges:
-        return WatchedCharges(self._desk, self._marks)
+        return WatchedCharges(self._dispatcher, self._marks)
 
     def _set_cause(self, cause: str) -> None:
         assert isinstance(self._charges, WatchedCharges)
@@ -208,8 +208,8 @@ class WatchedScheduler(Scheduler):
                 self._marks[f"task: {state} > dropped, its client left"] += 1
             # Results that were on their way to it are lost too.
             self._oracle.client_lost(int(client.name.split("-")[1]))
-            assert isinstance(self._desk, WatchedDispatcher)
-            self._desk.forget(client)
+            assert isinstance(self._dispatcher, WatchedDispatcher)
+            self._dispatcher.forget(client)
         return super().leave(peer, now, reason, charge=charge)
 
     def suspect(self, peer: Hashable) -> None:

@@ -199,5 +199,5 @@ def test_what_a_task_waits_for_is_not_called_back() -> None:
     (worker,) = (one for one in bench.core._workers.values() if one.peer == SECOND)
     first, second = worker.leases.values()
     first.is_lent = True
-    sends = bench.core._desk._relief.tick(bench.now + RELIEF_SECONDS)
+    sends = bench.core._dispatcher._relief.tick(bench.now + RELIEF_SECONDS)
     assert revoked(sends) == [(SECOND, second.number)]

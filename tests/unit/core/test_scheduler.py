@@ -428,7 +428,7 @@ def test_slots_go_to_workers_in_turn() -> None:
 def test_the_first_of_many_workers_is_found_at_once() -> None:
     """A plain dict passes over all that were taken from its front: at 10,000 idle workers that was 3 µs a task."""
     bench = SchedulerBench(workers=1)
-    places = bench.core._desk._idle
+    places = bench.core._dispatcher._idle
     assert [type(group) for group in places.values()] == [OrderedDict]
 
 
