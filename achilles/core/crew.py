@@ -141,6 +141,8 @@ class Crew:
     def watch(self, runner: Runner) -> None:
         """Note when `tick` has to look at a runner; after each change of it, so that no message costs all runners."""
         stuck_at, times_out_at = runner.stuck_at, runner.times_out_at
+        if stuck_at is None:
+            runner.is_wanted = False  # nothing waits there any more
         if stuck_at is None and times_out_at is None:
             self._due.pop(runner.number, None)
         elif stuck_at is None or (times_out_at is not None and times_out_at < stuck_at):

@@ -127,6 +127,7 @@ class Dispatcher:
                 self._lease(next(iter(group.values())), queue, in_slot, now, sends)
 
     def _for_slot(self, tags: frozenset[str]) -> TaskQueue | None:
+        """Whose tasks get a free slot of a worker with these tags."""
         best: TaskQueue | None = None
         least = MANY
         for client in self.waiting.values():
@@ -152,6 +153,7 @@ class Dispatcher:
         return best
 
     def _in_advance(self, tags: frozenset[str]) -> TaskQueue | None:
+        """The same for a place in advance. A copy, because each dispatch goes through one of them for each client that waits."""
         best: TaskQueue | None = None
         least = MANY
         for client in self.waiting.values():

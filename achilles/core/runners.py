@@ -90,7 +90,7 @@ class Runner:
         self.has_begun = False  # its first task, as far as is known
         self.progress_at = 0.0
         self.recalled_at = 0.0
-        self.is_wanted = False  # what waits there, elsewhere, since before it had shown a result
+        self.is_wanted = False  # the broker wants what waits there for another worker, and asked before any result was shown
         self.is_retiring = False
         self.condemned: dict[
             tuple[int, int], str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from achilles.core import protocol as p
-from achilles.core.chunking import IDLE_SECONDS
+from achilles.core.chunking import IDLE_SECONDS, STUCK_SECONDS
 from tests.unit.core.agents import (
     HOST,
     LOAD,
@@ -234,6 +234,17 @@ def test_what_others_wanted_too_early_is_called_back_soon() -> None:
     bench.recalled(1, (2, 2))
     assert bench.sent() == [returned(2, 0, 1)]
     assert bench.core.next_deadline() is None
+
+
+def test_what_others_wanted_and_is_done_is_wanted_no_more() -> None:
+    """What comes next has its time again."""
+    bench = busy(1, 2)
+    bench.hear(revoke(1))
+    bench.finish(1, (1, 0), (1, 1))
+    bench.sent()
+    bench.run(2, 3, 4)
+    bench.sent()
+    assert bench.core.next_deadline() == bench.now + STUCK_SECONDS
 
 
 def test_what_was_kept_can_be_called_back_later() -> None:
