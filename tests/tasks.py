@@ -186,6 +186,11 @@ def flood(size: int) -> int:
     return size
 
 
+def print_lines(count: int, text: str) -> None:
+    for _ in range(count):
+        print(text)
+
+
 def print_nested(executor: Any, text: str) -> None:
     executor.submit(print, text).result()
 

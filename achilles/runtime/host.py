@@ -264,6 +264,7 @@ class _Runner:
         self.is_gone = False
         self.poll_at = 0.0  # when to look for results that it did not wake the host for
         self.cut_until = 0.0  # until when to look more often
+        self.owed: set[int | None] = set()  # the clients to be told that output was dropped
         self.last_seq = 0
         self.fault = ""  # what it did, or suffered, that made us kill it
         self.deadline: float | None = None  # when it is killed if it has not exited by then
@@ -482,25 +483,45 @@ class _Runner:
     def read_output(self, *, is_all: bool = False) -> None:
         """Take what was printed; it is that of the oldest chunk that has open tasks."""
         now = time.monotonic()
+        chunk = next(iter(self.chunks.values()), None)
+        client = None if chunk is None else chunk.client
+        is_owed = False
         for output in self.process.outputs:
             if not output.is_open:
                 continue
-            chunk = next(iter(self.chunks.values()), None)
-            for piece in output.read(now, is_all=is_all):
-                if chunk is None:
-                    print_own(piece)
-                    continue
-                body = self.host.sealed(bytes((output.stream,)) + piece, chunk.root)
-                self.host.events.append(FromRunner(self.number, chunk.client, OUTPUT, body))
+            for piece in output.read(now, client, is_all=is_all or chunk is None):
+                self._pass_on(output.stream, piece, chunk)
             if not output.is_open:
                 self.host.unregister(output.fd)
                 self.process.printing.unregister(output.fd)
+            is_owed = is_owed or output.owes(client)
+        if is_owed != (client in self.owed):
+            self.owed ^= {client}
+            self._update_polled()
+
+    def _pass_on(self, stream: int, piece: bytes, chunk: _Chunk | None) -> None:
+        """Tell the chunk's client what was printed; what is nobody's goes where we print."""
+        if chunk is None:
+            print_own(piece)
+            return
+        body = self.host.sealed(bytes((stream,)) + piece, chunk.root)
+        self.host.events.append(FromRunner(self.number, chunk.client, OUTPUT, body))
+
+    def _tell_dropped(self, chunk: _Chunk | None) -> None:
+        """The chunk's client hears no more of this runner: say how much of its output was dropped last."""
+        client = None if chunk is None else chunk.client
+        self.owed.discard(client)
+        for output in self.process.outputs:
+            if notice := output.last_notice(client):
+                self._pass_on(output.stream, notice, chunk)
 
     def poll(self) -> None:
         """Do what no descriptor wakes the host for."""
         self._read_stream()
         if self.outbox:
             self._flush()
+        if self.owed:
+            self.read_output()
         self._update_polled()
 
     def read(self) -> None:
@@ -627,12 +648,21 @@ class _Runner:
         """A chunk may have no task outstanding any more."""
         if not chunk.outstanding:
             del self.chunks[seq]
-            if chunk.count > 1:
+            client = chunk.client
+            is_last = client in self.owed and all(c.client != client for c in self.chunks.values())
+            if is_last:
+                self._tell_dropped(chunk)
+            if is_last or chunk.count > 1:
                 self._update_polled()
 
     def _update_polled(self) -> None:
-        if not self.outbox and all(chunk.count == 1 for chunk in self.chunks.values()):
-            self.host.polled.discard(self)
+        polled = self.host.polled
+        if self.owed:
+            if self not in polled:
+                self.poll_at = time.monotonic() + QUIET_SECONDS
+            polled.add(self)
+        elif not self.outbox and all(chunk.count == 1 for chunk in self.chunks.values()):
+            polled.discard(self)
 
     def _synced(self) -> None:
         self.is_syncing = False
@@ -689,6 +719,8 @@ class _Runner:
         code = self.process.reap()
         self._read_last()
         unstarted = self.recall()
+        for chunk in (*self.chunks.values(), None):
+            self._tell_dropped(chunk)
         self.is_gone = True
         reason = self._reason(code)
         self.host.events.append(RunnerDied(self.number, reason, unstarted, self.last_seq))

@@ -2,8 +2,10 @@
 
 Rules
     1. Nothing here blocks, and nothing waits in memory but the beginning of a line.
-    2. A runner may print `BURST` bytes at once and `RATE` bytes a second in the long run; what is more is
-       dropped, and a line says how much.
+    2. A client's tasks may print `BURST` bytes at once on one runner and `RATE` bytes a second in the long run, whatever others
+       print there. Where it is more, everything is dropped for `PAUSE` seconds, and then a line says how much: sooner where
+       nothing more can be told, because the client's last task here is done, or the pipe has ended.
+    3. Each byte is sent on or counted in such a line.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ RATE = 64 << 10
 LINE_MAX = 8 << 10  # a longer line is sent in pieces
 PIECE_MAX = 32 << 10  # in one letter
 READ_MAX = 1 << 16
+READS_MAX = 32  # at once: more than a pipe holds, and no more, for who prints without an end would never let go of its host
+PAUSE = 1.0
 
 
 def print_own(piece: bytes, fd: int = 2) -> None:
@@ -32,39 +36,107 @@ def print_own(piece: bytes, fd: int = 2) -> None:
                 os.write(fd, piece[at : at + PIPE_BUF])
 
 
+class _Quota:
+    """What one client's tasks may print, and how much was dropped since a line said so."""
+
+    __slots__ = ("_counted_at", "_due_at", "_left", "dropped")
+
+    def __init__(self, now: float) -> None:
+        self._left = float(BURST)
+        self._counted_at = now
+        self._due_at = 0.0  # when the line is due, if something was dropped
+        self.dropped = 0
+
+    def is_as_new(self, now: float) -> bool:
+        """Whether nothing is known of what was printed before."""
+        self._refill(now)
+        return not self.dropped and self._left >= BURST
+
+    def admit(self, data: bytes, now: float) -> bytes:
+        """As many lines of ``data`` as may be sent, behind the one that is due."""
+        self._refill(now)
+        if self.dropped and now < self._due_at:
+            self.dropped += len(data)
+            return b""
+        end = len(data)
+        if end <= self._left and not self.dropped:
+            self._left -= end
+            return data
+        if end > self._left:
+            end = data.rfind(b"\n", 0, int(self._left)) + 1
+        notice = self.notice()
+        if end < len(data):
+            self.dropped = len(data) - end
+            self._due_at = now + PAUSE
+        self._left -= end
+        return notice + data[:end]
+
+    def notice(self) -> bytes:
+        """The line that says how much was dropped, if anything was; then nothing has to be told any more."""
+        count, self.dropped = self.dropped, 0
+        return b"[achilles: %d bytes of output were dropped here]\n" % count if count else b""
+
+    def _refill(self, now: float) -> None:
+        self._left = min(float(BURST), self._left + (now - self._counted_at) * RATE)
+        self._counted_at = now
+
+
 class OutputPipe:
-    """The read end of a runner's stdout (1) or stderr (2), which must not block."""
+    """The read end of a runner's stdout (1) or stderr (2), which must not block.
+
+    What is read is always of one client, by its number; None: it is nobody's.
+    """
 
     def __init__(self, fd: int, stream: int) -> None:
         self.fd = fd
         self.stream = stream
         self.is_open = True
         self._line = b""
-        self._budget = float(BURST)
-        self._counted_at: float | None = None
-        self._dropped = 0
+        self._quotas: dict[int | None, _Quota] = {}  # of those that printed lately
 
     @property
     def has_rest(self) -> bool:
         """Whether the beginning of a line was read, and not the end."""
         return self.is_open and bool(self._line)
 
-    def read(self, now: float, *, is_all: bool) -> list[bytes]:
+    def owes(self, client: int | None) -> bool:
+        """Whether the client is still to be told of what was dropped."""
+        quota = self._quotas.get(client)
+        return quota is not None and quota.dropped > 0
+
+    def read(self, now: float, client: int | None, *, is_all: bool) -> list[bytes]:
         """What is to be sent on; ``is_all``: the beginning of a line, too."""
+        quota = self._quotas.get(client) or self._begin(client, now)
         pieces: list[bytes] = []
-        while self.is_open:
+        for _ in range(READS_MAX):
             try:
                 data = os.read(self.fd, READ_MAX)
             except BlockingIOError:
                 break
             except OSError:
                 data = b""
-            self.is_open = bool(data)
-            pieces += self._admit(self._lines(data), now)
+            if lines := self._lines(data):
+                pieces += _cut(quota.admit(lines, now))
+            if not data:
+                self.is_open = False
+                break
         if self._line and (is_all or not self.is_open):
             line, self._line = self._line, b""
-            pieces += self._admit(line, now)
+            pieces += _cut(quota.admit(line, now))
+        if quota.dropped:
+            pieces += _cut(quota.admit(b"", now) if self.is_open else quota.notice())
         return pieces
+
+    def last_notice(self, client: int | None) -> bytes:
+        """What the client is to be told at its end here; nothing where it knows."""
+        quota = self._quotas.get(client)
+        return b"" if quota is None else quota.notice()
+
+    def _begin(self, client: int | None, now: float) -> _Quota:
+        """Somebody prints who has not done so lately; those who have not either are forgotten."""
+        self._quotas = {one: q for one, q in self._quotas.items() if not q.is_as_new(now)}
+        quota = self._quotas[client] = _Quota(now)
+        return quota
 
     def _lines(self, data: bytes) -> bytes:
         """The whole lines so far."""
@@ -75,18 +147,6 @@ class OutputPipe:
         self._line = data[end:]
         return data[:end]
 
-    def _admit(self, data: bytes, now: float) -> list[bytes]:
-        """As much of ``data`` as may be sent, in pieces."""
-        if not data:
-            return []
-        if self._counted_at is not None:
-            self._budget = min(float(BURST), self._budget + (now - self._counted_at) * RATE)
-        self._counted_at = now
-        if len(data) > self._budget:
-            self._dropped += len(data)
-            return []
-        self._budget -= len(data)
-        if self._dropped:
-            data = b"[achilles: %d bytes of output were dropped here]\n" % self._dropped + data
-            self._dropped = 0
-        return [data[at : at + PIECE_MAX] for at in range(0, len(data), PIECE_MAX)]
+
+def _cut(data: bytes) -> list[bytes]:
+    return [data[at : at + PIECE_MAX] for at in range(0, len(data), PIECE_MAX)]

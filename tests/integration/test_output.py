@@ -14,6 +14,7 @@ from achilles import DistributedExecutor
 from benchmarks.cluster import Cluster
 from tests import tasks
 from tests.modes import CLUSTER, Maker, of_modes
+from tests.printed import kept_and_told
 
 BOUND = 60.0
 
@@ -58,11 +59,35 @@ def test_the_last_words_of_a_task_that_crashes(
 @pytest.mark.bad_input(26)
 @of_modes(CLUSTER)
 def test_a_flood_is_cut(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+    """And before the result is there, each byte that did not come is counted."""
     executor = make(1)
-    assert executor.submit(tasks.flood, 10 << 20).result(BOUND) == 10 << 20
+    size = 10_000_000
+    assert executor.submit(tasks.flood, size).result(BOUND) == size
+    kept, told = kept_and_told(capsys.readouterr().out)
+    assert kept + sum(told) == size
+    assert kept < 4 << 20
     executor.submit(print, "after it").result(20)
+    assert capsys.readouterr().out == "after it\n"
+
+
+def test_a_flood_is_its_clients_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the same runner, right after it."""
+    with Cluster(workers=1, slots=1) as cluster:
+        monkeypatch.setenv("ACHILLES_HOME", cluster.home)
+        with (
+            DistributedExecutor(address=cluster.address) as one,
+            DistributedExecutor(address=cluster.address) as other,
+        ):
+            flood = one.submit(tasks.flood, 10_000_000)
+            lines = other.submit(tasks.print_lines, 300, "a line")
+            size = flood.result(BOUND)
+            lines.result(BOUND)
     out = capsys.readouterr().out
-    assert len(out) < 4 << 20
+    assert out.count("a line\n") == 300
+    kept, told = kept_and_told(out.replace("a line\n", ""))
+    assert kept + sum(told) == size
 
 
 def test_a_task_may_close_its_stdout(monkeypatch: pytest.MonkeyPatch) -> None:

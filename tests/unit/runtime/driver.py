@@ -82,10 +82,16 @@ class Driver:
         return self.blobs
 
     def execute(
-        self, seq: int, fn: int, *calls: tuple[Any, ...], runner: int = 1, init: int = 0
+        self,
+        seq: int,
+        fn: int,
+        *calls: tuple[Any, ...],
+        runner: int = 1,
+        client: int = CLIENT,
+        init: int = 0,
     ) -> None:
         payloads: list[Any] = [dumps_call(args, {}) for args in calls]
-        self.apply(Execute(runner, seq, CLIENT, fn, init, payloads))
+        self.apply(Execute(runner, seq, client, fn, init, payloads))
 
     def outcome(self, seq: int, index: int = 0, runner: int = 1) -> Any:
         """Wait for a result; the value, or the exception as a value."""

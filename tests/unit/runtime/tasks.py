@@ -55,6 +55,29 @@ def signal_self(number: int) -> None:
     time.sleep(30)  # until the signal is there
 
 
+def print_lines(count: int, text: str, gate: str = os.devnull) -> None:
+    """Print a line so often, and wait until the gate is open."""
+    sys.stdout.write(f"{text}\n" * count)
+    sys.stdout.flush()
+    wait_at(gate)
+
+
+def print_lines_later(count: int, text: str, gate: str) -> None:
+    """When the gate is open, but the task is done."""
+    from threading import Thread
+
+    def work() -> None:
+        wait_at(gate)
+        print_lines(count, text)
+
+    Thread(target=work, daemon=True).start()
+
+
+def print_lines_and_exit_hard(count: int, text: str) -> NoReturn:
+    print_lines(count, text)
+    os._exit(1)
+
+
 def print_and_exit_hard(text: str) -> NoReturn:
     print(text)
     os._exit(1)
