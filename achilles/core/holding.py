@@ -14,6 +14,7 @@ from achilles.core.runners import Chunk
 
 HELD_SECONDS = 600.0  # without a broker; then nobody waits any more
 HELD_BYTES = 256 << 20
+OWN_BYTES = 160  # of a report, beside what it brings: a task may print a million short lines
 MARGIN = 64
 
 Report = p.Done | p.Crashed | p.Letter
@@ -94,5 +95,11 @@ class Holding:
         return reported
 
 
-def _size_of(message: p.Wire) -> int:
-    return sum(map(p.size_of, message.payloads)) if isinstance(message, p.Done) else 0
+def _size_of(report: Report) -> int:
+    match report:
+        case p.Done(payloads=payloads):
+            return OWN_BYTES + sum(map(p.size_of, payloads))
+        case p.Letter(body=body):
+            return OWN_BYTES + len(body)
+        case p.Crashed(reason=reason):
+            return OWN_BYTES + len(reason)

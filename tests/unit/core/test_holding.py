@@ -6,7 +6,7 @@ import pytest
 
 from achilles.core import holding
 from achilles.core import protocol as p
-from achilles.core.holding import HELD_SECONDS, MARGIN, Holding
+from achilles.core.holding import HELD_SECONDS, MARGIN, OWN_BYTES, Holding
 from achilles.core.runners import Chunk
 
 NOW = 100.0
@@ -66,14 +66,39 @@ def test_payloads_of_ended_leases_are_not_kept() -> None:
 
 
 def test_the_oldest_reports_go_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holding, "HELD_BYTES", 10)
+    monkeypatch.setattr(holding, "HELD_BYTES", 2 * OWN_BYTES + 10)
     made = Holding(1)
     for lease in (1, 2, 3):
         made.ended(chunk(lease, lease))
         made.add([done(lease, 0, value=b"12345")], NOW)
     assert [one.lease for one in made.take([], {})[0]] == [2, 3]
-    made.add([done(1, 0, value=b"12345678")], NOW)  # their sizes count no more
+    made.add([done(1, 0, value=bytes(OWN_BYTES))], NOW)  # their sizes count no more
     assert len(made) == 1
+
+
+def printed(size: int) -> p.Letter:
+    return p.Letter(0, 1, 5, p.OUTPUT, bytes(size))
+
+
+@pytest.mark.parametrize(
+    "large",
+    [done(1, 0, value=bytes(1000)), printed(1000), p.Crashed(1, 0, "x" * 1000)],
+    ids=["result", "output", "reason"],
+)
+def test_whatever_is_large_counts(monkeypatch: pytest.MonkeyPatch, large: p.Wire) -> None:
+    monkeypatch.setattr(holding, "HELD_BYTES", 1000 + OWN_BYTES)
+    made = Holding(1)
+    made.add([done(1, 0), large], NOW)
+    assert len(made) == 1
+    made.add([printed(0)], NOW)
+    assert len(made) == 1
+
+
+def test_so_does_the_number_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding, "HELD_BYTES", 100 * OWN_BYTES)
+    made = Holding(1)
+    made.add([printed(0) for _ in range(200)], NOW)
+    assert len(made) == 100
 
 
 def test_after_long_nobody_waits() -> None:
