@@ -16,7 +16,7 @@ from achilles.core import protocol as p
 from tests.sim.oracle import Oracle, Truth, Violation, join, outcome
 
 STREAM_INTERVAL = 0.086  # runtime.runner.QUIET_SECONDS; only the cores are under test here
-CUT_INTERVAL = 0.005  # runtime.host.LOOK_SECONDS
+CUT_INTERVAL = 0.005  # runtime.hosted.LOOK_SECONDS
 BURY_SECONDS = 0.003
 
 Timer = Callable[[float, Callable[[Any], None], Any], None]  # seconds from now, function, argument

@@ -11,7 +11,7 @@ from achilles.core.chunking import (
     chunk_size,
 )
 from achilles.core.protocol import TASKS_MAX
-from achilles.runtime.host import LOOK_SECONDS
+from achilles.runtime.hosted import LOOK_SECONDS
 from achilles.runtime.runner import QUIET_SECONDS
 from tests.sim import runners
 

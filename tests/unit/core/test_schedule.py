@@ -16,7 +16,7 @@ import pytest
 from achilles.core import protocol as p
 from achilles.core.agent import Agent
 from achilles.core.scheduler import Scheduler
-from achilles.runtime.host import LOOK_SECONDS
+from achilles.runtime.hosted import LOOK_SECONDS
 from achilles.runtime.runner import QUIET_SECONDS
 from benchmarks.stats import Span, ideal_seconds, longest_idle
 from tests.unit.core.bench import crossed

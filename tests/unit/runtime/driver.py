@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from achilles.core.protocol import (
     Execute,
     FromRunner,
@@ -163,6 +165,21 @@ class Gate:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -2
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def await_end(pid: int) -> None:
+    """Wait until the process is gone, but for its entry."""
+    deadline = time.monotonic() + BOUND
+    while _is_alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} lives on"
+        time.sleep(0.005)
 
 
 def value_of(payload: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from achilles.core.protocol import Kill, Recall, Retire
-from achilles.runtime.host import LOOK_SECONDS
+from achilles.runtime.hosted import LOOK_SECONDS
 from achilles.runtime.serialize import LARGE
 from tests.unit.runtime import tasks
 from tests.unit.runtime.driver import Driver, Gate
