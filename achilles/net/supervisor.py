@@ -14,7 +14,6 @@ for the next process to go on (``core.recovery``), if there is one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -24,6 +23,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from time import monotonic, sleep
 from typing import NoReturn, Protocol
+
+from achilles.runtime.life import die_with
 
 RESTARTS_MAX = 5
 RESTARTS_SECONDS = 60.0
@@ -121,7 +122,7 @@ class Supervisor:
                 self._stop.wake = None
                 for end in (wake_read, wake_write, life_write, notes_read):
                     os.close(end)
-                die_with(life_read)
+                die_with(life_read, EX_SOFTWARE)
                 os.set_blocking(notes_write, False)
                 workers = None if self._workers is None else frozenset(self._workers)
                 return Serving(parent, self._port, workers, notes_write)
@@ -196,26 +197,6 @@ class Supervisor:
         if self._restarts:
             sleep(PAUSE_SECONDS)
         self._restarts.append(now)
-
-
-def die_with(life: int) -> None:
-    """Have this process killed when the other end of the pipe ``life`` is closed, and not sooner."""
-    if hasattr(fcntl, "F_SETSIG"):
-        fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(life, fcntl.F_SETFL, os.O_NONBLOCK | fcntl.FASYNC)
-        try:
-            os.read(life, 1)
-        except BlockingIOError:
-            return  # from here on the signal is armed
-        os._exit(EX_SOFTWARE)
-    from threading import Thread
-
-    def watch() -> None:
-        os.read(life, 1)
-        os._exit(EX_SOFTWARE)
-
-    Thread(target=watch, name="achilles-life", daemon=True).start()
 
 
 def _exit_like(code: int) -> NoReturn:

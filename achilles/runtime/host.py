@@ -31,7 +31,8 @@ from achilles.core.protocol import (
     Unload,
 )
 from achilles.runtime.hosted import LOOK_SECONDS, HostedRunner
-from achilles.runtime.process import READ_MAX, life_pipe, which_limit
+from achilles.runtime.life import life_pipe
+from achilles.runtime.process import READ_MAX, which_limit
 from achilles.runtime.seal import OUTPUT as OUTPUT_LETTER
 from achilles.runtime.seal import Seal
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import resource
 import select
@@ -47,12 +46,12 @@ class RunnerProcess:
             handoff, far_handoff = _sockets(ours, theirs)
             self.handoff = Handoff(handoff)
             self.tokens = TokenPipe(ours, theirs)
-            self.stream, stream = _pipe(ours, theirs)
+            self.stream, far_stream = _pipe(ours, theirs)
             os.set_blocking(self.stream, False)
             side, far_side = _sockets(ours, theirs)
             self.side = HostSide(side.fileno())
             fds = (
-                *(sock.fileno(), self.tokens.read_end, stream),
+                *(sock.fileno(), self.tokens.read_end, far_stream),
                 *(far_handoff.fileno(), far_side.fileno(), life),
             )
             self.outputs: list[OutputPipe] = []
@@ -234,11 +233,3 @@ def _popen(
         pass_fds=fds,
         start_new_session=True,
     )
-
-
-def life_pipe() -> tuple[int, int]:
-    """A pipe that tells runners of their host's end; as small as can be, for a user's pipe memory is limited."""
-    read_end, write_end = os.pipe()
-    if hasattr(fcntl, "F_SETPIPE_SZ"):
-        fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, 4096)
-    return read_end, write_end

@@ -23,7 +23,6 @@ Rules
 
 from __future__ import annotations
 
-import fcntl
 import marshal
 import os
 import select
@@ -32,6 +31,7 @@ from _struct import Struct
 from time import perf_counter, thread_time
 
 from achilles.runtime import context
+from achilles.runtime.life import die_with
 from achilles.runtime.serialize import (
     ERROR,
     INIT_FAILED,
@@ -547,37 +547,11 @@ def _leave_fork() -> NoReturn:
     os._exit(0)
 
 
-def _die_with_host(life: int) -> None:
-    """Arrange that the host's death ends this process, even while a task holds the GIL."""
-    if hasattr(fcntl, "F_SETSIG"):
-        try:
-            # An open file of our own, because each has one owner and all runners share the host's.
-            life = os.open(f"/proc/self/fd/{life}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            pass  # no /proc
-        else:
-            fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
-            fcntl.fcntl(life, fcntl.F_SETSIG, 9)
-            fcntl.fcntl(life, fcntl.F_SETFL, os.O_NONBLOCK | fcntl.FASYNC)
-            try:
-                os.read(life, 1)
-            except BlockingIOError:
-                return  # the host lives, and from here on the signal is armed
-            os._exit(CHANNEL_LOST)
-    from _thread import start_new_thread
-
-    def watch() -> None:
-        os.read(life, 1)
-        os._exit(CHANNEL_LOST)
-
-    start_new_thread(watch, ())
-
-
 def main(sock: int, tokens: int, stream: int, handoff: int, side: int, life: int) -> None:
     """Run tasks on these descriptors until the host closes the token pipe."""
     for fd in (sock, tokens, stream, handoff, side, life):
         os.set_inheritable(fd, False)
-    _die_with_host(life)
+    die_with(life, CHANNEL_LOST)
     os.set_blocking(stream, False)
     try:
         import faulthandler

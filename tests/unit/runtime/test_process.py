@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from achilles.runtime.life import life_pipe
 from achilles.runtime.process import (
     RunnerProcess,
     TokenPipe,
     describe_exit,
-    life_pipe,
     which_limit,
 )
 from tests.descriptors import open_descriptors, wait_until_closed
