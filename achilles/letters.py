@@ -1,8 +1,8 @@
 """What a client does with the letters of runners: it answers those that ask for a module, and prints what tasks print.
 
 Where calls are sealed, so are letters: the client's modules are for runners of its cluster, and nobody else prints here.
-Each has a thread of its own, so that neither the I/O thread waits for a disk or a terminal, nor a user's callback that
-blocks keeps a runner waiting for a module.
+Each has its own thread. The I/O thread then waits for no disk, and for a terminal no longer than `PRINT_SECONDS`, and a
+blocking callback of the user's never delays a module.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Audit:
         self._sources: dict[str, _Source] = {}  # the oldest first
 
     def note(self, text: str) -> None:
-        """Something that those may do who did it."""
+        """Something permitted was done."""
         self._log.info("%s", text)
 
     def refuse(self, source: str, why: str, now: float) -> None:

@@ -42,7 +42,7 @@ os.register_at_fork(after_in_child=lambda: _forks.append(os.getpid()))
 
 
 class Bundle:
-    """Calls ``fn`` with ``width`` arguments of ``flat`` after the other, in the task ``id``."""
+    """Calls ``fn`` for every ``width`` arguments of ``flat``, one call after the other; ``id`` is the task's."""
 
     __slots__ = ("fn",)
 

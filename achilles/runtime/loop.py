@@ -136,12 +136,6 @@ class PatientThread(threading.Thread):
         return self.ident is not None and not self._ended.is_set()
 
 
-def seconds_until(now: float, *deadlines: float | None) -> float | None:
-    """How long to wait for the first of the deadlines; None if there is none."""
-    known = [deadline for deadline in deadlines if deadline is not None]
-    return max(0.0, min(known) - now) if known else None
-
-
 def _wake_descriptors() -> tuple[int, int]:
     """Where a wake is read and written: an eventfd where that and epoll exist, else a pipe."""
     if hasattr(os, "eventfd") and hasattr(select, "epoll"):

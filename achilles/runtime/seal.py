@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     Needs: TypeAlias = tuple[int, int, tuple[int, ...]]  # numbers: function, initializer, blobs
     Key: TypeAlias = tuple[int, int]  # the host's number for a client, and its own for a blob
 
-KEY_SIZE = 32
 TAG_SIZE = 16
 NAME_SIZE = 16  # of a session
 CALL_SIZE = 2 * NAME_SIZE + TAG_SIZE  # of what is behind a call

@@ -8,8 +8,8 @@ Rules
     1. "Not written" is certain; what is not certain is "written". Pages that were freed, mapped anew or moved count as written.
     2. Only private anonymous memory is watched: what others have mapped too, they can write to without a page of ours noting it.
     3. Only whole pages are, so that neighbours do not matter; `Watch.head` and `Watch.tail` are the bytes before and behind them.
-    4. The kernel has one note of a page, whoever watches it. Who begins anew takes the notes of what was written with that,
-       and passes them on to all others that watch the same pages: they count as written.
+    4. The kernel has one note of a page, whoever watches it. `Watch.begin` clears the notes of pages that were written, so it
+       tells all other watches of those pages that they were.
 
 For 64 MiB a look takes 15 µs, memcmp 4 to 10 ms. The first write to a page costs its writer 1 µs more, once after each `Watch.begin`.
 What a device writes to pages that a driver has pinned for it (RDMA, io_uring's fixed buffers, CUDA's registered host memory) is seen

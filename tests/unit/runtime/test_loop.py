@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from achilles.runtime import loop as module
-from achilles.runtime.loop import Loop, PatientThread, seconds_until
+from achilles.runtime.loop import Loop, PatientThread
 
 
 @pytest.fixture(params=["native", "poll"])
@@ -189,13 +189,6 @@ def test_a_thread_that_fails_has_ended() -> None:
         threading.excepthook = hook
     assert not thread.is_alive()
     assert len(failed) == 1
-
-
-def test_seconds_until_the_first_deadline() -> None:
-    """None waits for ever; what is past is due now."""
-    assert seconds_until(10.0, None, None) is None
-    assert seconds_until(10.0, 12.0, None, 11.5) == 1.5
-    assert seconds_until(10.0, 9.0) == 0.0
 
 
 def test_a_wait_ends_in_time(loop: Loop) -> None:
