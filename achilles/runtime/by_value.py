@@ -4,8 +4,9 @@ cloudpickle takes them apart and puts them together. This module sees to what it
 and with those that were there before.
 
 Rules
-    1. A runner has the program's ``__main__`` as a module: all functions of it that came there have its globals. So what an
-       initializer or a task sets, the tasks after it see, as in a process of `multiprocessing`.
+    1. A runner has the program's ``__main__`` as a module, and each other module that is the program's own: all functions of one
+       that came there have its globals. So what an initializer or a task sets, the tasks after it see, as in a process of
+       `multiprocessing`.
     2. A task sees its globals as they were at the call of `submit`, but for what was set on its runner. So a global has a
        *token*, which changes with its value: where it is the one that came before, what is there stays, and where it is another,
        it is set, for all functions. What a kept function was submitted with is its `Snapshot`: where that does not hold any more,
@@ -32,17 +33,24 @@ from struct import Struct
 from types import FunctionType, MemberDescriptorType, ModuleType
 from typing import Any, NamedTuple
 
-from cloudpickle import Pickler as CloudPickler
 from cloudpickle import cloudpickle
 
 from achilles.runtime import context
 from achilles.runtime.functions import Watch, fingerprint
-from achilles.runtime.reducers import MAIN, reducer, shared_reducer
+from achilles.runtime.program import MAIN, MAINS, is_own
+from achilles.runtime.reducers import ProgramPickler, reducer, shared_reducer
 from achilles.runtime.tokens import adopt, function_token, renew, token_of, unique, value_token
 
-NAMESPACES_MAX = 8  # of one client, whose program has one; those beyond begin anew
+NAMESPACES_MAX = 64  # of one client, whose program has one or a few; those beyond begin anew
 MEMBERS = "__achilles_members__"  # in an enumeration's state, the attributes of its members
 _OF_EACH_MEMBER = frozenset({"_value_", "_name_", "__objclass__", "_sort_order_", "_inverted_"})
+_OF_MODULES = (
+    "__package__",
+    "__name__",
+    "__path__",
+    "__file__",
+)  # which cloudpickle gives to each function
+_OF_IMPORT = {*_OF_MODULES, "__builtins__", "__cached__", "__loader__", "__spec__"}
 _LENGTH = Struct("<I")
 
 
@@ -72,7 +80,7 @@ def dumps(
 
 
 class _Scope:
-    """The globals of a ``__main__``, as functions that travel refer to them."""
+    """The globals of a module of the program's own, as functions that travel refer to them."""
 
     def __init__(self, number: int, base: dict[str, Any]) -> None:
         self.number = number
@@ -83,7 +91,7 @@ class _Scope:
         return namespace, (self.number, self.base)
 
 
-class _Pickler(CloudPickler):  # type: ignore[misc]
+class _Pickler(ProgramPickler):
     """cloudpickle's, with makers and setters of ours for functions and classes."""
 
     def __init__(
@@ -102,7 +110,9 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if (reduce := reducer(obj) or shared_reducer(obj)) is not None:
             return reduce(obj)
-        if isinstance(obj, type) and obj.__module__ == MAIN and self.whole is None:
+        if isinstance(obj, ModuleType) and not self.is_result and _is_apart(obj):
+            return self._reduce_module(obj)
+        if isinstance(obj, type) and self.whole is None and is_own(obj.__module__):
             kept = _pickle_of(obj, self.is_result)
             if kept is not None:
                 return self._refer_to_class(kept)
@@ -119,7 +129,10 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         """What is unpickled first: the tokens, which choose the module. It leaves nothing on the stack, and in the memo."""
         if not self.scopes:
             return b""
-        tokens = [(scope.number, sorted(scope.tokens.items())) for scope in self.scopes.values()]
+        tokens = [
+            (scope.number, scope.base["__name__"], sorted(scope.tokens.items()))
+            for scope in self.scopes.values()
+        ]
         data = marshal.dumps(tokens, 2)  # without references, so that the same is the same bytes
         name = f"c{__name__}\nbegin\n".encode()
         return b"".join((b"\x80\x05", name, b"B", _LENGTH.pack(len(data)), data, b"\x85R0"))
@@ -131,16 +144,31 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             args = (fn.__module__, fn.__qualname__, code, base, *rest)
             return find_function, args, state, None, None, set_new_function
         token = function_token(fn)
-        if fn.__globals__.get("__name__") == MAIN:
-            key = id(fn.__globals__)
-            record = _records.get(key)
-            scope = self.scopes.get(key)
-            if scope is None:
-                number = key if record is None else record.scope
-                scope = self.scopes[key] = _Scope(number, base)
+        record = _records.get(id(fn.__globals__))
+        if record is not None or is_own(fn.__globals__.get("__name__")):
+            scope = self._scope(fn.__globals__, base)
             slots["__globals__"] = _with_tokens(slots["__globals__"], scope, record)
             args = (code, scope, *rest)
         return make_function, (token, *args), state, None, None, set_function
+
+    def _scope(self, values: dict[str, Any], base: dict[str, Any]) -> _Scope:
+        key = id(values)
+        scope = self.scopes.get(key)
+        if scope is None:
+            record = _records.get(key)
+            number = key if record is None else record.scope
+            scope = self.scopes[key] = _Scope(number, base)
+        return scope
+
+    def _reduce_module(self, module: ModuleType) -> tuple[Any, ...]:
+        """With all that can be pickled: what of it will be used, nobody knows."""
+        values = vars(module)
+        base = self.globals_ref.setdefault(id(values), {})
+        base.update({name: values[name] for name in _OF_MODULES if name in values})
+        scope = self._scope(values, base)
+        others = {name: one for name, one in values.items() if name not in _OF_IMPORT}
+        state = _with_tokens(others, scope, _records.get(id(values)), is_whole=False)
+        return make_module, (scope,), state, None, None, set_module
 
     def _refer_to_class(self, kept: _ClassPickle) -> tuple[Any, ...]:
         for key, number, base, tokens in kept.scopes:
@@ -216,17 +244,24 @@ class _PicklerWithIds(_Pickler):
         return self.ids.get(id(one))
 
 
+def _is_apart(module: ModuleType) -> bool:
+    """Whether a module that is no ``__main__`` travels by value."""
+    if id(vars(module)) in _records:
+        return module.__name__ not in MAINS
+    return module.__name__ not in MAINS and is_own(module.__name__)
+
+
 def _with_tokens(
-    values: dict[str, Any], scope: _Scope, record: _Namespace | None
+    values: dict[str, Any], scope: _Scope, record: _Namespace | None, *, is_whole: bool = True
 ) -> dict[str, Any]:
-    """The globals that are to travel; their tokens are noted in ``scope``."""
+    """The globals that are to travel; their tokens are noted in ``scope``. Without ``is_whole``, those that can."""
     travelling = {}
     for name, value in values.items():
         if name not in scope.tokens:
             try:
                 scope.tokens[name] = value_token(value)
             except Exception:
-                if record is not None:
+                if record is not None or not is_whole:
                     continue  # made on this runner, as an initializer makes one on each
                 scope.tokens[name] = None
         travelling[name] = value
@@ -264,11 +299,11 @@ class _Main(ModuleType):
 
 
 class _Namespace:
-    """A client's ``__main__``, with the tokens of what came from the program."""
+    """A module of a client's program, with the tokens of what came from there."""
 
-    def __init__(self, scope: int) -> None:
+    def __init__(self, scope: int, name: str) -> None:
         self.scope = scope
-        self.module = _Main(MAIN)
+        self.module = _Main(name) if name in MAINS else ModuleType(name)
         self.tokens: dict[str, str] = {}
         self.wanted: dict[
             str, str
@@ -325,19 +360,22 @@ def begin(data: bytes) -> None:
         return
     place = context.pickle or unique()
     known = _namespaces.setdefault(client, {})
-    for scope, pairs in marshal.loads(data):
-        tokens = {name: f"#{place}" if token is None else token for name, token in pairs}
+    for scope, name, pairs in marshal.loads(data):
+        tokens = {key: f"#{place}" if token is None else token for key, token in pairs}
         one = known.get(scope)
-        if one is None:
-            if len(known) >= NAMESPACES_MAX:
+        if one is None or one.module.__name__ != name:
+            if one is None and len(known) >= NAMESPACES_MAX:
                 del _records[id(vars(known.pop(next(iter(known))).module))]
-            one = known[scope] = _Namespace(scope)
+            if one is not None:  # of another module, which had the same place in memory
+                del _records[id(vars(one.module))]
+            one = known[scope] = _Namespace(scope, name)
             _records[id(vars(one.module))] = one
         one.wanted = one.lacks(tokens)
         if context.pickle:
             _snapshot().wants.append((one, tokens))
         _chosen.by_scope[scope] = one
-        _mains[client] = one.module
+        if name in MAINS:
+            _mains[client] = one.module
     switch_to(client)
 
 
@@ -357,7 +395,9 @@ def take_snapshot() -> Snapshot | None:
 
 def switch_to(client: int) -> None:
     """Let ``__main__`` be that of the client whose tasks come next."""
-    sys.modules[MAIN] = _mains.get(client, _original_main)
+    main = sys.modules[MAIN] = _mains.get(client, _original_main)
+    if main.__name__ != MAIN:  # a process of multiprocessing has the same by both names
+        sys.modules[main.__name__] = main
 
 
 def forget(client: int) -> None:
@@ -375,6 +415,21 @@ def namespace(scope: int, base: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = vars(one.module)
     found.update(base)
     return found
+
+
+def make_module(values: dict[str, Any]) -> ModuleType:
+    """A module of the program, or a copy of it, that is still empty; ``values`` are its functions' globals."""
+    record = _records.get(id(values))
+    return ModuleType(values["__name__"]) if record is None else record.module
+
+
+def set_module(module: ModuleType, values: dict[str, Any]) -> None:
+    """What a module of the program has."""
+    record = _records.get(id(vars(module)))
+    if record is None:
+        vars(module).update(values)
+    else:
+        record.set(values)
 
 
 _new_functions: weakref.WeakSet[FunctionType] = weakref.WeakSet()

@@ -3,7 +3,7 @@
 Rules
     1. What runs is the function as it was at the call of `submit`: a redefined function, or a changed global that
        it uses, is seen.
-    2. A function that travels by reference (importable, not of ``__main__``) is pickled once.
+    2. A function that travels by reference (importable, of no module that is the program's own) is pickled once.
     3. One that travels by value is pickled once per *fingerprint*: all that its pickle depends on, compared by
        identity. What can change without becoming another object (a list, an instance) has no fingerprint, and what
        depends on it is pickled at each call. A class of the program has one if all of its methods have, and its attributes.
@@ -44,6 +44,7 @@ from typing import (
 )
 
 from achilles.runtime.arguments import ArgumentTable, Attached
+from achilles.runtime.program import is_own
 from achilles.runtime.serialize import (
     by_value_modules,
     describe,
@@ -394,7 +395,7 @@ def _is_programs(value: object) -> bool:
     return (
         isinstance(value, type)
         and type(value) in _METACLASSES
-        and getattr(value, "__module__", None) == "__main__"
+        and is_own(getattr(value, "__module__", None))
     )
 
 
@@ -544,7 +545,7 @@ def _is_fixed(value: object, depth: int = DEPTH_MAX) -> bool:
 def _is_importable(value: Any) -> bool:
     """Whether a function or class is found by its name, in a module that the other process has."""
     module = getattr(value, "__module__", None)
-    if not isinstance(module, str) or module == "__main__" or _is_by_value(module):
+    if not isinstance(module, str) or _is_by_value(module):
         return False
     found: Any = sys.modules.get(module)
     for name in value.__qualname__.split("."):
@@ -553,8 +554,10 @@ def _is_importable(value: Any) -> bool:
 
 
 def _is_by_value(module: str) -> bool:
-    """Whether the module, or a package that it is in, was registered to travel by value."""
-    return any(module == name or module.startswith(f"{name}.") for name in by_value_modules())
+    """Whether the module is the program's own, or it, or a package that it is in, was registered to travel by value."""
+    return is_own(module) or any(
+        module == name or module.startswith(f"{name}.") for name in by_value_modules()
+    )
 
 
 _names: weakref.WeakKeyDictionary[CodeType, tuple[str, ...]] = weakref.WeakKeyDictionary()

@@ -8,14 +8,15 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from types import CodeType, MethodType
-from typing import Any, NewType, ParamSpec
+from types import CodeType, FunctionType, MethodType
+from typing import Any, NewType, ParamSpec, TypeVar
 
+from cloudpickle import Pickler as CloudPickler
 from cloudpickle import cloudpickle
 
 from achilles.runtime import context
+from achilles.runtime.program import is_own
 
-MAIN = "__main__"
 NO_FILE = "<dynamic-code>"  # cloudpickle's, in place of a file's name
 
 
@@ -29,13 +30,17 @@ def _cached(fn: Callable[..., Any], parameters: dict[str, Any]) -> Callable[...,
 
 
 def _reduce_new_type(kind: Any) -> tuple[Any, ...]:
-    return _new_type, (kind.__name__, kind.__supertype__)
+    return _new_type, (kind.__name__, kind.__supertype__, kind.__module__)
 
 
-def _new_type(name: str, supertype: Any) -> Any:
+def _new_type(name: str, supertype: Any, module: str) -> Any:
     kind: Any = NewType(name, supertype)  # type: ignore[misc] # known only now
-    kind.__module__ = MAIN
+    kind.__module__ = module
     return kind
+
+
+def _reduce_type_var(variable: TypeVar) -> tuple[Any, ...]:
+    return cloudpickle._make_typevar, cloudpickle._decompose_typevar(variable)
 
 
 def _reduce_param_spec(parameters: Any) -> tuple[Any, ...]:
@@ -70,11 +75,12 @@ _REDUCERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     functools.cached_property: _reduce_cached_property,
     weakref.WeakKeyDictionary: _reduce_weak_keys,
 }
-# Instances of these are pickled by their name only, by cloudpickle as well.
+# Those of modules that are the program's own, or not here; cloudpickle as well would pickle them by their name.
 _BY_NAME: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     functools._lru_cache_wrapper: _reduce_cached,
     NewType: _reduce_new_type,
     ParamSpec: _reduce_param_spec,
+    TypeVar: _reduce_type_var,
 }
 
 
@@ -120,6 +126,17 @@ def _refusal(name: str) -> str:
 def reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:
     """Ours, where cloudpickle has none that does."""
     kind = type(obj)
-    if kind in _BY_NAME and obj.__module__ == MAIN:
+    if kind in _BY_NAME and (is_own(obj.__module__) or obj.__module__ not in sys.modules):
         return _BY_NAME[kind]
     return _REDUCERS.get(kind)
+
+
+class ProgramPickler(CloudPickler):  # type: ignore[misc]
+    """cloudpickle's, which takes each loaded module but ``__main__`` for one that can be imported."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, type | FunctionType) and is_own(obj.__module__):
+            if isinstance(obj, FunctionType):
+                return self._dynamic_function_reduce(obj)
+            return cloudpickle._dynamic_class_reduce(obj)
+        return super().reducer_override(obj)

@@ -8,7 +8,7 @@ A payload's first byte says its form::
     0x03   a pickle that refers to what travelled before; see `achilles.runtime.arguments`
 
 Plain pickle is tried first, because it is several times faster. cloudpickle takes what plain pickle cannot, and
-whatever names ``__main__`` (another module in the process that unpickles) or a module registered by value.
+whatever names a module of the program's own (see `achilles.runtime.program`) or one registered by value.
 
 Buffers of 128 KiB and more (pickle protocol 5: NumPy arrays and the like) stay out of the pickle. They are copied
 once, into memory that the other process maps; there they are writable, and private to it.
@@ -26,6 +26,7 @@ from io import TextIOWrapper
 from types import BuiltinFunctionType, FunctionType, ModuleType
 
 from achilles.runtime import context
+from achilles.runtime.program import NAMES, names_own
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all the rest
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ INIT_FAILED = 2
 
 HANDLES = b"multiprocessing.connection"  # a plain pickle of what is in there has the numbers of its descriptors
 LARGE = 128 * 1024  # from here on sharing memory beats copying (measured)
-SHORT = 16  # too few bytes to name anything of __main__
 REPR_MAX = 200
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -135,9 +135,12 @@ def keeper(buffers: list[memoryview] | None) -> Callable[[PickleBuffer], bool] |
 
 def is_plain(data: bytes) -> bool:
     """Whether the other process finds all that the pickle names."""
-    if b"__main__" in data or HANDLES in data:
+    if NAMES not in data:
+        return True
+    if data.find(HANDLES) >= 0 or names_own(data):
         return False
-    return not any(name.encode() in data for name in by_value_modules())
+    modules = by_value_modules() if _registered is None else _registered
+    return not modules or not any(name.encode() in data for name in modules)
 
 
 def by_value_modules() -> set[str]:
@@ -188,11 +191,7 @@ def dumps_call(
     ):
         try:
             data = _dumps((args, kwargs), 5, buffer_callback=_keep_small)
-            if (
-                b"__main__" not in data
-                and HANDLES not in data
-                and not (by_value_modules() if _registered is None else _registered)
-            ):
+            if NAMES not in data or is_plain(data):
                 if len(data) < SHARE_MIN or table is None or not table.has_large(args, kwargs):
                     return data
         except (Exception, SystemExit):
@@ -223,9 +222,7 @@ def dump_result(value: object, call: object) -> tuple[int, Encoded]:
     """The status and payload of what ``call`` returned; an ERROR if the value cannot be pickled."""
     try:
         data = _dumps(value, 5, buffer_callback=_keep_small)
-        if (len(data) < SHORT or (b"__main__" not in data and HANDLES not in data)) and not (
-            by_value_modules() if _registered is None else _registered
-        ):
+        if NAMES not in data or is_plain(data):
             return VALUE, data
     except BaseException:
         pass  # the careful way says what is wrong, or does it

@@ -17,10 +17,10 @@ from pickle import PickleBuffer
 from types import CodeType, FunctionType
 from typing import Any
 
-from cloudpickle import Pickler as CloudPickler
 from cloudpickle import cloudpickle
 
-from achilles.runtime.reducers import reducer, shared_reducer
+from achilles.runtime.program import is_own
+from achilles.runtime.reducers import ProgramPickler, reducer, shared_reducer
 from achilles.runtime.serialize import LARGE
 
 # The code that a function had when it got its number: an id could be another's by now.
@@ -54,7 +54,9 @@ def renew() -> None:
 
 def value_token(value: object) -> str | None:
     """Raises whatever the pickler does, where the value cannot be pickled."""
-    if isinstance(value, FunctionType) and cloudpickle._should_pickle_by_reference(value) is False:
+    if isinstance(value, FunctionType) and (
+        is_own(value.__module__) or not cloudpickle._should_pickle_by_reference(value)
+    ):
         return function_token(value)
     if isinstance(value, bytes | str) and len(value) >= LARGE:
         return None
@@ -108,7 +110,7 @@ def _refuse_large(buffer: PickleBuffer) -> bool:
     return True
 
 
-class _TokenPickler(CloudPickler):  # type: ignore[misc]
+class _TokenPickler(ProgramPickler):
     """Names functions and classes that would travel by value, instead of going into them."""
 
     def reducer_override(self, obj: Any) -> Any:

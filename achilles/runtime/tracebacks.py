@@ -9,6 +9,7 @@ import sys
 import traceback
 from typing import Any
 
+from achilles.runtime.program import MAINS
 from achilles.runtime.serialize import dumps, loads
 from achilles.task_errors import RemoteError
 
@@ -93,7 +94,7 @@ def _summary(error: BaseException) -> str:
 
 def _name(error: BaseException) -> str:
     kind = type(error)
-    if kind.__module__ in ("builtins", "__main__"):
+    if kind.__module__ == "builtins" or kind.__module__ in MAINS:
         return kind.__qualname__
     return f"{kind.__module__}.{kind.__qualname__}"
 

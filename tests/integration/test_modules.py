@@ -111,13 +111,18 @@ def test_a_module_that_only_the_client_has_installed(program: Path, cluster: Clu
     """What a task's arguments need and nobody can serve: the error says what is missing, and where."""
     (program / "ext.py").write_text(
         textwrap.dedent("""
-            import sys, types
+            import importlib.abc, importlib.util, sys
             from achilles import DistributedExecutor
 
-            made = types.ModuleType("made_in_memory")
-            exec("class Thing: pass", made.__dict__)
-            made.Thing.__module__ = "made_in_memory"
-            sys.modules["made_in_memory"] = made
+            class InMemory(importlib.abc.InspectLoader):
+                def find_spec(self, name, path=None, target=None):
+                    return importlib.util.spec_from_loader(name, self) if name == "made_in_memory" else None
+
+                def get_source(self, name):
+                    return "class Thing: pass"
+
+            sys.meta_path.append(InMemory())
+            import made_in_memory as made
 
             with DistributedExecutor(address=sys.argv[1]) as executor:
                 try:

@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -241,6 +242,30 @@ def test_a_client_that_is_gone_leaves_nothing(client: int) -> None:
     by_value.forget(client)
     assert client not in by_value._namespaces
     assert client not in by_value._mains
+
+
+def test_another_module_of_the_program_is_a_module_there_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module: Any = ModuleType("module_of_a_program")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec("import threading\nN, lock = 1, threading.Lock()\ndef f(): return N", vars(module))
+    module.module = module
+    plain = loads(dumps(module))
+    assert plain is plain.module is not module
+    assert (plain.f(), hasattr(plain, "lock")) == (1, False)
+    one, other = dumps((module, module.f)), dumps(module.f)
+    monkeypatch.delitem(sys.modules, module.__name__)
+    number = next(CLIENTS)
+    monkeypatch.setattr(context, "client", number)
+    main = sys.modules["__main__"]
+    arrived, function = loads(one)
+    arrived.N = 2
+    assert (function(), loads(other)(), arrived.f()) == (2, 2, 2)
+    assert sys.modules["__main__"] is main
+    again = dumps(arrived)  # a task submits what it got
+    assert loads(again) is arrived
+    by_value.forget(number)
 
 
 def test_the_programs_of_a_client_are_bounded(client: int) -> None:

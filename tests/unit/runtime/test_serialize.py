@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import sys
 import threading
 from concurrent.futures.process import _RemoteTraceback
 from functools import partial
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -164,11 +165,10 @@ def test_text_that_looks_like_main_does_no_harm() -> None:
     assert loads(dumps_call(("__main__",), {})) == (("__main__",), {})
 
 
-def test_modules_registered_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("registered_for_once")
-    exec("def f(): return 5", module.__dict__)
-    module.f.__module__ = module.__name__
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+def test_modules_registered_by_value(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "registered_for_once.py").write_text("def f(): return 5")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("registered_for_once")
     assert dumps(module.f) == pickle.dumps(module.f, 5)
     cloudpickle.register_pickle_by_value(module)
     try:
