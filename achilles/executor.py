@@ -27,7 +27,8 @@ from achilles.maps import name_of, results
 from achilles.options import count, merge_options
 from achilles.runtime.arguments import ArgumentTable, Attached, join_attached
 from achilles.runtime.functions import FunctionTable, bytes_of
-from achilles.runtime.serialize import dumps, dumps_call, join_inline
+from achilles.runtime.initialize import dumps_initializer
+from achilles.runtime.serialize import dumps_call, join_inline
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -36,22 +37,6 @@ if TYPE_CHECKING:
     from achilles.runtime.functions import Pickled
 
 T = TypeVar("T")
-
-
-def _dumps_initializer(
-    initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
-) -> bytes:
-    if initializer is None:
-        return b""
-    try:
-        return dumps((initializer, initargs))
-    except RuntimeError as error:
-        if "through inheritance" not in str(error):
-            raise
-        raise RuntimeError(
-            f"{error}, and runners inherit nothing: "
-            "pass those of a multiprocessing.Manager() in initargs instead, which embedded runners can use"
-        ) from error
 
 
 class Known(NamedTuple):
@@ -87,6 +72,7 @@ class DistributedExecutor(concurrent.futures.Executor):
 
     Raises:
         ValueError, TypeError: an argument that cannot be.
+        ArgumentPickleError: the initializer, or one of its arguments, cannot be pickled.
         ConfigError: a setting that cannot be.
         BrokerUnreachableError: no broker answers at the address within ``connect_timeout`` seconds.
     """
@@ -139,7 +125,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         self._address = address or ""
         self._timeouts = (settings["client.connect_timeout"], settings["client.broker_timeout"])
         initargs = tuple(initargs)
-        self._open(_dumps_initializer(initializer, initargs))
+        self._open(dumps_initializer(initializer, initargs, is_far=bool(address)))
         self._mailbox.init_source = initargs
 
     def _open(self, init_blob: bytes) -> None:

@@ -50,7 +50,6 @@ from achilles.runtime.serialize import (
     describe,
     dumps,
     is_stateless,
-    why,
 )
 
 Pickled: TypeAlias = "bytes | Attached"
@@ -129,13 +128,10 @@ class FunctionTable:
         try:
             pickled = self._pickle(fn)
         except (Exception, SystemExit) as error:
-            from achilles.task_errors import ArgumentPickleError
+            from achilles.runtime.blame import function_error
 
-            raise ArgumentPickleError(
-                f"{describe(fn)} cannot be pickled: {why(error)}{_culprit(fn)}; nothing was sent. A function of the program "
-                "itself is sent with the globals that it uses: make what cannot be sent in the task, or in an initializer, or "
-                "put the function into a module that is imported"
-            ) from error
+            is_far = self.arguments is not None and self.arguments.is_far
+            raise function_error(fn, error, is_far=is_far) from error
         data = bytes_of(pickled)
         if watches is None and len(data) >= HEAVY:
             self._warn_of_weight(fn, len(data))
@@ -186,19 +182,6 @@ class FunctionTable:
 def bytes_of(pickled: Pickled) -> bytes:
     """The function's pickle without what is attached to it."""
     return pickled if type(pickled) is bytes else bytes(pickled.payload)  # type: ignore[union-attr]
-
-
-def _culprit(fn: object) -> str:
-    """Which of its globals a function cannot be pickled for, as part of an error's text; empty if that is none of them alone."""
-    if not isinstance(fn, FunctionType):
-        return ""
-    for name in _global_names(fn.__code__):
-        value = fn.__globals__.get(name)
-        try:
-            dumps(value)
-        except (Exception, SystemExit):
-            return f", which is the global {name!r} or part of it"
-    return ""
 
 
 def _check(fn: object) -> None:
@@ -499,7 +482,7 @@ def _watch_one(fn: FunctionType, waiting: list[Any]) -> _Watch | None:
     named = (*watch.kwdefaults, *watch.attributes)
     if not _is_fixed(fn.__defaults__) or not all(_is_fixed(value) for _, value in named):
         return None
-    for name in _global_names(fn.__code__):
+    for name in global_names(fn.__code__):
         value = fn.__globals__.get(name, _ABSENT)
         if _is_programs(value) or (isinstance(value, FunctionType) and not _is_importable(value)):
             watch.functions.append((name, weakref.ref(value)))
@@ -563,7 +546,7 @@ def _is_by_value(module: str) -> bool:
 _names: weakref.WeakKeyDictionary[CodeType, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
-def _global_names(code: CodeType) -> tuple[str, ...]:
+def global_names(code: CodeType) -> tuple[str, ...]:
     """The globals that a function names, in functions inside it as well."""
     names = _names.get(code)
     if names is None:

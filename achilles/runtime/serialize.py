@@ -25,14 +25,13 @@ from _struct import Struct
 from io import TextIOWrapper
 from types import BuiltinFunctionType, FunctionType, ModuleType
 
-from achilles.runtime import context
 from achilles.runtime.program import NAMES, names_own
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all the rest
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pickle import PickleBuffer
-    from typing import Any, NoReturn, TypeAlias
+    from typing import Any, TypeAlias
 
     from achilles.runtime.arguments import ArgumentTable, Attached, Resolve
 
@@ -199,8 +198,11 @@ def dumps_call(
     try:
         encoded = encode((args, kwargs)) if table is None else table.encode((args, kwargs))
     except (Exception, SystemExit) as error:
-        with context.Pickling(table is not None and table.is_far):
-            _blame_argument(args, kwargs, fn, error)
+        from achilles.runtime.blame import argument_error
+
+        is_far = table is not None and table.is_far
+        made = argument_error(args, kwargs, fn, error, is_far=is_far)
+        raise made from made.__cause__
     _warn_of_files((*args, *kwargs.values()), fn)
     if not isinstance(encoded, list):
         return encoded
@@ -364,33 +366,6 @@ def why(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-_INSTEAD = "nothing was sent; pass what it can be made from, and make it in the task"
-
-
-def _blame_argument(
-    args: Sequence[Any], kwargs: dict[str, Any], fn: object, error: BaseException
-) -> NoReturn:
-    """Raise the error that names the argument that cannot be pickled."""
-    from achilles.task_errors import ArgumentPickleError
-
-    names = _parameter_names(fn, len(args))
-    labelled = [
-        *((f"argument {at + 1}{names[at]}", value) for at, value in enumerate(args)),
-        *((f"argument {name!r}", value) for name, value in kwargs.items()),
-    ]
-    label, kind, cause = "the arguments", "", error
-    for candidate, value in labelled:
-        try:
-            encode(value)
-        except (Exception, SystemExit) as found:
-            label, cause = candidate, found
-            kind = f" (it is of type {type(value).__qualname__})"
-            break
-    whose = f" of {describe(fn)}" if fn is not None else ""
-    text = f"{label}{whose} cannot be pickled: {why(cause)}{kind}; {_INSTEAD}"
-    raise ArgumentPickleError(text) from cause
-
-
 def _warn_of_files(values: tuple[Any, ...], fn: object) -> None:
     """cloudpickle takes an open text file for its content, which is seldom what is wanted."""
     for value in values:
@@ -402,17 +377,3 @@ def _warn_of_files(values: tuple[Any, ...], fn: object) -> None:
                 f"the open file {value.name!r}{whose} was copied by content; pass its name instead"
             )
             warnings.warn(text, stacklevel=4)
-
-
-def _parameter_names(fn: object, count: int) -> list[str]:
-    """`` ('lock')`` for each positional argument, or empty texts where that is not known."""
-    import inspect
-
-    names: list[str] = []
-    try:
-        parameters = inspect.signature(fn).parameters.values()  # type: ignore[arg-type]
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        names = [f" ({parameter.name!r})" for parameter in parameters if parameter.kind in kinds]
-    except (TypeError, ValueError):
-        pass  # no function, or a builtin that does not tell
-    return (names + [""] * count)[:count]

@@ -9,6 +9,7 @@ import sys
 import traceback
 from typing import Any
 
+from achilles.runtime import context
 from achilles.runtime.program import MAINS
 from achilles.runtime.serialize import dumps, loads
 from achilles.task_errors import RemoteError
@@ -100,11 +101,15 @@ def _name(error: BaseException) -> str:
 
 
 def _say_where(error: BaseException) -> None:
-    """Name the interpreter and host that lack what the client has."""
+    """Name the interpreter, and the host of a worker, that lack what the client has."""
     python = f"Python {platform.python_version()}, {sys.executable}"
-    where = f"{os.uname().nodename} ({python})"
+    where = f"on worker {os.uname().nodename} ({python})"
+    lacks = f"is not installed {where}"
+    if context.is_embedded:
+        where = f"in a runner of this executor ({python})"
+        lacks = f"cannot be imported {where}, whose sys.path is what the program's was at its first task"
     if isinstance(error, ModuleNotFoundError) and error.name:
-        error.msg = f"module {error.name!r} is not installed on worker {where}"
+        error.msg = f"module {error.name!r} {lacks}"
         error.args = (error.msg,)
     elif sys.version_info >= (3, 11):
-        error.add_note(f"while the function and its arguments were unpickled on worker {where}")
+        error.add_note(f"while the function and its arguments were unpickled {where}")

@@ -200,7 +200,7 @@ def test_arguments_that_cannot_be_unpickled(driver: Driver) -> None:
     driver.apply(Execute(1, 1, CLIENT, fn, 0, [missing]))
     error = driver.outcome(1)
     assert isinstance(error, ModuleNotFoundError)
-    assert "'no' is not installed on worker" in str(error)
+    assert "'no' cannot be imported in a runner" in str(error)
     assert sys.executable in str(error)
     assert driver.run(tasks.add, 1) == 1
 
@@ -209,7 +209,7 @@ def test_a_function_that_cannot_be_unpickled(driver: Driver) -> None:
     driver.apply(Load(1, CLIENT, 50, b"\x80\x05cno_such_module\nf\n."))
     driver.execute(1, 50, (1,), (2,))
     for index in range(2):
-        assert "'no_such_module' is not installed" in str(driver.outcome(1, index))
+        assert "'no_such_module' cannot be imported" in str(driver.outcome(1, index))
 
 
 def test_an_exception_that_cannot_travel(driver: Driver) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import pytest
 
 from achilles.errors import RemoteError
+from achilles.runtime import context
 from achilles.runtime.serialize import loads
 from achilles.runtime.tracebacks import dump_error
 
@@ -158,6 +159,17 @@ def test_a_missing_module_names_the_worker() -> None:
     assert str(back).startswith("module 'pandas' is not installed on worker ")
     assert f"Python {sys.version.split()[0]}, {sys.executable}" in str(back)
     assert str(back) in text
+
+
+def test_an_embedded_executor_has_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "is_embedded", True)
+    back, _ = travel(ModuleNotFoundError("No module named 'a'", name="a"), is_loaded=False)
+    assert str(back).startswith(
+        "module 'a' cannot be imported in a runner of this executor (Python"
+    )
+    _, text = travel(AttributeError("no f in m"), is_loaded=False)
+    if sys.version_info >= (3, 11):
+        assert "were unpickled in a runner of this executor (Python" in text
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with 3.11")
