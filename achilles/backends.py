@@ -41,6 +41,21 @@ class Process:
 process = Process()
 
 
+def check_bootstrapped() -> None:
+    """A process that `multiprocessing` has started and that still imports the program must not start others: that has no end.
+
+    Raises:
+        RuntimeError: this is such a process.
+    """
+    running = sys.modules.get("multiprocessing.process")
+    if running is not None and getattr(running.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "an executor was made before this process, which multiprocessing has started, has finished its bootstrapping phase: it "
+            "runs the main program once more, and would start processes that do so, too. Put what the program does, and its child "
+            'processes should not, below `if __name__ == "__main__":`'
+        )
+
+
 class Backend(Protocol):
     """What carries tasks: the I/O thread and all behind it."""
 

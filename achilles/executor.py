@@ -72,6 +72,7 @@ class DistributedExecutor(concurrent.futures.Executor):
 
     Raises:
         ValueError, TypeError: an argument that cannot be.
+        RuntimeError: in a child of `multiprocessing` that still imports the program's main module.
         ArgumentPickleError: the initializer, or one of its arguments, cannot be pickled.
         ConfigError: a setting that cannot be.
         BrokerUnreachableError: no broker answers at the address within ``connect_timeout`` seconds.
@@ -103,6 +104,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         address: str | None = None,
         config: str | os.PathLike[str] | None = None,
     ) -> None:
+        backends.check_bootstrapped()
         max_workers = count("max_workers", max_workers, "greater than 0")
         max_tasks_per_child = count("max_tasks_per_child", max_tasks_per_child, ">= 1")
         if initializer is not None and not callable(initializer):

@@ -173,3 +173,70 @@ def test_it():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- The main module in processes of multiprocessing, which has it by another name ------------------
+
+CHILD = """
+import multiprocessing, pickle
+from concurrent.futures import ProcessPoolExecutor
+FACTOR = 2
+class Point:
+    def __init__(self, x):
+        self.x = x
+class Bad(ValueError):
+    pass
+def double(point):
+    if point.x < 0:
+        raise Bad(point.x)
+    pickle.dumps(point)
+    return Point(FACTOR * point.x)
+def use(n):
+    with DistributedExecutor(1) as executor:
+        found = [executor.submit(double, Point(n + k)).result() for k in range(3)]
+        assert all(type(one) is Point for one in found)
+        try:
+            executor.submit(double, Point(-1)).result()
+        except Bad as error:
+            found.append(Point(str(error)))
+        return [one.x for one in found]
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@of_modes(*OURS)
+def test_an_executor_in_a_process_of_multiprocessing(
+    make: Maker, method: str, tmp_path: Path
+) -> None:
+    text = f"""{CHILD}
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    with context.Pool(1) as pool:
+        print(pool.apply(use, (1,)))
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        print(executor.submit(use, 2).result())
+"""
+    out, _ = run(make, tmp_path, text)
+    assert out == "[2, 4, 6, '-1']\n[4, 6, 8, '-1']\n"
+
+
+@of_modes(*OURS)
+def test_a_program_without_a_guard_is_not_run_without_end(make: Maker, tmp_path: Path) -> None:
+    """A process that a task spawns imports the program, which makes an executor."""
+    text = """
+import multiprocessing
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "runs"), "a") as file:
+    print(__name__, file=file)
+def target():
+    pass
+def work():
+    process = multiprocessing.get_context("spawn").Process(target=target)
+    process.start()
+    process.join()
+    return process.exitcode
+with DistributedExecutor(1) as executor:
+    print(executor.submit(work).result())
+"""
+    out, _ = run(make, tmp_path, text)
+    assert out == "1\n"
+    assert (tmp_path / "runs").read_text() == "__main__\n__mp_main__\n"

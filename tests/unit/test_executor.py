@@ -178,6 +178,18 @@ def test_arguments_that_cannot_be(
         DistributedExecutor(**options)
 
 
+def test_none_is_made_where_the_program_is_only_imported(
+    backends: list[Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = multiprocessing.current_process()
+    monkeypatch.setattr(process, "_inheriting", True, raising=False)
+    with pytest.raises(RuntimeError, match=r"bootstrapping phase.*__name__ == \"__main__\""):
+        DistributedExecutor(1)
+    assert backends == []
+    monkeypatch.delattr(process, "_inheriting")
+    DistributedExecutor(1)
+
+
 def test_what_is_pickled_badly_does_not_start_anything(backends: list[Backend]) -> None:
     executor = DistributedExecutor(2)
     future = executor.submit(tasks.echo, tasks.Unpicklable())
