@@ -107,20 +107,26 @@ def shared_reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:
 
 
 def _reduce_handle(reduce: Callable[[Any], tuple[Any, ...]], obj: Any) -> tuple[Any, ...]:
-    if threading.get_ident() in context.far:
+    # What a worker's runner pickles is for other machines, a result, too.
+    if threading.get_ident() in context.far or _is_of_worker():
         raise TypeError(_refusal(type(obj).__name__))
     return _handle, (type(obj).__name__, *reduce(obj)[:2])
 
 
 def _handle(name: str, rebuild: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """What holds a descriptor, which comes from the process that has it."""
-    if context.client and not context.is_embedded:
+    if _is_of_worker():
         raise TypeError(_refusal(name))
     return rebuild(*args)
 
 
+def _is_of_worker() -> bool:
+    """Whether this is a runner, and not one of an embedded executor."""
+    return bool(context.client) and not context.is_embedded
+
+
 def _refusal(name: str) -> str:
-    return f"a {name} is of the machine and the program that made it: tasks on a cluster cannot be given one"
+    return f"a {name} is of the machine and the program that made it: tasks on a cluster can neither be given nor return one"
 
 
 def reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.reduction
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from achilles.errors import ArgumentPickleError, TaskCrashedError
+from achilles.errors import ArgumentPickleError, ResultPickleError, TaskCrashedError
 from tests import tasks
 from tests.modes import CLUSTER, EMBEDDED, OURS, Maker, of_modes, wait_until
 
@@ -59,6 +60,28 @@ def test_a_socket_is_no_argument_on_a_cluster(make: Maker) -> None:
         "argument 1 ('value') of echo() cannot be pickled: a socket is of the machine"
     )
     assert "(it is of type socket); nothing was sent" in str(error)
+
+
+def make_pipe() -> Any:
+    return multiprocessing.Pipe()
+
+
+def make_socket() -> Any:
+
+    return socket.socket()
+
+
+@pytest.mark.bad_input(8)
+@of_modes(CLUSTER)
+@pytest.mark.parametrize(
+    ("make_result", "kind"), [(make_pipe, "Connection"), (make_socket, "socket")]
+)
+def test_a_socket_or_connection_is_no_result_on_a_cluster(
+    make: Maker, make_result: Any, kind: str
+) -> None:
+    error = make(1).submit(make_result).exception(RESULT_SECONDS)
+    assert type(error) is ResultPickleError
+    assert f"cannot be pickled: a {kind} is of the machine" in str(error)
 
 
 @pytest.mark.bad_input(6, 69)

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from achilles.errors import ResultPickleError
 from achilles.runtime import context
 from achilles.runtime.by_value import dumps
 from achilles.runtime.reducers import reducer, shared_reducer
-from achilles.runtime.serialize import VALUE, dump_result, dumps_call, loads
+from achilles.runtime.serialize import ERROR, VALUE, dump_result, dumps_call, load_outcome, loads
 from achilles.runtime.tokens import token_of
 from tests.unit.runtime.test_by_value import program
 
@@ -112,9 +113,17 @@ def test_a_connection_is_refused_on_a_worker(
     pipe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     payload = dumps_call(pipe[:1], {})
+    resource_sharer.stop(timeout=10)
+    sharer = resource_sharer._resource_sharer  # type: ignore[attr-defined]
     monkeypatch.setattr(context, "client", 7)
     with pytest.raises(TypeError, match="a Connection is of the machine"):
         loads(payload)
+    status, result = dump_result(pipe[0], len)
+    assert status == ERROR
+    _, error = load_outcome(status, result)
+    assert type(error) is ResultPickleError
+    assert "cannot be pickled: a Connection is of the machine" in str(error)
+    assert sharer._listener is None  # which would be there until somebody came
 
 
 def test_importable_ones_are_left_to_others() -> None:
