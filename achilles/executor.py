@@ -83,9 +83,8 @@ class DistributedExecutor(concurrent.futures.Executor):
     )
     _known: Known | None = None  # the function of the last call, which often is the next one's
 
-    _prints = True  # also of one that was unpickled
-    _results: tuple[str, ...] | None = None  # the same
-
+    _prints: bool
+    _results: tuple[str, ...] | None
     _mailbox: Mailbox
     _core: Core
     _arguments: ArgumentTable | None
@@ -175,6 +174,8 @@ class DistributedExecutor(concurrent.futures.Executor):
             self._max_tasks,
             self._init,
             self._timeouts,
+            self._prints,
+            self._results,
             (),
             self._mailbox.credit,
             self._mailbox.slots,
@@ -217,7 +218,9 @@ class DistributedExecutor(concurrent.futures.Executor):
             )
         from achilles.config import load
 
-        self._results = load()["client.results"]
+        settings = load()  # which hold here, too, where the program's own say nothing else
+        self._prints = self._prints and settings["client.output"] == "print"
+        self._results = settings["client.results"] if self._results is None else self._results
         self._open(handle.init_blob)
 
     # --- The contract of concurrent.futures.Executor ----------------------------------------------

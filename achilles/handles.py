@@ -20,6 +20,8 @@ class Handle(NamedTuple):
     max_tasks: int
     init: int
     timeouts: tuple[float, float]  # to connect, and to give up a broker
+    prints: bool  # what tasks print
+    results: tuple[str, ...] | None  # what those may name, if that is limited
     options: tuple[Any, ...]  # the fields of `Options`, or none
     credit: int
     slots: int
@@ -57,6 +59,8 @@ def restore(kind: type[E], *fields: Any) -> E:
         _max_tasks=handle.max_tasks,
         _init=handle.init,
         _timeouts=handle.timeouts,
+        _prints=handle.prints,
+        _results=handle.results,
         _is_embedded=not handle.address,
         _base=None,
         _options=Options(*handle.options) if handle.options else None,

@@ -67,7 +67,6 @@ def make_pipe() -> Any:
 
 
 def make_socket() -> Any:
-
     return socket.socket()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +70,32 @@ def test_one_with_an_address_connects_when_it_is_used(
     assert len(given) == 2
     assert view._mailbox.init_blob == executor._mailbox.init_blob != b""
     assert view._mailbox.unresolved == 2
+
+
+def test_what_results_may_hold_and_whether_output_is_printed_travel(
+    backends: list[Backend], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A list that stands in the file that was named must hold for whoever gets the executor; one that is in force there, too."""
+    given: list[tuple[bool, Any]] = []
+
+    def connection(address: str, *, prints: bool, results: Any, **options: Any) -> Backend:
+        given.append((prints, results))
+        return Backend(1)
+
+    monkeypatch.setattr("achilles.net.client.connection", connection)
+    config = tmp_path / "other.toml"
+    config.write_text('[client]\noutput = "drop"\nresults = ["shapes"]\n')
+    named = pickle.dumps(DistributedExecutor(address="tcp://host:1", config=config))
+    plain = pickle.dumps(DistributedExecutor(address="tcp://host:1"))
+    config.unlink()
+    pickle.loads(pickle.dumps(pickle.loads(named))).submit(tasks.add, 1)
+    pickle.loads(plain).submit(tasks.add, 1)
+    assert given == [(False, ("shapes",)), (True, None)] * 2
+    monkeypatch.setenv("ACHILLES_CLIENT_RESULTS", "numpy")
+    monkeypatch.setenv("ACHILLES_CLIENT_OUTPUT", "drop")
+    pickle.loads(named).submit(tasks.add, 1)
+    pickle.loads(plain).submit(tasks.add, 1)
+    assert given[4:] == [(False, ("shapes",)), (False, ("numpy",))]
 
 
 def test_a_handle_of_a_handle_is_the_same(backends: list[Backend]) -> None:
