@@ -25,6 +25,7 @@ from achilles.handles import Handle, restore
 from achilles.mailbox import INIT_BLOB, Mailbox
 from achilles.maps import name_of, results
 from achilles.options import count, merge_options
+from achilles.runtime import context
 from achilles.runtime.arguments import ArgumentTable, Attached, join_attached
 from achilles.runtime.functions import FunctionTable, bytes_of
 from achilles.runtime.initialize import dumps_initializer
@@ -127,7 +128,8 @@ class DistributedExecutor(concurrent.futures.Executor):
         self._timeouts = (settings["client.connect_timeout"], settings["client.broker_timeout"])
         initargs = tuple(initargs)
         self._open(dumps_initializer(initializer, initargs, is_far=bool(address)))
-        self._mailbox.init_source = initargs
+        if self._init:
+            self._mailbox.init_source = initargs
 
     def _open(self, init_blob: bytes) -> None:
         """Make a backend of its own."""
@@ -146,6 +148,14 @@ class DistributedExecutor(concurrent.futures.Executor):
                 prints=self._prints,
                 results=self._results,
             )
+            if context.side is not None and not self._init and self._results is None:
+                from achilles.nested import connection_to
+
+                nested = connection_to(backend.mailbox.cluster)
+                if nested is not None:
+                    backend.discard()
+                    self._attach(TaskCore(nested), nested.functions, nested.table_lock)
+                    return
         else:
             from achilles.local import LocalCluster
 

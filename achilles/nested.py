@@ -54,6 +54,12 @@ def connection(credit: int, slots: int) -> NestedConnection | None:
         return found
 
 
+def connection_to(cluster: str) -> NestedConnection | None:
+    """The same, if the task runs on a worker of that cluster: a session of its own would wait for slots that such tasks hold."""
+    is_here = bool(cluster) and cluster == context.cluster
+    return connection(context.credit, 0) if is_here else None
+
+
 def forget(client: int) -> None:
     """The client has gone."""
     with _lock:

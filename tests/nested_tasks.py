@@ -31,6 +31,21 @@ def sum_of_map(executor: Any, count: int) -> int:
     return sum(executor.map(tasks.add, range(count), [1] * count, chunksize=3))
 
 
+def sum_by_its_own(address: str, count: int) -> int:
+    """With an executor that the task makes."""
+    with DistributedExecutor(4, address=address) as executor:
+        return sum_of_map(executor, count)
+
+
+def pid_by_its_own(address: str) -> int:
+    """Of a runner of a cluster that the task's own is not, perhaps, with an initializer of its own."""
+    with DistributedExecutor(
+        1, address=address, initializer=tasks.set_state, initargs=(7,)
+    ) as executor:
+        assert executor.submit(tasks.get_state).result(WAIT_SECONDS) == 7
+        return executor.submit(tasks.pid).result(WAIT_SECONDS)
+
+
 def completed(executor: Any, count: int) -> list[int]:
     """What `as_completed` and the standard `wait` say of tasks of a task."""
     futures = [executor.submit(tasks.pause, 0.01 * (n % 2), n) for n in range(count)]

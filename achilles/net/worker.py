@@ -194,6 +194,7 @@ class Worker:
                 _LOG.info("joined the broker")
                 self._hold_unsent(now)
                 self._agent.result_max = message.result_max
+                self._host.setup["credit"] = message.credit
                 self._sends += self._agent.join(epoch, now)
                 self._was_joined = True
                 self._on_joined()

@@ -17,6 +17,7 @@ root = b""  # the name of the session that the task is done for in the end, wher
 seal: Seal | None = None  # what a runner of a worker seals with; None elsewhere
 far: set[int] = set()  # threads that are in a `Pickling` for other machines
 cluster = ""  # what this runner is of: an embedded executor (a random number), or a broker (its public key)
+credit = 0  # tasks that a client of that broker may have unresolved; 0: no limit
 is_embedded = False  # the runner belongs to an embedded executor, not to a worker
 side: RunnerSide | None = None  # a runner's side channel; None elsewhere
 

@@ -76,6 +76,7 @@ class RunnerHost:
             "captures": captures,
             "code": code,
             "cluster": cluster,
+            "credit": 0,
         }
         self.seal = None if code is None else Seal(code)
         self.pieces = itertools.count(1)  # of what was printed

@@ -231,7 +231,7 @@ class Runner:
                     self._receive()
             case ("setup", setup):
                 _setup(setup["path"], setup["argv"], setup["cwd"], setup["authkey"])
-                context.cluster = setup["cluster"]
+                context.cluster, context.credit = setup["cluster"], setup["credit"]
                 if setup["captures"]:
                     _print_by_line()
                 if setup["is_remote"]:

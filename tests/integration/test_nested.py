@@ -43,6 +43,27 @@ def test_fib_where_there_is_one_slot_in_all(one_slot: Cluster) -> None:
     assert (status["queued"], status["running"], status["reassigned"]) == (0, 0, 0)
 
 
+def test_tasks_that_make_executors_of_the_same_cluster_lend_their_slots(one_slot: Cluster) -> None:
+    """By sessions of their own they would wait for the slots that they hold."""
+    with DistributedExecutor(address=one_slot.address) as executor:
+        futures = [
+            executor.submit(nested_tasks.sum_by_its_own, one_slot.address, 20) for _ in range(4)
+        ]
+        assert [future.result(WAIT) for future in futures] == [210] * 4
+    assert one_slot.status()["reassigned"] == 0
+
+
+def test_an_initializer_of_its_own_takes_a_session_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The task's client has another one, or none."""
+    with Cluster(workers=1, slots=2) as cluster:
+        monkeypatch.setenv("ACHILLES_HOME", cluster.home)
+        with DistributedExecutor(address=cluster.address) as executor:
+            future = executor.submit(nested_tasks.pid_by_its_own, cluster.address)
+            assert future.result(WAIT) != os.getpid()
+
+
 @of_modes(*OURS)
 def test_two_clients_at_once(make: Maker) -> None:
     one, two = make(2), make(2)
