@@ -10,6 +10,7 @@ Rules
     5. A message has at most `FRAMES_MAX` frames. What goes on beyond that is handed on as far as it was read, for the
        codec to refuse, and the rest is read and dropped, a little at a time.
     6. To and from a peer of this host large payloads pass as references; see ``net.near``.
+    7. A message is sent whole or not at all, whatever this process has run out of; see ``net.frames``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
+from errno import ENOMEM
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -30,6 +32,7 @@ from achilles.errors import ProtocolError
 from achilles.net import near
 from achilles.net.connections import Connection, Connections
 from achilles.net.endpoint import LOCAL_USER
+from achilles.net.frames import prepared
 from achilles.runtime.loop import Loop
 
 OUTBOX_MAX = 10_000
@@ -275,16 +278,32 @@ class RouterPort:
         self._socket.close(0)
 
     def _send_to(self, route: Route, frames: Sequence[Buffer]) -> bool:
-        """Send without blocking; False if the route's connection does not take it now.
+        """Send without blocking; False if the route's connection does not take it now. For want of memory it may be lost.
 
         Raises:
             zmq.ZMQError: the route is gone.
         """
+        socket = self._socket
+        ready = None
+        if len(frames) > 1:
+            ready = prepared(frames)
+            if ready is None:
+                return True
         try:
-            _send_one(self._socket, route.identity, SNDMORE | NOBLOCK)
+            _send_one(socket, route.identity, SNDMORE | NOBLOCK)
         except zmq.Again:
             return False
-        return _send(self._socket, frames)
+        try:
+            if ready is None:
+                _send_one(socket, frames[0], NOBLOCK)
+            else:
+                _send_all(socket, ready)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            _pass_over(error)
+            _send_one(socket, b"", NOBLOCK)  # ends what was begun, and takes no memory
+        return True
 
     def _receive(self) -> None:
         """Hand on the message that is there."""
@@ -358,17 +377,31 @@ class RouterPort:
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
-    """Send without blocking; False if the socket does not take it now."""
+    """Send without blocking; False if the socket does not take it now. For want of memory it may be lost."""
     try:
-        # Below pyzmq's threshold of 64 KiB a frame is copied either way; above it, the buffer must not change
-        # while it is under way, which holds for payloads.
         if len(frames) == 1:
             _send_one(socket, frames[0], NOBLOCK)
-        else:
-            socket.send_multipart(frames, NOBLOCK, copy=False)
+            return True
+        ready = prepared(frames)
+        if ready is not None:
+            _send_all(socket, ready)
     except zmq.Again:
         return False
+    except zmq.ZMQError as error:
+        _pass_over(error)
     return True
+
+
+def _send_all(socket: zmq.Socket[bytes], frames: Sequence[zmq.Frame]) -> None:
+    for frame in frames[:-1]:
+        _send_one(socket, frame, SNDMORE | NOBLOCK)
+    _send_one(socket, frames[-1], NOBLOCK)
+
+
+def _pass_over(error: zmq.ZMQError) -> None:
+    """What there is no memory for is as good as lost: the link sends it again."""
+    if error.errno != ENOMEM:
+        raise error
 
 
 def _unfold(

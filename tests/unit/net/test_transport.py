@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable, Iterator
+from errno import ENOMEM, ENOTSOCK
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from achilles.core import protocol as p
 from achilles.core.protocol import FRAMES_MAX, Buffer
 from achilles.net import near, transport
 from achilles.net.endpoint import LOCAL_USER, Endpoint, Gatekeeper, bind_router, dial_dealer
+from achilles.net.frames import prepared
 from achilles.net.transport import DealerPort, Route, RouterPort, SocketLoop
 from achilles.runtime import shared
 from tests.security.attacks import attack
@@ -136,6 +138,56 @@ def test_an_outbox_has_an_end(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(FAR_MORE_THAN_A_SOCKET_TAKES):
         pair.router.send(route, [bytes(1000)])
     assert len(pair.router.outboxes[route]) == 10
+
+
+def test_what_there_is_no_memory_for_is_lost_as_a_whole(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link sends it again; half a message would make nonsense of the next one."""
+    route = connect(pair)
+    monkeypatch.setattr(
+        transport, "prepared", lambda frames: None if b"too much" in frames else prepared(frames)
+    )
+    for frames in ([b"head", b"too much", b"tail"], [b"next", b"one"]):
+        pair.dealer.send(frames)
+        pair.router.send(route, frames)
+    assert pair.at_router() == (route, [b"next", b"one"])
+    assert pair.at_dealer() == [[b"next", b"one"]]
+    assert not pair.dealer.has_outbox
+    assert not pair.router.outboxes
+
+
+def test_a_small_message_that_there_is_no_memory_for_leaves_the_next_one_whole(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ROUTER has begun it then; it ends as one that the codec refuses."""
+    route = connect(pair)
+    send_one = transport._send_one
+
+    def send(socket: zmq.Socket[bytes], data: Any, flags: int) -> Any:
+        if data == b"too much":
+            raise zmq.ZMQError(ENOMEM)
+        return send_one(socket, data, flags)
+
+    monkeypatch.setattr(transport, "_send_one", send)
+    for frames in ([b"too much"], [b"next"]):
+        pair.dealer.send(frames)
+        pair.router.send(route, frames)
+    assert pair.at_router() == (route, [b"next"])
+    assert pair.at_dealer(2) == [[b""], [b"next"]]
+
+
+def test_other_errors_of_a_socket_are_not_passed_over(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect(pair)
+
+    def send(socket: zmq.Socket[bytes], data: Any, flags: int) -> Any:
+        raise zmq.ZMQError(ENOTSOCK)
+
+    monkeypatch.setattr(transport, "_send_one", send)
+    with pytest.raises(zmq.ZMQError):
+        pair.dealer.send([b"message"])
 
 
 def test_a_route_that_is_gone_is_told_and_forgotten(pair: Pair, achilles_home: Path) -> None:
