@@ -276,17 +276,22 @@ def dial_dealer(
 
     Raises:
         InsecureBindError: TCP without keys.
+        zmq.ZMQError: this process may have no more sockets.
     """
     if endpoint.scheme == "tcp" and keys is None:
         raise InsecureBindError(
             f"{endpoint} needs keys; a TCP connection without them is never made"
         )
-    socket = context.socket(zmq.DEALER)
-    _prepare(socket)
-    socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing piles up for a broker that is not there
-    _take_keys(socket, endpoint, keys)
-    watch = Watch(socket, str(endpoint), pid)
-    socket.connect(str(endpoint))
+    with contextlib.ExitStack() as leave:
+        socket = context.socket(zmq.DEALER)
+        leave.callback(socket.close, 0)
+        _prepare(socket)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing piles up for a broker that is not there
+        _take_keys(socket, endpoint, keys)
+        watch = Watch(socket, str(endpoint), pid)
+        leave.callback(watch.close)
+        socket.connect(str(endpoint))
+        leave.pop_all()
     return Dialed(socket, watch, str(endpoint))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -24,6 +25,7 @@ from achilles.errors import (
     WrongBrokerError,
 )
 from achilles.net.endpoint import RECONNECT_MAX, Dialed, WatchEvent, dial_dealer
+from achilles.net.frames import has_room
 from achilles.net.keys import Join
 from achilles.net.transport import DealerPort, SocketLoop
 
@@ -37,6 +39,8 @@ SILENCE_SECONDS = (
 Dial = Callable[[], Dialed]
 
 _LOG = logging.getLogger("achilles.net")
+
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 # By process; none is let go of in a fork, where it is the parent's. Not the program's own, which `zmq.Context.instance()` would be: to
 # end that one would wait for our sockets.
@@ -53,19 +57,36 @@ def _certainty(problem: BrokerUnreachableError | None) -> int:
 
 
 def dialer_to(join: Join) -> Dial:
-    """What makes sockets to the broker that ``join`` tells of."""
+    """What makes sockets to the broker that ``join`` tells of; it raises a BrokerUnreachableError if there can be none now."""
 
     def dial() -> Dialed:
-        return dial_dealer(_context(), join.endpoint(), join.keys, join.running_pid())
+        endpoint = join.endpoint()
+        try:
+            return dial_dealer(_context(), endpoint, join.keys, join.running_pid())
+        except (OSError, zmq.ZMQError) as error:
+            if error.errno not in _SHORTAGES:
+                raise
+            raise BrokerUnreachableError(
+                f"this process cannot connect to {endpoint}: it may have too few descriptors or threads more "
+                f"({os.strerror(error.errno)}); see ulimit -n and -u"
+            ) from None
 
     return dial
 
 
 def _context() -> zmq.Context[zmq.Socket[bytes]]:
-    """This process's context for all sockets to brokers."""
+    """This process's context for all sockets to brokers.
+
+    Raises:
+        OSError: there is no room for it; libzmq would end the process.
+    """
     pid = os.getpid()
     context = _contexts.get(pid)
-    return _contexts.setdefault(pid, zmq.Context()) if context is None else context
+    if context is not None:
+        return context
+    if not has_room():
+        raise OSError(errno.EMFILE, "there is no room for a context")
+    return _contexts.setdefault(pid, zmq.Context())
 
 
 class Peer:
@@ -73,6 +94,9 @@ class Peer:
 
     ``on_message(message, now)`` is called with what the broker sent, and with what befell the session: `Welcome`,
     `Gone`, `Refused`. ``hands_on``: its large payloads are for other processes.
+
+    Raises:
+        BrokerUnreachableError: no socket can be made.
     """
 
     def __init__(
@@ -98,7 +122,7 @@ class Peer:
         self._since = self._called_at = monotonic()  # when a session was called for first
         self._redial_at: float | None = None
         self._problem: BrokerUnreachableError | None = None
-        self._open(self._since)
+        self._open(self._dial(), self._since)
 
     @property
     def is_joined(self) -> bool:
@@ -156,9 +180,15 @@ class Peer:
             else:
                 self._redial_at = now + self._pause()
         if now >= self._redial_at:
-            self._close_socket()
-            self._open(now)
-            return now
+            try:
+                dialed = self._dial()
+            except BrokerUnreachableError as error:  # the program has taken what there was
+                self._problem = error
+                self._redial_at = now + self._pause()
+            else:
+                self._close_socket()
+                self._open(dialed, now)
+                return now
         return min(self._redial_at, inf if due is None else due)
 
     def flush(self, timeout: float) -> None:
@@ -208,11 +238,11 @@ class Peer:
             if event.problem is not None:
                 self._note(event, now)
 
-    def _open(self, now: float) -> None:
+    def _open(self, dialed: Dialed, now: float) -> None:
         self._redial_at = None
         self._is_connected = False
         self._opened_at = now
-        self._dialed = self._dial()
+        self._dialed = dialed
         self._port = DealerPort(
             self._dialed.socket,
             self._loop,

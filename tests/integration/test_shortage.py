@@ -62,6 +62,62 @@ print("done")
 """
 
 
+BEGINS_WITH_SO_MANY_LEFT = """
+import os, resource, sys
+import achilles.net.client
+from achilles import DistributedExecutor
+from achilles.errors import BrokerUnreachableError
+
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+there = len(os.listdir("/proc/self/fd")) - 1
+resource.setrlimit(resource.RLIMIT_NOFILE, (there + int(sys.argv[1]), hard))
+try:
+    DistributedExecutor(address="auto").shutdown()
+except (BrokerUnreachableError, OSError) as error:
+    assert "Too many open files" in str(error)
+else:
+    raise AssertionError("it has begun")
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+assert len(os.listdir("/proc/self/fd")) - 1 == there
+executor = DistributedExecutor(address="auto")
+assert executor.submit(pow, 2, 3).result(20) == 8
+executor.shutdown()
+print("done")
+"""
+
+DIALS_WITH_SO_MANY_LEFT = """
+import errno, os, resource, sys, time
+import zmq
+from achilles.net.endpoint import Endpoint, dial_dealer
+
+context = zmq.Context()
+endpoint = Endpoint("ipc", "", 0, "/nowhere")
+first = context.socket(zmq.DEALER)  # has the context begin
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+outcomes = []
+for free in range(int(sys.argv[1])):
+    there = len(os.listdir("/proc/self/fd")) - 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (there + free, hard))
+    try:
+        dialed = dial_dealer(context, endpoint, None)
+    except zmq.ZMQError as error:
+        assert error.errno == errno.EMFILE
+        outcomes.append(False)
+    else:
+        dialed.watch.close()
+        dialed.socket.close(0)
+        outcomes.append(True)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    deadline = time.monotonic() + 10
+    while len(os.listdir("/proc/self/fd")) - 1 > there:  # libzmq closes them in a thread of its own
+        assert time.monotonic() < deadline, free
+        time.sleep(0.001)
+assert outcomes == sorted(outcomes) and set(outcomes) == {False, True}
+context.destroy(0)
+print("done")
+"""
+
+
 @pytest.fixture
 def on_cluster() -> Iterator[None]:
     with commands.broker() as broker:
@@ -93,3 +149,14 @@ def test_large_calls_with_little_memory_are_done_and_the_executor_stays() -> Non
     """Megabytes: too little for a thread's stack, and for those of three."""
     for left in (5, 20):
         run(WITH_SO_MUCH_MEMORY, left)
+
+
+@pytest.mark.usefixtures("on_cluster")
+def test_without_descriptors_to_begin_with_an_executor_is_an_error_and_the_next_one_works() -> None:
+    """libzmq ends the process that has some for a context, but not all."""
+    for free in (2, 3, 5, 8):
+        run(BEGINS_WITH_SO_MANY_LEFT, free)
+
+
+def test_a_socket_that_cannot_be_had_leaves_nothing_open() -> None:
+    run(DIALS_WITH_SO_MANY_LEFT, 8)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import errno
+import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
+from typing import NoReturn
 
 import pytest
 import zmq
@@ -36,12 +40,16 @@ class Driven:
     def __init__(self, join: Join, role: str = "client") -> None:
         self.loop = SocketLoop()
         self.received: list[p.Wire] = []
-        self.peer = Peer(
-            dialer_to(join),
-            self.loop,
-            hello(role),
-            lambda message, _: self.received.append(message),
-        )
+        try:
+            self.peer = Peer(
+                dialer_to(join),
+                self.loop,
+                hello(role),
+                lambda message, _: self.received.append(message),
+            )
+        except BaseException:
+            self.loop.close()
+            raise
 
     def until(self, holds: Callable[[], object]) -> None:
         deadline = monotonic() + WAIT_SECONDS
@@ -187,6 +195,63 @@ def test_a_connection_on_which_nobody_answers_is_replaced(
     peer.tick(late)
     peer.tick(late + peer_module.BACKOFF_MAX)
     assert peer._dialed is not dialed
+
+
+def test_what_cannot_be_replaced_for_want_of_descriptors_stays_until_it_can(
+    broker: RunningBroker, drive: Drive
+) -> None:
+    driven = drive(broker.join("client"))
+    driven.until(lambda: driven.peer.is_joined)
+    peer, dialed, dial = driven.peer, driven.peer._dialed, driven.peer._dial
+    shortage = BrokerUnreachableError("there are no descriptors")
+
+    def fail() -> NoReturn:
+        raise shortage
+
+    peer._dial = fail
+    late = monotonic() + 2 * peer_module.SILENCE_SECONDS
+    assert late < peer.tick(late) <= late + peer_module.BACKOFF_MAX
+    assert peer._dialed is dialed
+    assert peer.problem() is shortage
+    peer._dial = dial
+    peer.tick(late + peer_module.BACKOFF_MAX)
+    assert peer._dialed is not dialed
+    peer.send([p.StatusRequest(is_brief=True)])
+    driven.until(lambda: isinstance(driven.received[-1], p.Status))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_no_socket_for_want_of_descriptors_is_a_named_error(
+    broker: RunningBroker, drive: Drive, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise zmq.ZMQError(number)
+
+    monkeypatch.setattr(peer_module, "dial_dealer", fail)
+    with pytest.raises(BrokerUnreachableError, match=re.escape(os.strerror(number))):
+        drive(broker.join("client"))
+
+
+def test_no_context_begins_without_room_for_it(
+    broker: RunningBroker, drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libzmq would end the process."""
+    monkeypatch.setattr(peer_module, "_contexts", {})
+    monkeypatch.setattr(peer_module, "has_room", lambda: False)
+    with pytest.raises(BrokerUnreachableError, match="too few descriptors or threads"):
+        drive(broker.join("client"))
+    assert not peer_module._contexts
+
+
+def test_other_errors_of_sockets_are_not_taken_for_a_shortage(
+    broker: RunningBroker, drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise zmq.ZMQError(errno.EINVAL)
+
+    monkeypatch.setattr(peer_module, "dial_dealer", fail)
+    with pytest.raises(zmq.ZMQError):
+        drive(broker.join("client"))
 
 
 def test_a_connection_that_has_fallen_silent_is_replaced(
