@@ -150,6 +150,8 @@ def by_value_modules() -> set[str]:
     cloudpickle = sys.modules.get("cloudpickle.cloudpickle")
     if cloudpickle is None:
         return _NOTHING
+    if getattr(getattr(cloudpickle, "__spec__", None), "_initializing", False):
+        return _NOTHING  # another thread imports it, so that nothing can be registered yet
     modules = getattr(cloudpickle, "_PICKLE_BY_VALUE_MODULES", None)
     if isinstance(modules, set):
         _registered = modules  # cloudpickle's own set, which it changes and never replaces

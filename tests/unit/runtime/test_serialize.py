@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import pickle
 import sys
 import threading
 from concurrent.futures.process import _RemoteTraceback
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -192,6 +194,21 @@ def test_without_cloudpickles_own_set_its_copy_is_asked(monkeypatch: pytest.Monk
     assert serialize._registered is None
     monkeypatch.delitem(sys.modules, "cloudpickle.cloudpickle")
     assert serialize.by_value_modules() == set()
+
+
+def test_a_cloudpickle_that_another_thread_imports_has_nothing_registered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has not even the function that would tell."""
+    from achilles.runtime import serialize
+
+    half = ModuleType("cloudpickle.cloudpickle")
+    half.__spec__ = importlib.machinery.ModuleSpec(half.__name__, None)
+    half.__spec__._initializing = True  # type: ignore[attr-defined]
+    monkeypatch.setattr(serialize, "_registered", None)
+    monkeypatch.setitem(sys.modules, half.__name__, half)
+    assert serialize.by_value_modules() == set()
+    assert serialize._registered is None
 
 
 # --- Errors ---------------------------------------------------------------------------------------
