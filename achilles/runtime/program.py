@@ -83,17 +83,19 @@ def _look() -> None:
     """Find those of the modules loaded since that are not where their names say."""
     global _count
     modules = dict(sys.modules)
-    _count = len(modules)
     for name, module in modules.items():
         if _looked_at.get(name) == id(module):
             continue
-        _looked_at[name] = id(module)
-        _suspects.pop(name, None)
         try:
-            if issubclass(type(module), ModuleType) and _is_out_of_place(name, module):
-                _suspect(name)
+            is_suspect = issubclass(type(module), ModuleType) and _is_out_of_place(name, module)
         except Exception:
-            continue  # a specification of the user's own
+            is_suspect = False  # a specification of the user's own
+        if is_suspect:
+            _suspect(name)
+        else:
+            _suspects.pop(name, None)
+        _looked_at[name] = id(module)
+    _count = len(modules)  # not before: another thread would go by what is not there yet
 
 
 def _suspect(name: str) -> None:
