@@ -212,8 +212,8 @@ class Crew:
 
     # --- Invariants -------------------------------------------------------------------------------
 
-    def check_invariants(self) -> None:
-        """Assert the rules of this module; tests call it after every step."""
+    def check_invariants(self, *, has_queue: bool) -> None:
+        """Assert the rules of this module; tests call it after every step. ``has_queue``: a chunk waits for a runner."""
         if not self._has_lent:
             assert len(self.runners) <= self.slots, "more runners than slots"
         assert self._due.keys() <= self.runners.keys(), "a dead runner is looked at"
@@ -221,3 +221,7 @@ class Crew:
             wanted = [at for at in (runner.stuck_at, runner.times_out_at) if at is not None]
             assert self._due.get(runner.number) == min(wanted, default=None), "a stale deadline"
             runner.check_invariants()
+        if has_queue:
+            idle = [runner for runner in self.runners.values() if not runner.chunks]
+            free = [runner for runner in idle if not (runner.is_retiring or runner.is_killed)]
+            assert not free or self._busy >= self.slots, "a runner idles while a chunk waits"
