@@ -61,7 +61,8 @@ class DistributedExecutor(concurrent.futures.Executor):
     ``max_workers`` then limits how many of this executor's tasks run at once. "embedded" is none, whatever the settings say.
 
     It can be pickled. In a task of its own it is the same executor: the task may submit and wait, and lends its slot
-    meanwhile. Elsewhere one with an address connects when it is first used.
+    meanwhile. So is one that a task makes of the same cluster, whatever its ``max_workers``, but for one with an initializer or
+    ``client.results``. Elsewhere one with an address connects when it is first used.
 
     Args:
         max_workers: a positive integer, or None.
