@@ -27,7 +27,6 @@ from achilles.runtime.loop import Loop, PatientThread
 
 CLIENT, WORKER = "client", "worker"
 CLOSE_SECONDS = 5.0
-HOT_SECONDS = 1e-4
 
 _LOG = logging.getLogger("achilles.client")
 
@@ -60,7 +59,6 @@ class LocalCluster:
         self._slots = slots
         self._name = name
         self._deadline = 0.0
-        self._is_hot = False  # the only task there was took less than `HOT_SECONDS`
         self._is_killed = False
         self.thread: threading.Thread | None = None
 
@@ -164,7 +162,7 @@ class LocalCluster:
         is_idle = mailbox.is_idle() and not self._requests
         timeout = self._timeout()
         if is_idle and mailbox.unresolved == 1:
-            self._wait_for_one(timeout)
+            self._loop.wait_for_one(timeout)
         else:
             self._loop.wait(timeout if is_idle else 0.0)
         mailbox.is_awake = True
@@ -180,14 +178,6 @@ class LocalCluster:
             self._sends += self._agent.tick(now)
             self._sends += self._scheduler.tick(now)
         self._pump(now)
-
-    def _wait_for_one(self, timeout: float | None) -> None:
-        """Wait for what becomes of the only task: awake, where the last one like that was done in no time."""
-        began = monotonic()
-        soon = HOT_SECONDS if timeout is None else min(timeout, HOT_SECONDS)
-        if not self._is_hot or not self._loop.wait_awake(soon):
-            self._loop.wait(timeout)
-        self._is_hot = monotonic() - began < HOT_SECONDS
 
     def _take_mail(self) -> None:
         batches, cancels = self.mailbox.drain()

@@ -70,7 +70,7 @@ class Dialer:
         """Messages of the core above; only while joined."""
         if self.state != JOINED:
             return []
-        return [self._link.wrap(message) for message in messages]
+        return list(map(self._link.wrap, messages))
 
     def acknowledge(self) -> list[Packet]:
         """Say what has come, at once; the broker does the same."""

@@ -87,7 +87,9 @@ class Broker:
         self._is_debugged = _LOG.isEnabledFor(logging.DEBUG)
         self._roles: dict[RouterPort, Callable[[], Roles]] = {}
         for socket, roles in sockets:
-            port = RouterPort(socket, self.loop, self._receive, self._closed)
+            port = RouterPort(
+                socket, self.loop, self._receive, self._closed, frame_max=limits.frame
+            )
             port.connections.unauthenticated_max = limits.unauthenticated
             port.connections.patience = limits.hello_timeout
             self._roles[port] = roles
@@ -160,7 +162,8 @@ class Broker:
         if self._is_debugged:
             _LOG.debug("from %s: %s", route.user or "somebody", type(packet.message).__name__)
         token = secrets.token_bytes(16) if packet.header.token == p.NO_TOKEN else p.NO_TOKEN
-        self._transmit(self._sessions.receive(route, self._roles_of(route), packet, now, token))
+        roles = self._roles[route.port]().get(route.user, _NO_ROLES)
+        self._transmit(self._sessions.receive(route, roles, packet, now, token))
         if self._sessions.is_reload_wanted:
             self._reload_keys(now)
 

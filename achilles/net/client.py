@@ -241,7 +241,7 @@ class Connection:
             mailbox.start(threading.current_thread())
             peer = Peer(self._dial, self._loop, hello, self._from_broker)
             self._connect(peer)
-            while not self._is_over(peer):
+            while not (mailbox.is_closing and self._is_over(peer)):
                 self._step(peer)
             peer.send([p.Goodbye("done")])
             peer.flush(FLUSH_SECONDS)
@@ -301,7 +301,8 @@ class Connection:
             self._take_mail()
         if self._cancel_at is not None and monotonic() >= self._cancel_at:
             self._cancel_pending()
-        self._sends += mailbox.ends(self._submission)
+        if mailbox.is_closing:
+            self._sends += mailbox.ends(self._submission)
         self._pump(peer)
 
     def _take_mail(self) -> None:

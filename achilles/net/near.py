@@ -34,7 +34,8 @@ PIECES_MAX = 0xFFFF
 # What is smaller is sooner copied four times, into sockets and out of them, than put where it can be referred to (measured).
 STORE_MIN = 512 * 1024
 
-_OURS = {MAGIC, REFUSAL}
+KINDS = frozenset({MAGIC, REFUSAL})  # of messages that are for this module, by how they begin
+
 _HEAD = Struct("<2sIH")
 _PIECE = Struct("<IiQI")
 
@@ -66,11 +67,6 @@ def fold(frames: Sequence[Buffer]) -> Sequence[Buffer]:
     if not pieces:
         return frames
     return [_HEAD.pack(MAGIC, os.getpid(), len(pieces) // 2) + b"".join(pieces), *kept]
-
-
-def is_for_transport(frames: Sequence[Buffer]) -> bool:
-    """Whether these are the frames of a folded message, or a `REFUSAL`."""
-    return bytes(memoryview(frames[0])[: len(MAGIC)]) in _OURS
 
 
 def unfold(frames: Sequence[Buffer], *, keep: bool) -> list[Buffer]:

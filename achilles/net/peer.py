@@ -40,6 +40,7 @@ Dial = Callable[[], Dialed]
 
 _LOG = logging.getLogger("achilles.net")
 
+_ABOUT_SESSIONS = (p.Welcome, p.Gone, p.Refused)
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 # By process; none is let go of in a fork, where it is the parent's. Not the program's own, which `zmq.Context.instance()` would be: to
@@ -121,6 +122,7 @@ class Peer:
         self._busy_until = 0.0  # with what was sent
         self._since = self._called_at = monotonic()  # when a session was called for first
         self._redial_at: float | None = None
+        self._due = 0.0  # when to look again; until then nothing happens but what sets it
         self._problem: BrokerUnreachableError | None = None
         self._open(self._dial(), self._since)
 
@@ -165,6 +167,11 @@ class Peer:
 
     def tick(self, now: float) -> float:
         """Heartbeats, repeated hellos, and new sockets in place of dead ones; when to call this again."""
+        if now >= self._due:
+            self._due = self._tick(now)
+        return self._due
+
+    def _tick(self, now: float) -> float:
         due = self._dialer.next_deadline()
         if due is not None and now >= due:
             self._transmit(self._dialer.tick(now))
@@ -221,20 +228,25 @@ class Peer:
                 self._received = 0
                 self._transmit(self._dialer.acknowledge())
         for message in step.messages:
-            if isinstance(message, p.Gone):
-                self._called_at = now
+            if isinstance(message, _ABOUT_SESSIONS):
+                self._due = 0.0
+                if isinstance(message, p.Gone):
+                    self._called_at = now
             self._on_message(message, now)
 
     def _look(self) -> None:
         """See what befell the connection."""
         now = monotonic()
+        self._due = 0.0
         for event in self._dialed.watch.poll():
             if event.is_connected:
                 self._is_connected = True
                 self._backoff = BACKOFF_FIRST
+                self._port.offer_pipes()
                 self._transmit(self._dialer.connected(now))
             elif self._is_connected:
                 self._is_connected, self.was_cut_off = False, True
+                self._port.drop_pipes()
             if event.problem is not None:
                 self._note(event, now)
 
@@ -249,6 +261,7 @@ class Peer:
             self._receive,
             is_local=self._dialed.endpoint.startswith("ipc:"),
             hands_on=self._hands_on,
+            on_pipes_lost=self.inquire,
         )
         self._loop.register(self._dialed.watch.fd, self._look)
         if not self.is_joined:

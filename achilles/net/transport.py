@@ -11,6 +11,7 @@ Rules
        codec to refuse, and the rest is read and dropped, a little at a time.
     6. To and from a peer of this host large payloads pass as references; see ``net.near``.
     7. A message is sent whole or not at all, whatever this process has run out of; see ``net.frames``.
+    8. To and from a peer of this host everything goes through pipes, where there can be some; see ``net.pipes``.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ import zmq
 
 from achilles.core.protocol import FRAMES_MAX, Buffer, sign_of_life
 from achilles.errors import ProtocolError
-from achilles.net import near
+from achilles.net import near, pipes
 from achilles.net.connections import Connection, Connections
-from achilles.net.endpoint import LOCAL_USER
+from achilles.net.endpoint import LOCAL_USER, MAXMSGSIZE
 from achilles.net.frames import prepared
+from achilles.net.pipes import Pipes
 from achilles.runtime.loop import Loop
 
 OUTBOX_MAX = 10_000
 DROPPED_AT_ONCE = 1000  # frames, while other sockets wait
 UNKNOWN_FD = -1
+KIND = 2  # bytes with which a message begins, by which those for the codec and those for us are told apart
 
 # Plain integers: arithmetic on pyzmq's enums costs more than the calls that it is for.
 NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
@@ -66,12 +69,16 @@ class SocketLoop(Loop):
 
     libzmq's own poll does the waiting. A socket's descriptor only tells of changes, and any call on the socket can
     use a change up: whoever waits for the descriptor must ask the socket before each wait and after each message,
-    and each question costs more in Python than `zmq_poll` as a whole.
+    and each question costs more in Python than `zmq_poll` as a whole. But while a socket lies idle beside pipes, there is
+    nothing to ask: where some were told of (`has_pipes`), its descriptor is waited for as any other, until it tells of something, or
+    somebody uses a socket (`uses_sockets`).
     """
 
     def __init__(self) -> None:
         self._callbacks_by_socket: dict[Any, Callable[[], object]] = {}
         self._items: list[tuple[Any, int]] = []
+        self._pipes = 0
+        self.uses_sockets = True  # since they were seen to have nothing; to be set by who does
         super().__init__()
 
     def watch(
@@ -81,14 +88,36 @@ class SocketLoop(Loop):
         self.unwatch(socket)
         self._callbacks_by_socket[socket] = callback
         self._items.insert(0, (socket, POLLIN | POLLOUT if write else POLLIN))
+        self.uses_sockets = True
+        if self._pipes:
+            super().register(socket.FD, self._use_sockets)
 
     def unwatch(self, socket: zmq.Socket[bytes]) -> None:
         """Watch ``socket`` no more; before it is closed."""
         if self._callbacks_by_socket.pop(socket, None) is not None:
             self._items = [item for item in self._items if item[0] is not socket]
+            super().unregister(socket.FD)
+
+    def has_pipes(self, more: int) -> None:
+        """There are so many more pipes, through which messages go instead of through sockets; or fewer."""
+        had_some = self._pipes > 0
+        self._pipes += more
+        for socket in self._callbacks_by_socket if had_some != (self._pipes > 0) else ():
+            if had_some:
+                super().unregister(socket.FD)
+            else:
+                super().register(socket.FD, self._use_sockets)
+        self.uses_sockets = True
+
+    def _use_sockets(self) -> None:
+        self.uses_sockets = True
 
     def wait(self, timeout: float | None) -> None:
         """Wait up to ``timeout`` seconds (None: for ever) and call back for what is ready."""
+        if self._pipes and not self.uses_sockets:
+            super().wait(timeout)
+            return
+        self.uses_sockets = False
         callbacks = self._callbacks_by_socket
         milliseconds = -1 if timeout is None else math.ceil(timeout * 1000)
         is_file_ready = False
@@ -96,11 +125,16 @@ class SocketLoop(Loop):
             if type(ready) is int:
                 is_file_ready = True
                 continue
+            self.uses_sockets = True
             callback = callbacks.get(ready)
             if callback is not None:  # None: an earlier one has ended it
                 callback()
         if is_file_ready:
             super().wait(0.0)
+
+    def wait_awake(self, timeout: float) -> bool:
+        """The same without going to sleep, where there are pipes; whether something was ready."""
+        return bool(self._pipes) and not self.uses_sockets and super().wait_awake(timeout)
 
     def register(self, fd: int, callback: Callable[[], object], *, write: bool = False) -> None:
         super().register(fd, callback, write=write)
@@ -121,7 +155,8 @@ class DealerPort:
     """A DEALER in a loop. What it sends while there is no connection is dropped: the link sends it again.
 
     ``on_frames(frames)`` is called for each message. ``is_local``: it is connected over ipc. Then `fold` does
-    something, unless ``folds`` is set to False; ``hands_on``: what comes may be folded again.
+    something, unless ``folds`` is set to False, and so does `offer_pipes`; ``hands_on``: what comes may be folded again.
+    ``on_pipes_lost()``: what was in pipes may not have arrived.
     """
 
     def __init__(
@@ -132,12 +167,15 @@ class DealerPort:
         *,
         is_local: bool = False,
         hands_on: bool = False,
+        on_pipes_lost: Callable[[], object] = lambda: None,
     ) -> None:
         self._socket = socket
         self._loop = loop
         self._on_frames = on_frames
+        self._on_pipes_lost = on_pipes_lost
         self._is_local = self.folds = is_local
         self._hands_on = hands_on
+        self._pipes: Pipes | None = None
         self._outbox: deque[Sequence[Buffer]] = deque()
         self._is_dropping = False  # the rest of an endless message
         loop.watch(socket, self._receive)
@@ -146,9 +184,43 @@ class DealerPort:
         """The frames as they are to be sent."""
         return near.fold(frames) if self.folds else frames
 
+    def offer_pipes(self) -> None:
+        """A connection was made: have all that follows go through pipes, if it is a local one and there can be some."""
+        self.drop_pipes()
+        if not self._is_local or not pipes.IS_AVAILABLE:
+            return
+        try:
+            ends, theirs, frame = pipes.offer()
+        except OSError as error:
+            _LOG.info("messages go over ipc, as long as there are no pipes for them: %s", error)
+            return
+        self.send([frame])
+        self._pipes = Pipes(
+            ends, self._loop, self._take, self._lost, frame_max=MAXMSGSIZE, theirs=theirs
+        )
+        self._loop.has_pipes(+1)
+
+    def drop_pipes(self) -> None:
+        """The connection is gone, and they with it."""
+        if self._pipes is not None:
+            self._pipes.close()
+            self._pipes = None
+            self._loop.has_pipes(-1)
+
+    def _lost(self, error: ProtocolError | None) -> None:
+        """The pipes have ended, or are of no use."""
+        if error is not None:
+            _LOG.warning("what came through a pipe was no message of ours: %s", error)
+        self.drop_pipes()
+        self._on_pipes_lost()
+
     def send(self, frames: Sequence[Buffer]) -> None:
         """Send, or keep for later."""
+        if self._pipes is not None:
+            self._pipes.send(frames)
+            return
         outbox = self._outbox
+        self._loop.uses_sockets = True
         if outbox or not _send(self._socket, frames):
             if not outbox:
                 self._loop.watch(self._socket, self._flush_and_receive, write=True)
@@ -157,6 +229,8 @@ class DealerPort:
 
     def flush(self) -> None:
         """Try again what was kept."""
+        if self._pipes is not None and self._pipes.has_outbox:
+            self._pipes.flush()
         outbox = self._outbox
         while outbox and _send(self._socket, outbox[0]):
             outbox.popleft()
@@ -165,11 +239,12 @@ class DealerPort:
 
     @property
     def has_outbox(self) -> bool:
-        """Whether something is kept that the socket did not take yet."""
-        return bool(self._outbox)
+        """Whether something is kept that was not taken from us yet."""
+        return bool(self._outbox) or (self._pipes is not None and self._pipes.has_outbox)
 
     def close(self) -> None:
         """Close the socket."""
+        self.drop_pipes()
         self._loop.unwatch(self._socket)
         self._socket.close(0)
 
@@ -182,10 +257,28 @@ class DealerPort:
         frames: list[Buffer] = [memoryview(frame)]
         if frame.more:
             self._is_dropping = _receive_rest(self._socket, frames)
-        if self._is_local and near.is_for_transport(frames):
-            frames = _unfold(self, frames, self.send, keep=self._hands_on)
+        self._take(frames)
+
+    def _take(self, frames: list[Buffer]) -> None:
+        """A message has come, by the socket or through a pipe."""
+        if self._is_local:
+            kind = bytes(frames[0][:KIND])
+            if kind in near.KINDS:
+                frames = _unfold(self, frames, self.send, keep=self._hands_on)
+            elif kind in pipes.KINDS:
+                self._take_answer(kind)
+                return
         if frames:
             self._on_frames(frames)
+
+    def _take_answer(self, kind: bytes) -> None:
+        """What became of the offered pipes."""
+        if self._pipes is None:
+            return
+        if kind == pipes.ACCEPTED:
+            self._pipes.begin()
+        elif kind == pipes.REFUSED:
+            self._lost(None)
 
     def _flush_and_receive(self) -> None:
         self.flush()
@@ -200,7 +293,7 @@ class Route:
     ``is_local``, it came over ipc; then `fold` does something, unless ``folds`` is set to False.
     """
 
-    __slots__ = ("connection", "fd", "folds", "identity", "is_local", "port", "user")
+    __slots__ = ("connection", "fd", "folds", "identity", "is_local", "pipes", "port", "user")
 
     def __init__(self, port: RouterPort, identity: bytes, user: str, fd: int = UNKNOWN_FD) -> None:
         self.port = port
@@ -210,6 +303,7 @@ class Route:
         self.connection = port.connections.spoke(fd) or Connection(fd, monotonic())
         self.connection.route = self
         self.is_local = self.folds = user == LOCAL_USER
+        self.pipes: Pipes | None = None
 
     def fold(self, frames: Sequence[Buffer]) -> Sequence[Buffer]:
         """The frames as they are to be sent there."""
@@ -228,11 +322,14 @@ class RouterPort:
         loop: SocketLoop,
         on_frames: Callable[[Route, list[Buffer]], object],
         on_closed: Callable[[Route], object],
+        *,
+        frame_max: int = MAXMSGSIZE,
     ) -> None:
         self._socket = socket
         self._loop = loop
         self._on_frames = on_frames
         self._on_closed = on_closed
+        self._frame_max = frame_max
         self._is_dropping = False  # the rest of an endless message
         self.connections = Connections()
         self._routes: dict[bytes, Route] = {}
@@ -246,6 +343,10 @@ class RouterPort:
 
     def send(self, route: Route, frames: Sequence[Buffer]) -> None:
         """Send, or keep for later; to a route that is gone, drop."""
+        if route.pipes is not None:
+            route.pipes.send(frames)
+            return
+        self._loop.uses_sockets = True
         if route not in self.outboxes:
             try:
                 if self._send_to(route, frames):
@@ -261,6 +362,7 @@ class RouterPort:
     def flush(self) -> None:
         """Try again what was kept."""
         for route, outbox in list(self.outboxes.items()):
+            self._loop.uses_sockets = True
             try:
                 while outbox and self._send_to(route, outbox[0]):
                     outbox.popleft()
@@ -271,6 +373,8 @@ class RouterPort:
 
     def close(self) -> None:
         """Close the socket."""
+        for route in self._routes.values():
+            self._drop_pipes(route)
         self._loop.unregister(self._monitor.FD)
         self._loop.unwatch(self._socket)
         self._socket.disable_monitor()
@@ -316,12 +420,53 @@ class RouterPort:
         frames: list[Buffer] = [memoryview(frame)]
         if frame.more:
             self._is_dropping = _receive_rest(socket, frames)
-        route = self._route(identity, frame)
+        self._take(self._route(identity, frame), frames)
+
+    def _take(self, route: Route, frames: list[Buffer]) -> None:
+        """A message has come from there, by the socket or through a pipe."""
         route.connection.received += sum(map(len, frames))
-        if route.is_local and near.is_for_transport(frames):
-            frames = _unfold(route, frames, partial(self.send, route), keep=True)
+        if route.is_local:
+            kind = bytes(frames[0][:KIND])
+            if kind in near.KINDS:
+                frames = _unfold(route, frames, partial(self.send, route), keep=True)
+            elif kind == pipes.OFFER:
+                frames = self._accept_pipes(route, frames)
         if frames:
             self._on_frames(route, frames)
+
+    def _accept_pipes(self, route: Route, frames: list[Buffer]) -> list[Buffer]:
+        """From here on all goes through these pipes, if they can be had; what is for the codec to refuse."""
+        self._drop_pipes(route)
+        try:
+            ends = pipes.accept(frames[0])
+        except ProtocolError:
+            return frames
+        except OSError as error:
+            _LOG.info("the messages of another process go over ipc: %s", error)
+            self.send(route, [pipes.REFUSED])
+            return []
+        self.send(route, [pipes.ACCEPTED])
+        route.pipes = Pipes(
+            ends,
+            self._loop,
+            partial(self._take, route),
+            partial(self._lost_pipes, route),
+            frame_max=self._frame_max,
+        )
+        route.pipes.begin()
+        self._loop.has_pipes(+1)
+        return []
+
+    def _lost_pipes(self, route: Route, error: ProtocolError | None) -> None:
+        self._drop_pipes(route)
+        if error is not None:
+            self._on_frames(route, [b""])  # for the codec to refuse
+
+    def _drop_pipes(self, route: Route) -> None:
+        if route.pipes is not None:
+            route.pipes.close()
+            route.pipes = None
+            self._loop.has_pipes(-1)
 
     def _route(self, identity: bytes, frame: Any) -> Route:
         """Where a message came from, by what libzmq says of this very message."""
@@ -353,6 +498,9 @@ class RouterPort:
 
     def _end(self, route: Route) -> None:
         """A route's connection has ended."""
+        if route.pipes is not None:
+            route.pipes.drain()
+        self._drop_pipes(route)
         if self._routes.get(route.identity) is route:
             del self._routes[route.identity]
         if self._route_by_fd.get(route.fd) is route:

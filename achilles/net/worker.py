@@ -23,7 +23,7 @@ from achilles.runtime.memory import resident
 from achilles.runtime.shared import store
 
 CLOSE_SECONDS = 5.0
-MEMORY_INTERVAL = 0.1
+CARE_SECONDS = 0.1
 SILENT_SECONDS = 1.5  # without a first session, before that is said
 ALONE_SECONDS = 10.0  # without a word of the broker, before that is said
 AWAY_SECONDS = 5.0  # a worker that drains waits for another broker
@@ -85,7 +85,7 @@ class Worker:
         self._complain_at = monotonic() + SILENT_SECONDS
         self._memory_limit = memory_limit
         self._is_debugged = _LOG.isEnabledFor(logging.DEBUG)
-        self._look_at = 0.0  # when to look how much memory the runners have
+        self._care_at = 0.0  # when to see again to what need not be seen to at each step
         self._was_joined = False
         self._is_alone = False  # nothing is heard of the broker, and that was said
         self._cut_off_at: float | None = None
@@ -145,25 +145,42 @@ class Worker:
         self.loop.close()
 
     def _step(self) -> None:
+        """Wait until there is something to do, and do it."""
         agent, host = self._agent, self._host
         now = monotonic()
         due = self._peer.tick(now)
-        for deadline in (agent.next_deadline(), host.next_deadline(now)):
-            if deadline is not None and deadline < due:
-                due = deadline
-        if self._memory_limit is not None and self._agent.running:
-            due = min(due, self._look_at)
+        if self._memory_limit is not None and agent.running:
+            due = min(due, self._care_at)
         if not self._was_joined:
             due = min(due, self._complain_at)
-        self.loop.wait(0.0 if self._sends else max(0.0, due - now))
+        wanted = agent.next_deadline()
+        for deadline in (wanted, host.next_deadline(now)):
+            if deadline is not None and deadline < due:
+                due = deadline
+        timeout = 0.0 if self._sends else max(0.0, due - now)
+        if agent.running == 1 and timeout:
+            self.loop.wait_for_one(timeout)
+        else:
+            self.loop.wait(timeout)
         now = monotonic()
         for event in host.collect():
             self._sends += agent.receive(event, now)
-        self._sends += agent.tick(now)
-        if self._memory_limit is not None and now >= self._look_at:
-            self._look_at = now + MEMORY_INTERVAL
-            self._check_memory(self._memory_limit, now)
+        if wanted is not None and now >= wanted:  # a deadline that is new has its turn at once
+            self._sends += agent.tick(now)
+        if now >= self._care_at:
+            self._care(now)
         self._pump(now)
+
+    def _care(self, now: float) -> None:
+        """What need not be seen to at each step.
+
+        Raises:
+            BrokerUnreachableError: there is no session yet, and there has been enough time for one.
+        """
+        self._care_at = now + CARE_SECONDS
+        self._sends += self._agent.tick(now)
+        if self._memory_limit is not None and self._agent.running:
+            self._check_memory(self._memory_limit, now)
         self._leftovers.look(now, self._peer.large_at)
         if self._was_joined:
             self._tell_of_silence(now)

@@ -13,6 +13,8 @@ from time import perf_counter
 
 _offer_core = getattr(os, "sched_yield", lambda: None)
 
+HOT_SECONDS = 1e-4  # a wait that is over so soon is done awake the next time
+
 _WAKE = struct.pack("=Q", 1)  # an eventfd wants 8 bytes
 
 
@@ -24,6 +26,7 @@ class Loop:
         self._callbacks: dict[int, Callable[[], object]] = {}
         self._lock = threading.RLock()  # a signal's handler may wake while this thread does
         self._is_closed = False
+        self._is_hot = False  # the last wait for one task was that short
         self._wake_read, self._wake_write = _wake_descriptors()
         self.register(self._wake_read, self._drain)
         if self._wake_read == self._wake_write:
@@ -61,6 +64,14 @@ class Loop:
             _offer_core()
         self._call_back(ready)
         return True
+
+    def wait_for_one(self, timeout: float | None) -> None:
+        """Wait for what becomes of the only task: awake at first, where the last such wait took less than `HOT_SECONDS`."""
+        began = perf_counter()
+        soon = HOT_SECONDS if timeout is None else min(timeout, HOT_SECONDS)
+        if not self._is_hot or not self.wait_awake(soon):
+            self.wait(timeout)
+        self._is_hot = perf_counter() - began < HOT_SECONDS
 
     def _call_back(self, ready: list[tuple[int, int]]) -> None:
         callbacks = self._callbacks

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from achilles import DistributedExecutor, local
+from achilles import DistributedExecutor
 from achilles.errors import BrokerLostError
 from achilles.local import LocalCluster
+from achilles.runtime import loop
 from achilles.runtime.loop import PatientThread
 from achilles.runtime.serialize import dumps, dumps_call
 from tests import tasks
@@ -53,9 +54,9 @@ def test_who_waits_awake_for_one_task_hears_of_others(
     cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The thread looks for the result of the only task, and for all else."""
-    monkeypatch.setattr(local, "HOT_SECONDS", 60.0)
+    monkeypatch.setattr(loop, "HOT_SECONDS", 60.0)
     assert submit(cluster, tasks.add, 1).result(10) == 2
-    assert cluster._is_hot
+    assert cluster._loop._is_hot
     gate = tmp_path / "gate"
     first = submit(cluster, tasks.await_file, str(gate), number=2)
     wait_until(first.running)
@@ -63,7 +64,7 @@ def test_who_waits_awake_for_one_task_hears_of_others(
     assert cluster.status().running == 1
     gate.touch()
     assert first.result(10) is None
-    assert cluster._is_hot
+    assert cluster._loop._is_hot
 
 
 def test_runners_start_on_demand(cluster: LocalCluster) -> None:

@@ -10,7 +10,7 @@ import pytest
 from achilles.core.protocol import FRAMES_MAX, PART_MAX, Buffer
 from achilles.errors import ProtocolError
 from achilles.net import near
-from achilles.net.near import STORE_MIN, fold, is_for_transport, store_near, unfold
+from achilles.net.near import KINDS, STORE_MIN, fold, store_near, unfold
 from achilles.runtime import shared
 from achilles.runtime.shared import Mapping, store, whole
 from tests.descriptors import open_descriptors, wait_until_closed
@@ -33,6 +33,11 @@ def pieces(view: memoryview, size: int = 100_000) -> list[memoryview]:
     return [view[at : at + size] for at in range(0, len(view), size)]
 
 
+def is_ours(frames: Sequence[Buffer]) -> bool:
+    """Whether the transport would hand it to this module."""
+    return bytes(frames[0][:2]) in KINDS
+
+
 def contents(frames: Sequence[Buffer]) -> list[bytes]:
     return [bytes(frame) for frame in frames]
 
@@ -46,7 +51,7 @@ def test_what_is_in_memory_is_left_out_and_found_again() -> None:
     one, other = memory(), memory(5)
     frames: list[Buffer] = [HEAD, b"a", *pieces(one), b"", b"b" * BIG, other, other]
     folded = fold(frames)
-    assert is_for_transport(folded)
+    assert is_ours(folded)
     assert contents(folded[1:]) == [HEAD, b"a", b"", b"b" * BIG]
     assert len(folded[0]) < 200
     found = unfold(crossed(folded), keep=False)
@@ -70,11 +75,11 @@ def test_what_is_in_memory_is_left_out_and_found_again() -> None:
 def test_everything_else_travels_as_it_is(frames: Callable[[], list[Buffer]]) -> None:
     message = frames()
     assert fold(message) is message
-    assert not is_for_transport(message)
+    assert not is_ours(message)
 
 
 def test_a_message_of_nothing_is_not_folded() -> None:
-    assert not is_for_transport([b""])
+    assert not is_ours([b""])
 
 
 def test_many_pieces_of_what_is_not_whole_are_looked_at_once(
@@ -99,7 +104,7 @@ def test_what_is_large_is_stored_where_it_can_be_left_out(size: int, is_left_out
     assert bytes(view) == b"a" + data
     tail = shared.fill(view, b"t" * 16)
     frames: list[Buffer] = [HEAD, view, tail or b"t" * 16]
-    assert is_for_transport(fold(frames)) is is_left_out
+    assert is_ours(fold(frames)) is is_left_out
 
 
 def test_room_that_was_filled_is_part_of_it() -> None:
@@ -200,7 +205,7 @@ def test_every_beginning_of_a_folded_message_is_refused() -> None:
     frames: list[Buffer] = [HEAD, *pieces(memory()), b"x", memory(5)]
     (head, *rest) = fold(frames)
     for size in range(len(head)):
-        if is_for_transport([head[:size]]):
+        if is_ours([head[:size]]):
             with pytest.raises(ProtocolError):
                 unfold([head[:size], *rest], keep=False)
 

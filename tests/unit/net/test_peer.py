@@ -24,6 +24,7 @@ from achilles.errors import (
     WrongBrokerError,
 )
 from achilles.net import peer as peer_module
+from achilles.net import pipes
 from achilles.net.endpoint import WatchEvent, parse_endpoint
 from achilles.net.keys import Join
 from achilles.net.peer import Peer, dialer_to
@@ -86,6 +87,8 @@ def drive() -> Iterator[Callable[..., Driven]]:
 
 
 Drive = Callable[..., Driven]
+
+needs_pipes = pytest.mark.skipif(not pipes.IS_AVAILABLE, reason="there is no /proc here")
 
 
 @pytest.mark.parametrize("tcp", [False, True])
@@ -272,6 +275,60 @@ def test_a_connection_that_has_fallen_silent_is_replaced(
         driven.peer.send([p.StatusRequest()])
         driven.until(lambda: any(isinstance(one, p.Status) for one in driven.received))
         assert sum(isinstance(one, p.Welcome) for one in driven.received) == 1
+
+
+@needs_pipes
+def test_on_one_host_all_goes_through_pipes_as_soon_as_there_is_a_connection(
+    broker: RunningBroker, drive: Drive
+) -> None:
+    driven = drive(broker.join("client"))
+    driven.until(lambda: driven.peer.is_joined and driven.peer._port._pipes is not None)
+    far = broker.join("client")
+    far.ipc = ""
+    other = drive(far)
+    other.until(lambda: other.peer.is_joined)
+    assert other.peer._port._pipes is None
+
+
+@needs_pipes
+def test_what_was_in_pipes_that_end_is_sent_again_at_once(
+    broker: RunningBroker, drive: Drive
+) -> None:
+    """No heartbeat has to tell of it, and the session goes on."""
+    driven = drive(broker.join("client"))
+    peer = driven.peer
+    driven.until(lambda: peer.is_joined and peer._port._pipes is not None)
+    peer._dialer._next_at = monotonic() + 1000.0
+    lost, peer._port._pipes = peer._port._pipes, Swallows()  # type: ignore[assignment]
+    peer.send([p.StatusRequest(), p.StatusRequest()])
+    peer._port._pipes = lost
+    peer._port._lost(None)
+    driven.until(lambda: sum(isinstance(one, p.Status) for one in driven.received) == 2)
+    assert sum(isinstance(one, p.Welcome) for one in driven.received) == 1
+    assert peer._port._pipes is None
+
+
+@needs_pipes
+def test_a_new_connection_has_new_pipes(broker: RunningBroker, drive: Drive) -> None:
+    driven = drive(broker.join("client"))
+    peer = driven.peer
+    driven.until(lambda: peer.is_joined and peer._port._pipes is not None)
+    first = peer._port._pipes
+    peer.tick(monotonic() + 2 * peer_module.SILENCE_SECONDS)
+    driven.until(lambda: peer._port._pipes not in (None, first))
+    assert first is not None
+    assert first.is_closed
+    peer.send([p.StatusRequest()])
+    driven.until(lambda: isinstance(driven.received[-1], p.Status))
+
+
+class Swallows:
+    """Pipes in which everything is lost."""
+
+    has_outbox = False
+
+    def send(self, frames: list[p.Buffer]) -> None:
+        pass
 
 
 @pytest.mark.bad_input(46)

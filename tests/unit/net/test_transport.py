@@ -2,105 +2,23 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Callable, Iterator
 from errno import ENOMEM, ENOTSOCK
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import zmq
 
-from achilles.core import protocol as p
-from achilles.core.protocol import FRAMES_MAX, Buffer
-from achilles.net import near, transport
-from achilles.net.endpoint import LOCAL_USER, Endpoint, Gatekeeper, bind_router, dial_dealer
+from achilles.core.protocol import FRAMES_MAX
+from achilles.net import transport
+from achilles.net.endpoint import LOCAL_USER, Endpoint, dial_dealer
 from achilles.net.frames import prepared
-from achilles.net.transport import DealerPort, Route, RouterPort, SocketLoop
-from achilles.runtime import shared
+from achilles.net.transport import DealerPort, Route, SocketLoop
 from tests.security.attacks import attack
+from tests.unit.net.pairs import WAIT_SECONDS, Arrived, Pair, can_send, connect
 
-WAIT_SECONDS = 10.0
 FAR_MORE_THAN_A_SOCKET_TAKES = 5000
-
-needs_memfd = pytest.mark.skipif(not shared.IS_AVAILABLE, reason="there is no memfd here")
-
-
-class Pair(NamedTuple):
-    """A ROUTER and a DEALER, connected, in one loop, and what has come to each."""
-
-    loop: SocketLoop
-    router: RouterPort
-    dealer: DealerPort
-    closed: list[Route]
-    to_router: list[tuple[Route, list[bytes]]]
-    to_dealer: list[list[bytes]]
-
-    def until(self, holds: Callable[[], object]) -> None:
-        deadline = monotonic() + WAIT_SECONDS
-        while not holds():
-            assert monotonic() < deadline, "it does not come about"
-            self.loop.wait(0.01)
-            self.router.flush()
-
-    def at_router(self) -> tuple[Route, list[bytes]]:
-        """The next message that comes to the ROUTER."""
-        self.until(lambda: self.to_router)
-        (found,) = self.to_router
-        self.to_router.clear()
-        return found
-
-    def at_dealer(self, count: int = 1) -> list[list[bytes]]:
-        """The next messages that come to the DEALER."""
-        self.until(lambda: len(self.to_dealer) >= count)
-        found = list(self.to_dealer)
-        self.to_dealer.clear()
-        return found
-
-
-@pytest.fixture
-def pair(achilles_home: Path) -> Iterator[Pair]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    loop = SocketLoop()
-    gatekeeper = Gatekeeper(context, {})
-    loop.register(gatekeeper.socket.FD, gatekeeper.answer)
-    gatekeeper.answer()
-    endpoint = Endpoint("ipc", "", 0, str(achilles_home / "x.ipc"))
-    bound = bind_router(context, tcp=None, ipc=endpoint, domain="d", broker_secret=b"")
-    closed: list[Route] = []
-    to_router: list[tuple[Route, list[bytes]]] = []
-    to_dealer: list[list[bytes]] = []
-    router = RouterPort(
-        bound.socket,
-        loop,
-        lambda route, frames: to_router.append((route, [bytes(frame) for frame in frames])),
-        closed.append,
-    )
-    dialed = dial_dealer(context, endpoint, None)
-    dealer = DealerPort(
-        dialed.socket,
-        loop,
-        lambda frames: to_dealer.append([bytes(frame) for frame in frames]),
-        is_local=True,
-    )
-    yield Pair(loop, router, dealer, closed, to_router, to_dealer)
-    dialed.watch.close()
-    dealer.close()
-    router.close()
-    gatekeeper.socket.close(0)
-    context.destroy(0)
-    loop.close()
-
-
-def can_send(port: DealerPort) -> bool:
-    return bool(transport._events(port._socket) & zmq.POLLOUT)
-
-
-def connect(pair: Pair) -> Route:
-    """The route of the pair's DEALER; a ROUTER learns it with the first message."""
-    pair.until(lambda: can_send(pair.dealer))
-    pair.dealer.send([b"hello"])
-    return pair.at_router()[0]
 
 
 def test_a_message_comes_with_its_route_and_user(pair: Pair) -> None:
@@ -278,18 +196,6 @@ def test_without_epoll_descriptors_are_waited_for_all_the_same(
 # --- Whose message it is --------------------------------------------------------------------------
 
 
-class Arrived:
-    """A frame as far as a ROUTER asks it who sent it; None is what libzmq does not know."""
-
-    def __init__(self, fd: int | None, user: str | None) -> None:
-        self._answers: dict[object, Any] = {transport.SRCFD: fd, "User-Id": user}
-
-    def get(self, option: object) -> Any:
-        if self._answers[option] is None:
-            raise zmq.ZMQError(zmq.EINVAL)
-        return self._answers[option]
-
-
 @attack("T18")
 def test_a_routing_id_is_no_identity(pair: Pair) -> None:
     """Another connection, or another user, is another route, whatever it calls itself."""
@@ -365,120 +271,3 @@ def test_a_message_without_an_end_is_cut_off_and_the_next_one_is_whole(pair: Pai
     assert len(pair.at_dealer()[0]) == FRAMES_MAX + 1
     pair.router.send(connect(pair), [b"next"])
     assert pair.at_dealer() == [[b"next"]]
-
-
-# --- Large payloads between processes of this host ------------------------------------------------
-
-
-def large() -> memoryview:
-    view = shared.store([os.urandom(1 << 20)])
-    assert isinstance(view, memoryview)
-    return view
-
-
-@pytest.fixture
-def unfolded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many frames each message that was unfolded had, as it came."""
-    counts: list[int] = []
-    original = near.unfold
-
-    def unfold(frames: Any, *, keep: bool) -> Any:
-        counts.append(len(frames))
-        return original(frames, keep=keep)
-
-    monkeypatch.setattr(near, "unfold", unfold)
-    return counts
-
-
-@needs_memfd
-def test_a_large_payload_passes_as_a_reference_both_ways(pair: Pair, unfolded: list[int]) -> None:
-    route = connect(pair)
-    view = large()
-    frames: list[Buffer] = [b"head", view]
-    pair.dealer.send(pair.dealer.fold(frames))
-    assert pair.at_router()[1] == [b"head", bytes(view)]
-    pair.router.send(route, route.fold(frames))
-    assert pair.at_dealer() == [[b"head", bytes(view)]]
-    assert unfolded == [2, 2]
-    assert route.is_local
-
-
-@needs_memfd
-def test_what_cannot_be_unfolded_is_lost_and_then_comes_in_full(
-    pair: Pair, unfolded: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its receiver sees at once that there was a message, as by a heartbeat."""
-    route = connect(pair)
-    view = large()
-    header = p.Header(b"t" * 16, 7, 5)
-    head, *_ = p.encode(header, p.Goodbye("x"))
-    gone = [bytes(frame) for frame in near.fold([head, large()])]
-    caplog.set_level("INFO", "achilles.net")
-    pair.dealer.send(gone)
-    assert p.decode(pair.at_router()[1]) == (header, p.Heartbeat())
-    pair.until(lambda: not pair.dealer.folds)
-    pair.dealer.send(pair.dealer.fold([b"head", view]))
-    assert pair.at_router()[1] == [b"head", bytes(view)]
-    pair.router.send(route, gone)
-    assert p.decode(pair.at_dealer()[0]) == (header, p.Heartbeat())
-    pair.until(lambda: not route.folds)
-    pair.router.send(route, route.fold([b"head", view]))
-    assert pair.at_dealer() == [[b"head", bytes(view)]]
-    assert len(unfolded) == 2
-    assert caplog.text.count("come in full from here on") == 2
-
-
-@needs_memfd
-def test_memory_that_is_too_much_comes_in_full(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    connect(pair)
-    head, *_ = p.encode(p.Header(bytes(16), 1, 0), p.Goodbye("x"))
-    view = large()
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise MemoryError
-
-    monkeypatch.setattr(near, "adopt", fail)
-    pair.dealer.send(pair.dealer.fold([head, view]))
-    pair.until(lambda: not pair.dealer.folds)
-    assert len(pair.at_router()[1]) == 1
-
-
-@needs_memfd
-def test_what_is_no_folded_message_is_for_the_codec_to_refuse(pair: Pair) -> None:
-    route = connect(pair)
-    broken = [near.MAGIC, b"x"]
-    pair.dealer.send(broken)
-    assert pair.at_router()[1] == broken
-    pair.router.send(route, broken)
-    assert pair.at_dealer() == [broken]
-
-
-@attack("T39")
-@needs_memfd
-def test_references_are_taken_from_this_host_alone(pair: Pair, unfolded: list[int]) -> None:
-    """Who comes over TCP cannot have anything opened here."""
-    route = connect(pair)
-    view = large()
-    folded = [bytes(frame) for frame in near.fold([b"head", view])]
-    route.is_local = False
-    pair.dealer._is_local = False
-    for message in (folded, [near.REFUSAL]):
-        pair.dealer.send(message)
-        assert pair.at_router()[1] == message
-        pair.router.send(route, message)
-        assert pair.at_dealer() == [message]
-    assert not unfolded
-    assert route.folds
-    assert pair.dealer.folds
-
-
-@attack("T39")
-def test_whoever_has_a_key_is_not_local(pair: Pair) -> None:
-    """By what libzmq says of this very message, not by a descriptor that may be another connection's by now."""
-    assert pair.router._route(b"one", Arrived(900, LOCAL_USER)).is_local
-    far = pair.router._route(b"two", Arrived(901, "client/a"))
-    unknown = pair.router._route(b"three", Arrived(902, None))
-    frames: list[Buffer] = [b"head", large()]
-    for route in (far, unknown):
-        assert not route.is_local
-        assert route.fold(frames) is frames

@@ -1,0 +1,69 @@
+"""A ROUTER and a DEALER that are connected over ipc, for tests of `achilles.net.transport`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, NamedTuple
+
+import zmq
+
+from achilles.net import transport
+from achilles.net.transport import DealerPort, Route, RouterPort, SocketLoop
+
+WAIT_SECONDS = 10.0
+
+
+class Pair(NamedTuple):
+    """A ROUTER and a DEALER, connected, in one loop, and what has come to each."""
+
+    loop: SocketLoop
+    router: RouterPort
+    dealer: DealerPort
+    closed: list[Route]
+    to_router: list[tuple[Route, list[bytes]]]
+    to_dealer: list[list[bytes]]
+
+    def until(self, holds: Callable[[], object]) -> None:
+        deadline = monotonic() + WAIT_SECONDS
+        while not holds():
+            assert monotonic() < deadline, "it does not come about"
+            self.loop.wait(0.01)
+            self.router.flush()
+
+    def at_router(self) -> tuple[Route, list[bytes]]:
+        """The next message that comes to the ROUTER."""
+        self.until(lambda: self.to_router)
+        (found,) = self.to_router
+        self.to_router.clear()
+        return found
+
+    def at_dealer(self, count: int = 1) -> list[list[bytes]]:
+        """The next messages that come to the DEALER."""
+        self.until(lambda: len(self.to_dealer) >= count)
+        found = list(self.to_dealer)
+        self.to_dealer.clear()
+        return found
+
+
+def can_send(port: DealerPort) -> bool:
+    return bool(transport._events(port._socket) & zmq.POLLOUT)
+
+
+def connect(pair: Pair) -> Route:
+    """The route of the pair's DEALER; a ROUTER learns it with the first message."""
+    pair.until(lambda: can_send(pair.dealer))
+    pair.dealer.send([b"hello"])
+    return pair.at_router()[0]
+
+
+class Arrived:
+    """A frame as far as a ROUTER asks it who sent it; None is what libzmq does not know."""
+
+    def __init__(self, fd: int | None, user: str | None) -> None:
+        self._answers: dict[object, Any] = {transport.SRCFD: fd, "User-Id": user}
+
+    def get(self, option: object) -> Any:
+        if self._answers[option] is None:
+            raise zmq.ZMQError(zmq.EINVAL)
+        return self._answers[option]
