@@ -134,11 +134,10 @@ class Submission:
         """Whether so many tasks may go at once, and none of them may be too large."""
         if 0 < self._credit < self._at_broker + count:  # type: ignore[operator]
             return False
-        limit = self._bytes_max
-        if limit and limit < self._bytes + self._size_of_new_blobs(group) + size:
+        shared, new = self._sizes_of_blobs(group)
+        if 0 < self._bytes_max < self._bytes + new + size:
             return False
-        limit = self._argument_max
-        return not limit or size + self._size_of_blobs(group) <= limit
+        return not 0 < self._argument_max < size + shared
 
     def cancel(self, ids: list[int], *, kill: bool = False) -> list[Send]:
         """The user wants no outcome of these tasks; unknown ones are passed over.
@@ -305,7 +304,7 @@ class Submission:
         is_full = False
         while backlog and room and not is_full:
             group = self._tasks[backlog[0]][0]
-            blob_bytes = self._size_of_blobs(group)
+            blob_bytes, _ = self._sizes_of_blobs(group)
             made, spare = self._make_room(group, blob_bytes)
             sends += made
             ids: list[int] = []
@@ -351,7 +350,7 @@ class Submission:
         """Have the broker forget what nobody needs, if a group's blobs find no room else; how many bytes are left for tasks."""
         if not self._bytes_max:
             return [], inf
-        new = self._size_of_new_blobs(group)
+        _, new = self._sizes_of_blobs(group)
         first = p.size_of(self._tasks[self._backlog[0]][1])
         if self._bytes + new + first <= self._bytes_max:
             return [], self._bytes_max - self._bytes - new
@@ -365,16 +364,18 @@ class Submission:
             self._sent_blobs.discard(blob)
             self._bytes -= self._blobs[blob].size
         forgets = [Send("broker", p.Forget(0, blobs)) for blobs in _runs(sorted(dropped))]
-        return list(forgets), self._bytes_max - self._bytes - self._size_of_new_blobs(group)
+        _, new = self._sizes_of_blobs(group)
+        return list(forgets), self._bytes_max - self._bytes - new
 
-    def _size_of_blobs(self, group: Group) -> int:
-        """The bytes of what a group's tasks share."""
-        return sum(self._blobs[blob].size for blob in group.needs)
-
-    def _size_of_new_blobs(self, group: Group) -> int:
-        """The bytes of those of them that the broker does not have."""
-        sent = self._sent_blobs
-        return sum(self._blobs[blob].size for blob in group.needs if blob not in sent)
+    def _sizes_of_blobs(self, group: Group) -> tuple[int, int]:
+        """The bytes of what a group's tasks share, and of that of it which the broker does not have."""
+        shared = new = 0
+        for blob in group.needs:
+            size = self._blobs[blob].size
+            shared += size
+            if blob not in self._sent_blobs:
+                new += size
+        return shared, new
 
     def _new_blobs(self, group: Group) -> list[Send]:
         sends = []
