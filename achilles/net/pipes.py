@@ -213,18 +213,18 @@ class Pipes:
             if self._sizes or self._rooms:
                 return self._fill()
             data = os.read(self._ends.read, READ_MAX)
-            if data:
-                self._take(self._partial + data if self._partial else data)
-                return True
         except BlockingIOError:
             return False
+        except MemoryError:
+            data = b""  # as good as their end
+        if not data:
+            self._end(None)
+            return False
+        try:
+            self._take(self._partial + data if self._partial else data)
         except ProtocolError as error:
             self._end(error)
-            return False
-        except MemoryError:
-            pass
-        self._end(None)
-        return False
+        return True
 
     def _take(self, data: bytes) -> None:
         """Hand on the messages in there, and keep what is left of one.
@@ -239,49 +239,40 @@ class Pipes:
             if count == 1 and start + size <= end and size <= self._frame_max:
                 at = start + size
                 self._on_frames([data[start:at]])
-            elif (found := self._take_other(data, at, count)) is not None:
-                at = found
-            else:
+            elif not (found := self._take_other(data, at, count)):
                 break
+            else:
+                at = found
             if self.is_closed:
                 return
+        if self._sizes:
+            at += _NUMBER.size * (len(self._sizes) + 1)  # what is left is of its frames
         self._partial = data[at:]
 
-    def _take_other(self, data: bytes, at: int, count: int) -> int | None:
-        """A message of several frames, or one that is not whole: where the next one begins, or None where more has to come first."""
+    def _take_other(self, data: bytes, at: int, count: int) -> int:
+        """A message of several frames, or one that is not whole: where the next one begins, or 0 where more has to come first.
+
+        If it is large, its frames are read to where they stay from here on.
+        """
         if not 0 < count <= FRAMES_MAX:
             raise ProtocolError(f"a message of {count} frames")
         start = at + _NUMBER.size * (count + 1)
         if start > len(data):
-            return None
+            return 0
         sizes: tuple[int, ...] = Struct(f"<{count}I").unpack_from(data, at + _NUMBER.size)
         if max(sizes) > self._frame_max or sum(sizes) > COMING_MAX:
             raise ProtocolError(f"a message of {sum(sizes)} bytes, {max(sizes)} in one frame")
         end = start + sum(sizes)
         if end > len(data):
-            if end - at <= READ_MAX:
-                return None
-            self._begin_large(sizes, data[start:])
-            return len(data)
+            if end - at > READ_MAX:
+                self._sizes.extend(sizes)
+            return 0
         frames: list[Buffer] = []
         for size in sizes:
             frames.append(data[start : start + size])
             start += size
         self._on_frames(frames)
         return end
-
-    def _begin_large(self, sizes: Sequence[int], data: bytes) -> None:
-        """Begin a message whose frames are read to where they stay; ``data`` has come of them."""
-        self._sizes.extend(sizes)
-        at = 0
-        while at < len(data):
-            self._make_room()
-            room = self._rooms.popleft()
-            part = data[at : at + room.nbytes]
-            room[: len(part)] = part
-            if len(part) < room.nbytes:
-                self._rooms.appendleft(room[len(part) :])
-            at += len(part)
 
     def _make_room(self) -> None:
         """For what can come at once, and no more: its sender may say anything."""
@@ -295,6 +286,13 @@ class Pipes:
 
     def _fill(self) -> bool:
         """Read more of a large message; whether something came."""
+        while self._partial:  # what came with its sizes
+            self._make_room()
+            room = self._rooms.popleft()
+            part, self._partial = self._partial[: room.nbytes], self._partial[room.nbytes :]
+            room[: len(part)] = part
+            if len(part) < room.nbytes:
+                self._rooms.appendleft(room[len(part) :])
         self._make_room()
         if self._rooms:
             came = os.readv(self._ends.read, list(self._rooms))
