@@ -22,8 +22,9 @@ import zmq
 from achilles.core import protocol as p
 from achilles.net.endpoint import Dialed, dial_dealer, raise_descriptor_limit
 from achilles.net.keys import Join, join_path, read_join
+from achilles.net.loop import POLLIN, POLLOUT, SocketLoop
 from achilles.net.peer import Peer
-from achilles.net.transport import EVENTS, POLLIN, POLLOUT, SocketLoop
+from achilles.net.transport import EVENTS
 from achilles.runtime.loop import Loop
 from benchmarks.fakes import Answerer, Asker, Load, hello
 

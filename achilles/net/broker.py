@@ -20,8 +20,9 @@ from achilles.core.sessions import Send, Sessions
 from achilles.errors import ConfigError, ProtocolError
 from achilles.net.audit import Audit
 from achilles.net.endpoint import Gatekeeper
+from achilles.net.loop import SocketLoop
 from achilles.net.memory import LARGE, Leftovers, MemoryWatch
-from achilles.net.transport import Route, RouterPort, SocketLoop
+from achilles.net.transport import Route, RouterPort
 
 FAREWELL_SECONDS = 0.5
 TICK_SECONDS = 0.1  # how finely silences are measured

@@ -22,9 +22,9 @@ from achilles.errors import AchillesError, BrokerLostError, BrokerUnreachableErr
 from achilles.letters import Desk, Printer
 from achilles.mailbox import Mailbox
 from achilles.net.keys import code_of, find_join, given_join
+from achilles.net.loop import SocketLoop
 from achilles.net.near import store_near
 from achilles.net.peer import Dial, Peer, dialer_to
-from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
 from achilles.runtime.allowed import Allowed
 from achilles.runtime.arguments import ArgumentTable

@@ -12,8 +12,8 @@ from typing import TypeAlias
 import achilles
 from achilles.core import protocol as p
 from achilles.errors import BrokerUnreachableError
+from achilles.net.loop import SocketLoop
 from achilles.net.peer import Dial, Peer
-from achilles.net.transport import SocketLoop
 from achilles.net.worker import python_version
 
 Question: TypeAlias = p.StatusRequest | p.ReloadKeys | p.DrainWorker | p.Shutdown

@@ -27,7 +27,8 @@ from achilles.errors import (
 from achilles.net.endpoint import RECONNECT_MAX, Dialed, WatchEvent, dial_dealer
 from achilles.net.frames import has_room
 from achilles.net.keys import Join
-from achilles.net.transport import DealerPort, SocketLoop
+from achilles.net.loop import SocketLoop
+from achilles.net.transport import DealerPort
 
 BACKOFF_FIRST, BACKOFF_MAX = 0.1, RECONNECT_MAX
 ACKNOWLEDGED_BYTES = 2 << 20  # after so many in large messages the broker is told at once
@@ -246,7 +247,7 @@ class Peer:
                 self._transmit(self._dialer.connected(now))
             elif self._is_connected:
                 self._is_connected, self.was_cut_off = False, True
-                self._port.drop_pipes()
+                self._port.end_pipes()
             if event.problem is not None:
                 self._note(event, now)
 

@@ -18,7 +18,7 @@ import zmq
 
 from achilles.errors import SelfAttackError
 from achilles.net.endpoint import MAXMSGSIZE, CurveKeys, Endpoint, dial_as_intruder
-from achilles.net.transport import SocketLoop
+from achilles.net.loop import SocketLoop
 
 TIMEOUT = 20.0  # for all attempts together; they take some 20 ms, and on a machine that is busy with other things much longer
 

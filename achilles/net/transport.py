@@ -17,7 +17,6 @@ Rules
 from __future__ import annotations
 
 import logging
-import math
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,8 +33,8 @@ from achilles.net import near, pipes
 from achilles.net.connections import Connection, Connections
 from achilles.net.endpoint import LOCAL_USER, MAXMSGSIZE
 from achilles.net.frames import prepared
+from achilles.net.loop import POLLIN, SocketLoop
 from achilles.net.pipes import Pipes
-from achilles.runtime.loop import Loop
 
 OUTBOX_MAX = 10_000
 DROPPED_AT_ONCE = 1000  # frames, while other sockets wait
@@ -44,7 +43,7 @@ KIND = 2  # bytes with which a message begins, by which those for the codec and 
 
 # Plain integers: arithmetic on pyzmq's enums costs more than the calls that it is for.
 NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
-EVENTS, POLLIN, POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
+EVENTS = int(zmq.EVENTS)
 SRCFD = int(zmq.SRCFD)
 
 # pyzmq's own `send` without the Python around it, which is for kinds of sockets that we do not use.
@@ -62,93 +61,6 @@ _FAILED = frozenset(  # these tell a reason
 OnFrames = Callable[[list[Buffer]], object]
 
 _LOG = logging.getLogger("achilles.net")
-
-
-class SocketLoop(Loop):
-    """A `Loop` that waits for ZeroMQ sockets, too.
-
-    libzmq's own poll does the waiting. A socket's descriptor only tells of changes, and any call on the socket can
-    use a change up: whoever waits for the descriptor must ask the socket before each wait and after each message,
-    and each question costs more in Python than `zmq_poll` as a whole. But while a socket lies idle beside pipes, there is
-    nothing to ask: where some were told of (`has_pipes`), its descriptor is waited for as any other, until it tells of something, or
-    somebody uses a socket (`uses_sockets`).
-    """
-
-    def __init__(self) -> None:
-        self._callbacks_by_socket: dict[Any, Callable[[], object]] = {}
-        self._items: list[tuple[Any, int]] = []
-        self._pipes = 0
-        self.uses_sockets = True  # since they were seen to have nothing; to be set by who does
-        super().__init__()
-
-    def watch(
-        self, socket: zmq.Socket[bytes], callback: Callable[[], object], *, write: bool = False
-    ) -> None:
-        """Call ``callback`` when ``socket`` has a message (or takes one, with ``write``); again to change that."""
-        self.unwatch(socket)
-        self._callbacks_by_socket[socket] = callback
-        self._items.insert(0, (socket, POLLIN | POLLOUT if write else POLLIN))
-        self.uses_sockets = True
-        if self._pipes:
-            super().register(socket.FD, self._use_sockets)
-
-    def unwatch(self, socket: zmq.Socket[bytes]) -> None:
-        """Watch ``socket`` no more; before it is closed."""
-        if self._callbacks_by_socket.pop(socket, None) is not None:
-            self._items = [item for item in self._items if item[0] is not socket]
-            super().unregister(socket.FD)
-
-    def has_pipes(self, more: int) -> None:
-        """There are so many more pipes, through which messages go instead of through sockets; or fewer."""
-        had_some = self._pipes > 0
-        self._pipes += more
-        for socket in self._callbacks_by_socket if had_some != (self._pipes > 0) else ():
-            if had_some:
-                super().unregister(socket.FD)
-            else:
-                super().register(socket.FD, self._use_sockets)
-        self.uses_sockets = True
-
-    def _use_sockets(self) -> None:
-        self.uses_sockets = True
-
-    def wait(self, timeout: float | None) -> None:
-        """Wait up to ``timeout`` seconds (None: for ever) and call back for what is ready."""
-        if self._pipes and not self.uses_sockets:
-            super().wait(timeout)
-            return
-        self.uses_sockets = False
-        callbacks = self._callbacks_by_socket
-        milliseconds = -1 if timeout is None else math.ceil(timeout * 1000)
-        is_file_ready = False
-        for ready, _ in zmq.zmq_poll(self._items, milliseconds):
-            if type(ready) is int:
-                is_file_ready = True
-                continue
-            self.uses_sockets = True
-            callback = callbacks.get(ready)
-            if callback is not None:  # None: an earlier one has ended it
-                callback()
-        if is_file_ready:
-            super().wait(0.0)
-
-    def wait_awake(self, timeout: float) -> bool:
-        """The same without going to sleep, where there are pipes; whether something was ready."""
-        return bool(self._pipes) and not self.uses_sockets and super().wait_awake(timeout)
-
-    def register(self, fd: int, callback: Callable[[], object], *, write: bool = False) -> None:
-        super().register(fd, callback, write=write)
-        self._watch_files()
-
-    def unregister(self, fd: int) -> None:
-        super().unregister(fd)
-        self._watch_files()
-
-    def _watch_files(self) -> None:
-        self._items = [item for item in self._items if type(item[0]) is not int]
-        self._items += [
-            (fd, POLLIN | POLLOUT if write else POLLIN) for fd, write in self.pollable().items()
-        ]
 
 
 class DealerPort:
@@ -176,6 +88,8 @@ class DealerPort:
         self._is_local = self.folds = is_local
         self._hands_on = hands_on
         self._pipes: Pipes | None = None
+        self._offer: Pipes | None = None  # that waits for its answer
+        self._offered = 0  # its number
         self._outbox: deque[Sequence[Buffer]] = deque()
         self._is_dropping = False  # the rest of an endless message
         loop.watch(socket, self._receive)
@@ -186,22 +100,45 @@ class DealerPort:
 
     def offer_pipes(self) -> None:
         """A connection was made: have all that follows go through pipes, if it is a local one and there can be some."""
-        self.drop_pipes()
+        self._drop_pipes()
         if not self._is_local or not pipes.IS_AVAILABLE:
             return
         try:
-            ends, theirs, frame = pipes.offer()
+            ends, theirs, frame, self._offered = pipes.offer()
         except OSError as error:
-            _LOG.info("messages go over ipc, as long as there are no pipes for them: %s", error)
+            _LOG.info("messages go over ipc, because there are no pipes for them: %s", error)
             return
-        self.send([frame])
-        self._pipes = Pipes(
+        self._offer = Pipes(
             ends, self._loop, self._take, self._lost, frame_max=MAXMSGSIZE, theirs=theirs
         )
-        self._loop.has_pipes(+1)
+        self.send([frame])
 
-    def drop_pipes(self) -> None:
-        """The connection is gone, and they with it."""
+    def end_pipes(self) -> None:
+        """The connection is gone, and they with it; what has come through them is handed on."""
+        if self._pipes is not None:
+            self._pipes.drain()
+        self._drop_pipes()
+
+    def _take_answer(self, kind: bytes, frame: Buffer) -> None:
+        """What became of the pipes that were offered; an earlier connection's answer may come late."""
+        offer = self._offer
+        if offer is None or pipes.answered(frame) != self._offered:
+            return
+        self._offer = None
+        if kind == pipes.REFUSED:
+            offer.close()
+            return
+        if len(self._outbox) >= OUTBOX_MAX:
+            self._outbox.pop()  # the link sends it again; this nobody would
+        self.send([pipes.SWITCHED])
+        self._pipes = offer
+        self._loop.has_pipes(+1)
+        offer.begin()
+
+    def _drop_pipes(self) -> None:
+        if self._offer is not None:
+            self._offer.close()
+            self._offer = None
         if self._pipes is not None:
             self._pipes.close()
             self._pipes = None
@@ -211,7 +148,8 @@ class DealerPort:
         """The pipes have ended, or are of no use."""
         if error is not None:
             _LOG.warning("what came through a pipe was no message of ours: %s", error)
-        self.drop_pipes()
+        self._drop_pipes()
+        self.send([pipes.ENDED])
         self._on_pipes_lost()
 
     def send(self, frames: Sequence[Buffer]) -> None:
@@ -244,7 +182,7 @@ class DealerPort:
 
     def close(self) -> None:
         """Close the socket."""
-        self.drop_pipes()
+        self._drop_pipes()
         self._loop.unwatch(self._socket)
         self._socket.close(0)
 
@@ -265,20 +203,11 @@ class DealerPort:
             kind = bytes(frames[0][:KIND])
             if kind in near.KINDS:
                 frames = _unfold(self, frames, self.send, keep=self._hands_on)
-            elif kind in pipes.KINDS:
-                self._take_answer(kind)
+            elif kind in pipes.ANSWERS:
+                self._take_answer(kind, frames[0])
                 return
         if frames:
             self._on_frames(frames)
-
-    def _take_answer(self, kind: bytes) -> None:
-        """What became of the offered pipes."""
-        if self._pipes is None:
-            return
-        if kind == pipes.ACCEPTED:
-            self._pipes.begin()
-        elif kind == pipes.REFUSED:
-            self._lost(None)
 
     def _flush_and_receive(self) -> None:
         self.flush()
@@ -431,6 +360,12 @@ class RouterPort:
                 frames = _unfold(route, frames, partial(self.send, route), keep=True)
             elif kind == pipes.OFFER:
                 frames = self._accept_pipes(route, frames)
+            elif kind == pipes.SWITCHED and route.pipes is not None:
+                route.pipes.begin()
+                return
+            elif kind == pipes.ENDED:
+                self._end_pipes(route)
+                return
         if frames:
             self._on_frames(route, frames)
 
@@ -438,14 +373,18 @@ class RouterPort:
         """From here on all goes through these pipes, if they can be had; what is for the codec to refuse."""
         self._drop_pipes(route)
         try:
-            ends = pipes.accept(frames[0])
+            number = pipes.number_of(frames[0])
         except ProtocolError:
             return frames
+        try:
+            if self._loop.pipes >= pipes.PAIRS_MAX or route in self.outboxes:
+                raise OSError("there are many pipes, or messages that wait to be sent")
+            ends = pipes.accept(frames[0])
         except OSError as error:
-            _LOG.info("the messages of another process go over ipc: %s", error)
-            self.send(route, [pipes.REFUSED])
+            _LOG.debug("the messages of another process go over ipc: %s", error)
+            self.send(route, [pipes.answer(pipes.REFUSED, number)])
             return []
-        self.send(route, [pipes.ACCEPTED])
+        self.send(route, [pipes.answer(pipes.ACCEPTED, number)])
         route.pipes = Pipes(
             ends,
             self._loop,
@@ -453,9 +392,14 @@ class RouterPort:
             partial(self._lost_pipes, route),
             frame_max=self._frame_max,
         )
-        route.pipes.begin()
         self._loop.has_pipes(+1)
         return []
+
+    def _end_pipes(self, route: Route) -> None:
+        """They are no way any more; what has come through them, begun or not, is handed on."""
+        if route.pipes is not None:
+            route.pipes.drain()
+        self._drop_pipes(route)
 
     def _lost_pipes(self, route: Route, error: ProtocolError | None) -> None:
         self._drop_pipes(route)
@@ -498,9 +442,7 @@ class RouterPort:
 
     def _end(self, route: Route) -> None:
         """A route's connection has ended."""
-        if route.pipes is not None:
-            route.pipes.drain()
-        self._drop_pipes(route)
+        self._end_pipes(route)
         if self._routes.get(route.identity) is route:
             del self._routes[route.identity]
         if self._route_by_fd.get(route.fd) is route:

@@ -15,9 +15,9 @@ import achilles
 from achilles.core import protocol as p
 from achilles.core.agent import Agent, Send
 from achilles.errors import BrokerUnreachableError
+from achilles.net.loop import SocketLoop
 from achilles.net.memory import Leftovers
 from achilles.net.peer import Dial, Peer
-from achilles.net.transport import SocketLoop
 from achilles.runtime.host import RunnerHost
 from achilles.runtime.memory import resident
 from achilles.runtime.shared import store
@@ -152,7 +152,7 @@ class Worker:
         if self._memory_limit is not None and agent.running:
             due = min(due, self._care_at)
         if not self._was_joined:
-            due = min(due, self._complain_at)
+            due = min(due, max(self._complain_at, self._care_at))
         wanted = agent.next_deadline()
         for deadline in (wanted, host.next_deadline(now)):
             if deadline is not None and deadline < due:

@@ -9,7 +9,8 @@ import pytest
 import zmq
 
 from achilles.net.endpoint import Endpoint, Gatekeeper, bind_router, dial_dealer
-from achilles.net.transport import DealerPort, Route, RouterPort, SocketLoop
+from achilles.net.loop import SocketLoop
+from achilles.net.transport import DealerPort, Route, RouterPort
 from tests.unit.net.pairs import Pair
 
 

@@ -6,12 +6,16 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, NamedTuple
 
+import pytest
 import zmq
 
-from achilles.net import transport
-from achilles.net.transport import DealerPort, Route, RouterPort, SocketLoop
+from achilles.net import pipes, transport
+from achilles.net.loop import SocketLoop
+from achilles.net.transport import DealerPort, Route, RouterPort
 
 WAIT_SECONDS = 10.0
+
+needs_pipes = pytest.mark.skipif(not pipes.IS_AVAILABLE, reason="there is no /proc here")
 
 
 class Pair(NamedTuple):
@@ -55,6 +59,15 @@ def connect(pair: Pair) -> Route:
     pair.until(lambda: can_send(pair.dealer))
     pair.dealer.send([b"hello"])
     return pair.at_router()[0]
+
+
+def connect_by_pipes(pair: Pair) -> Route:
+    route = connect(pair)
+    pair.dealer.offer_pipes()
+    pair.until(lambda: route.pipes is not None and pair.dealer._pipes is not None)
+    pair.router.send(route, [b"accepted"])
+    assert pair.at_dealer() == [[b"accepted"]]
+    return route
 
 
 class Arrived:

@@ -24,13 +24,13 @@ from achilles.errors import (
     WrongBrokerError,
 )
 from achilles.net import peer as peer_module
-from achilles.net import pipes
 from achilles.net.endpoint import WatchEvent, parse_endpoint
 from achilles.net.keys import Join
+from achilles.net.loop import SocketLoop
 from achilles.net.peer import Peer, dialer_to
-from achilles.net.transport import SocketLoop
 from tests.brokers import RunningBroker, hello
 from tests.security.zmtp import Relay
+from tests.unit.net.pairs import needs_pipes
 
 WAIT_SECONDS = 10.0
 
@@ -87,8 +87,6 @@ def drive() -> Iterator[Callable[..., Driven]]:
 
 
 Drive = Callable[..., Driven]
-
-needs_pipes = pytest.mark.skipif(not pipes.IS_AVAILABLE, reason="there is no /proc here")
 
 
 @pytest.mark.parametrize("tcp", [False, True])

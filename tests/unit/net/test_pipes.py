@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import os
 import random
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import monotonic
@@ -12,7 +14,8 @@ import pytest
 from achilles.core.protocol import COMING_MAX, FRAMES_MAX, Buffer
 from achilles.errors import ProtocolError
 from achilles.net import pipes
-from achilles.net.pipes import READ_MAX, VECTOR_MAX, Ends, Pipes, accept, offer
+from achilles.net.pipes import READ_MAX, VECTOR_MAX, Ends, Pipes, accept, number_of, offer
+from achilles.runtime import shared
 from achilles.runtime.loop import Loop
 from tests.descriptors import open_descriptors, wait_until_closed
 from tests.security.attacks import attack
@@ -45,9 +48,9 @@ class Both:
 
     def __init__(self) -> None:
         self.loop = Loop()
-        ends, theirs, self.frame = offer()
-        self.left = Side(self.loop, ends, theirs)
-        self.right = Side(self.loop, accept(self.frame))
+        offered = offer()
+        self.left = Side(self.loop, offered.ends, offered.theirs)
+        self.right = Side(self.loop, accept(offered.frame))
         for side in (self.left, self.right):
             side.pipes.begin()
 
@@ -206,9 +209,9 @@ def test_to_write_when_nobody_reads_any_more_is_no_error_and_no_signal(both: Bot
 
 def test_nothing_is_read_before_it_is_begun() -> None:
     loop = Loop()
-    ends, theirs, frame = offer()
-    left = Side(loop, ends, theirs)
-    right = Side(loop, accept(frame))
+    offered = offer()
+    left = Side(loop, offered.ends, offered.theirs)
+    right = Side(loop, accept(offered.frame))
     right.pipes.begin()
     right.pipes.send([b"too early"])
     left.pipes.send([b"at once"])
@@ -225,8 +228,8 @@ def test_nothing_is_read_before_it_is_begun() -> None:
 def test_pipes_that_nobody_accepted_leave_nothing() -> None:
     before = open_descriptors()
     loop = Loop()
-    ends, theirs, _ = offer()
-    Side(loop, ends, theirs).pipes.close()
+    offered = offer()
+    Side(loop, offered.ends, offered.theirs).pipes.close()
     loop.close()
     wait_until_closed(before)
 
@@ -242,6 +245,36 @@ def test_who_is_closed_while_messages_are_handed_on_hands_on_no_more(both: Both)
     both.until(lambda: both.right.pipes.is_closed)
     assert both.right.received == [[b"one"]]
     assert both.right.ended == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), BlockingIOError(), ProtocolError("of ours")])
+def test_errors_of_who_handles_a_message_are_not_taken_for_the_pipes(
+    both: Both, error: Exception
+) -> None:
+    """The link has counted the message by then: whoever hides the error loses it."""
+
+    def fail(frames: list[Buffer]) -> None:
+        raise error
+
+    both.right.pipes._on_frames = fail
+    both.left.pipes.send([b"one"])
+    with pytest.raises(type(error)):
+        both.until(lambda: both.right.ended)
+    assert not both.right.pipes.is_closed
+
+
+def test_a_pipe_that_cannot_be_written_to_ends(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a message may be in it."""
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOMEM, "no pages")
+
+    monkeypatch.setattr(os, "writev", fail)
+    both.left.pipes.send([b"one"])
+    assert both.left.ended == [None]
+    both.right.pipes._outbox.append(deque([memoryview(b"one")]))
+    both.right.pipes.flush()
+    assert both.right.ended == [None]
 
 
 # --- What is no message, and what are no pipes ----------------------------------------------------
@@ -299,13 +332,14 @@ def told(frame: bytes, **changes: int) -> bytes:
 
 @attack("T39")
 def test_what_is_told_of_pipes_has_to_be_true(tmp_path: Path) -> None:
-    ends, theirs, frame = offer()
+    ends, theirs, frame, number = offer()
+    assert number_of(frame) == number
     (tmp_path / "file").touch()
     file = os.open(tmp_path / "file", os.O_RDWR)
     inode = os.fstat(file).st_ino
     before = open_descriptors()
     for wrong in (
-        told(frame, pid=(1 << 32) - 1),
+        told(frame, pid=(1 << 31) - 1),
         told(frame, inode=1),
         told(frame, our_inode=1),
         told(frame, theirs=-1),
@@ -319,6 +353,40 @@ def test_what_is_told_of_pipes_has_to_be_true(tmp_path: Path) -> None:
             accept(wrong)
     assert open_descriptors() == before
     for fd in (*ends, theirs, file):
+        os.close(fd)
+
+
+@attack("T39")
+def test_nothing_else_is_opened_to_see_what_it_is(tmp_path: Path) -> None:
+    """To open a device, or a named pipe for which somebody waits, has an effect."""
+    ends, theirs, frame, _ = offer()
+    os.mkfifo(tmp_path / "fifo")
+    fifo = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    inode = os.fstat(fifo).st_ino
+    opened: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", lambda *args: opened.append(args))
+        with pytest.raises(OSError, match="not the pipe"):
+            accept(told(frame, theirs=fifo, inode=inode))
+    assert not opened
+    for fd in (*ends, theirs, fifo):
+        os.close(fd)
+
+
+def test_descriptors_are_left_to_connections_and_to_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """libzmq ends a broker that has none left for a connection."""
+    ends, theirs, frame, _ = offer()
+    before = open_descriptors()
+    monkeypatch.setattr(shared, "NUMBERS_MAX", 2 * max(*ends, theirs) + 2)
+    with pytest.raises(OSError, match="not many"):
+        accept(frame)
+    monkeypatch.setattr(shared, "NUMBERS_MAX", max(*ends, theirs))
+    with pytest.raises(OSError, match="not many"):
+        offer()
+    assert open_descriptors() == before
+    for fd in (*ends, theirs):
         os.close(fd)
 
 

@@ -13,8 +13,8 @@ from zmq.utils import z85
 from achilles.errors import SelfAttackError
 from achilles.net import serve as serve_module
 from achilles.net.endpoint import Endpoint, Gatekeeper
+from achilles.net.loop import SocketLoop
 from achilles.net.self_attack import Door, attack
-from achilles.net.transport import SocketLoop
 from tests.brokers import RunningBroker
 from tests.security import attacks
 

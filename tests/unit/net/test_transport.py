@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import select
 from errno import ENOMEM, ENOTSOCK
 from pathlib import Path
 from time import monotonic
@@ -14,7 +12,7 @@ from achilles.core.protocol import FRAMES_MAX
 from achilles.net import transport
 from achilles.net.endpoint import LOCAL_USER, Endpoint, dial_dealer
 from achilles.net.frames import prepared
-from achilles.net.transport import DealerPort, Route, SocketLoop
+from achilles.net.transport import DealerPort, Route
 from tests.security.attacks import attack
 from tests.unit.net.pairs import WAIT_SECONDS, Arrived, Pair, can_send, connect
 
@@ -130,67 +128,6 @@ def test_routes_that_never_were_are_no_error(pair: Pair) -> None:
     pair.router.send(Route(pair.router, b"nobody", ""), [b"x"])
     pair.router.flush()
     assert not pair.router.outboxes
-
-
-def test_a_busy_socket_does_not_hold_up_descriptors(pair: Pair) -> None:
-    """However much waits at a socket, each wait looks at everything."""
-    connect(pair)
-    read, write = os.pipe()
-    for _ in range(10):
-        pair.dealer.send([b"x"])
-    seen: list[int] = []
-    pair.loop.register(read, lambda: seen.append(len(pair.to_router)))
-    os.write(write, b"x")
-    pair.until(lambda: len(pair.to_router) == 10)
-    pair.loop.unregister(read)
-    os.close(read)
-    os.close(write)
-    assert seen
-    assert seen[0] <= 1
-
-
-def test_a_socket_that_was_closed_by_an_earlier_callback_is_passed_over(pair: Pair) -> None:
-    """Both have input in the same wait; the first to be called ends the other."""
-    route = connect(pair)
-    pair.dealer.send([b"to the router"])
-    pair.router.send(route, [b"to the dealer"])
-    assert pair.router._socket.poll(10_000)
-    assert pair.dealer._socket.poll(10_000)
-    called: list[str] = []
-
-    def end(name: str) -> None:
-        called.append(name)
-        for port in (pair.router, pair.dealer):
-            pair.loop.unwatch(port._socket)
-
-    pair.loop.watch(pair.router._socket, lambda: end("router"))
-    pair.loop.watch(pair.dealer._socket, lambda: end("dealer"))
-    pair.loop.wait(5)
-    assert len(called) == 1
-
-
-@pytest.mark.bad_input(76)
-def test_without_epoll_descriptors_are_waited_for_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delattr(select, "epoll", raising=False)
-    loop = SocketLoop()
-    read, write = os.pipe()
-    seen: list[str] = []
-    loop.register(read, lambda: seen.append("readable"))
-    loop.register(write, lambda: seen.append("writable"), write=True)
-    loop.wait(5)
-    assert seen == ["writable"]
-    loop.unregister(write)
-    os.write(write, b"x")
-    loop.wait(5)
-    loop.unregister(read)
-    assert seen == ["writable", "readable"]
-    loop.wake()
-    loop.wait(30)
-    loop.close()
-    os.close(read)
-    os.close(write)
 
 
 # --- Whose message it is --------------------------------------------------------------------------

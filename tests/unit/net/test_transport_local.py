@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from errno import ENFILE
-from functools import partial
 from typing import Any, NoReturn
 
 import pytest
@@ -17,7 +16,7 @@ from achilles.net.endpoint import LOCAL_USER
 from achilles.net.transport import Route
 from achilles.runtime import shared
 from tests.security.attacks import attack
-from tests.unit.net.pairs import Arrived, Pair, connect
+from tests.unit.net.pairs import Arrived, Pair, connect, connect_by_pipes, needs_pipes
 
 needs_memfd = pytest.mark.skipif(not shared.IS_AVAILABLE, reason="there is no memfd here")
 
@@ -141,17 +140,6 @@ def test_whoever_has_a_key_is_not_local(pair: Pair) -> None:
 
 # --- Pipes beside the connection ------------------------------------------------------------------
 
-needs_pipes = pytest.mark.skipif(not pipes.IS_AVAILABLE, reason="there is no /proc here")
-
-
-def connect_by_pipes(pair: Pair) -> Route:
-    route = connect(pair)
-    pair.dealer.offer_pipes()
-    pair.until(lambda: route.pipes is not None)
-    pair.router.send(route, [b"accepted"])
-    assert pair.at_dealer() == [[b"accepted"]]
-    return route
-
 
 def ends_connection(pair: Pair, route: Route) -> None:
     """End the ZeroMQ connection, and nothing else."""
@@ -206,27 +194,6 @@ def test_while_messages_go_through_pipes_sockets_are_not_asked(
 
 
 @needs_pipes
-def test_a_socket_that_is_watched_anew_beside_pipes_is_waited_for(pair: Pair) -> None:
-    connect_by_pipes(pair)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    one, other = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-    one.bind("inproc://x")
-    other.connect("inproc://x")
-    seen: list[bytes] = []
-    pair.loop.watch(one, lambda: seen.append(one.recv(zmq.NOBLOCK)))
-    for count in (1, 2):
-        pair.until(lambda: not pair.loop.uses_sockets)
-        other.send(b"x")
-        pair.until(partial(lambda count: len(seen) == count, count))
-    pair.dealer.drop_pipes()
-    pair.until(lambda: not pair.loop._pipes)
-    other.send(b"x")
-    pair.until(lambda: len(seen) == 3)
-    pair.loop.unwatch(one)
-    context.destroy(0)
-
-
-@needs_pipes
 @needs_memfd
 def test_a_large_payload_passes_as_a_reference_through_pipes_too(
     pair: Pair, unfolded: list[int]
@@ -270,19 +237,18 @@ def test_pipes_that_end_are_told_of_and_messages_go_over_ipc_again(pair: Pair) -
 def test_pipes_that_cannot_be_opened_are_refused(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another container, no descriptors left: what was in them is lost, and said to be."""
-    lost: list[bool] = []
-    pair.dealer._on_pipes_lost = lambda: lost.append(True)
+    """Another container, no descriptors left: all goes over the connection, and nothing is lost."""
     route = connect(pair)
 
     def fail(_: Buffer) -> NoReturn:
         raise OSError(ENFILE, "there are no descriptors")
 
     monkeypatch.setattr(pipes, "accept", fail)
-    caplog.set_level("INFO", "achilles.net")
+    caplog.set_level("DEBUG", "achilles.net")
     pair.dealer.offer_pipes()
-    pair.dealer.send([b"is lost"])
-    pair.until(lambda: lost)
+    pair.dealer.send([b"meanwhile"])
+    assert pair.at_router() == (route, [b"meanwhile"])
+    pair.until(lambda: pair.dealer._offer is None)
     pair.dealer.send([b"there"])
     assert pair.at_router() == (route, [b"there"])
     assert route.pipes is None
@@ -297,10 +263,43 @@ def test_pipes_that_cannot_be_opened_are_refused(
 @needs_pipes
 def test_an_answer_to_no_offer_is_passed_over(pair: Pair) -> None:
     route = connect(pair)
-    for answer in (pipes.ACCEPTED, pipes.REFUSED):
+    answers = [pipes.answer(kind, 1) for kind in (pipes.ACCEPTED, pipes.REFUSED)]
+    for answer in (*answers, *pipes.ANSWERS):
         pair.router.send(route, [answer])
     pair.router.send(route, [b"next"])
     assert pair.at_dealer() == [[b"next"]]
+
+
+@needs_pipes
+def test_a_late_answer_to_an_earlier_offer_is_not_for_the_next_one(pair: Pair) -> None:
+    route = connect(pair)
+    pair.dealer.offer_pipes()
+    late = [pipes.answer(kind, pair.dealer._offered) for kind in pipes.ANSWERS]
+    pair.dealer.offer_pipes()
+    for answer in late:
+        pair.dealer._take([answer])
+    pair.dealer.send([b"next"])
+    assert pair.at_router() == (route, [b"next"])
+    pair.until(lambda: pair.dealer._pipes is not None)
+
+
+@needs_pipes
+def test_many_pairs_are_not_made(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipes, "PAIRS_MAX", 0)
+    route = connect(pair)
+    pair.dealer.offer_pipes()
+    pair.until(lambda: pair.dealer._offer is None)
+    assert pair.dealer._pipes is None
+    assert route.pipes is None
+
+
+@needs_pipes
+def test_who_leaves_before_pipes_were_accepted_has_said_its_last_word(pair: Pair) -> None:
+    route = connect(pair)
+    pair.dealer.offer_pipes()
+    pair.dealer.send([b"goodbye"])
+    pair.until(lambda: not pair.dealer.has_outbox)
+    assert pair.at_router() == (route, [b"goodbye"])
 
 
 @needs_pipes
@@ -324,7 +323,7 @@ def test_pipes_are_opened_for_this_host_alone(pair: Pair, monkeypatch: pytest.Mo
     monkeypatch.setattr(pipes, "accept", opened.append)
     route = connect(pair)
     route.is_local = False
-    ends, theirs, frame = pipes.offer()
+    ends, theirs, frame, _ = pipes.offer()
     pair.dealer.send([frame])
     assert pair.at_router() == (route, [frame])
     assert not opened
