@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
+from achilles import DistributedExecutor
 from tests import commands
 
 pytestmark = pytest.mark.skipif(
@@ -160,3 +162,21 @@ def test_without_descriptors_to_begin_with_an_executor_is_an_error_and_the_next_
 
 def test_a_socket_that_cannot_be_had_leaves_nothing_open() -> None:
     run(DIALS_WITH_SO_MANY_LEFT, 8)
+
+
+def test_pipes_leave_descriptors_to_connections() -> None:
+    """libzmq ends a broker that has none for the next connection; with pipes for all there would be none after 42."""
+    limited = ("sh", "-c", 'ulimit -n 200; exec "$@"', "sh", *commands.ACHILLES, "broker")
+    started = commands.Command(
+        (*limited, "--bind", "tcp://127.0.0.1:0"), ready="look, and stop", environ={}
+    )
+    with started as broker, commands.worker(), contextlib.ExitStack() as ends:
+        serving = broker.serving()
+        for _ in range(60):
+            executor = DistributedExecutor(address="auto")
+            ends.callback(executor.shutdown)
+            assert executor.submit(pow, 2, 3).result(20) == 8
+        assert broker.serving() == serving
+        assert serving.num_fds() < 150
+        ends.close()
+    assert "another one takes its place" not in broker.said
