@@ -6,6 +6,7 @@ made from changes.
 
 from __future__ import annotations
 
+import compileall
 import json
 import subprocess
 import sys
@@ -51,6 +52,10 @@ def prepare(group: str) -> Environment:
     """The environment of a dependency group, made if it is not there or not from the present recipe."""
     folder = FOLDER / group
     python, stamp = folder / "bin" / "python", folder / "recipe.json"
+    if (
+        group in NEEDS_ACHILLES
+    ):  # pip has done so with the others; it may be that Python writes none by itself
+        compileall.compile_dir(ROOT / "achilles", quiet=1)
     wanted = recipe(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8")), group)
     if stamp.exists() and stamp.read_text("utf-8") == wanted:
         return Environment(python, "")

@@ -70,3 +70,19 @@ def test_what_does_not_install_is_a_reason_and_is_tried_again(
     monkeypatch.setattr(environments, "_install", install)
     assert prepare("bench-ray").reason == ""  # it is there
     assert len(tried) == 4
+
+
+def test_ours_is_compiled_as_an_installed_package_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each start would compile what the peers have had compiled."""
+    (tmp_path / "achilles").mkdir()
+    (tmp_path / "achilles" / "one.py").write_text("x = 1\n")
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text("utf-8"))
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    monkeypatch.setattr(environments, "FOLDER", tmp_path / "build")
+    monkeypatch.setattr(environments, "_install", lambda *_: "not now")
+    monkeypatch.setattr(venv, "create", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    prepare("bench")
+    assert list((tmp_path / "achilles" / "__pycache__").glob("one.*.pyc"))
