@@ -67,6 +67,8 @@ def connect_by_pipes(pair: Pair) -> Route:
     pair.until(lambda: route.pipes is not None and pair.dealer._pipes is not None)
     pair.router.send(route, [b"accepted"])
     assert pair.at_dealer() == [[b"accepted"]]
+    pair.dealer.send([b"switched"])  # from here on nothing is under way to a socket
+    assert pair.at_router() == (route, [b"switched"])
     return route
 
 
