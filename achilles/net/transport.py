@@ -360,8 +360,9 @@ class RouterPort:
                 frames = _unfold(route, frames, partial(self.send, route), keep=True)
             elif kind == pipes.OFFER:
                 frames = self._accept_pipes(route, frames)
-            elif kind == pipes.SWITCHED and route.pipes is not None:
-                route.pipes.begin()
+            elif kind == pipes.SWITCHED:
+                if route.pipes is not None:  # they may have ended meanwhile
+                    route.pipes.begin()
                 return
             elif kind == pipes.ENDED:
                 self._end_pipes(route)

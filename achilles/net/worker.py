@@ -178,7 +178,9 @@ class Worker:
             BrokerUnreachableError: there is no session yet, and there has been enough time for one.
         """
         self._care_at = now + CARE_SECONDS
-        self._sends += self._agent.tick(now)
+        self._sends += self._agent.tick(
+            now
+        )  # also for reports that grow too old, of which no deadline tells
         if self._memory_limit is not None and self._agent.running:
             self._check_memory(self._memory_limit, now)
         self._leftovers.look(now, self._peer.large_at)

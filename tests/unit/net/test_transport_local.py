@@ -271,6 +271,15 @@ def test_an_answer_to_no_offer_is_passed_over(pair: Pair) -> None:
 
 
 @needs_pipes
+def test_who_switches_to_pipes_that_have_ended_meanwhile_keeps_its_session(pair: Pair) -> None:
+    """It has done nothing wrong; a malformed message would end it."""
+    route = connect(pair)
+    pair.dealer.send([pipes.SWITCHED])
+    pair.dealer.send([b"next"])
+    assert pair.at_router() == (route, [b"next"])
+
+
+@needs_pipes
 def test_a_late_answer_to_an_earlier_offer_is_not_for_the_next_one(pair: Pair) -> None:
     route = connect(pair)
     pair.dealer.offer_pipes()
