@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
 
+from achilles.runtime.wakeups import Wakeup, new_wakeup
+
 if TYPE_CHECKING:
     T = TypeVar("T")
     _Base = concurrent.futures.Future[Any]
@@ -25,6 +27,9 @@ RUNNING = concurrent.futures._base.RUNNING
 CANCELLED = concurrent.futures._base.CANCELLED
 CANCELLED_AND_NOTIFIED = concurrent.futures._base.CANCELLED_AND_NOTIFIED
 FINISHED = concurrent.futures._base.FINISHED
+
+
+_RLock = type(threading.RLock())  # what that function makes, and asks for each time
 
 
 class _Done:
@@ -53,19 +58,19 @@ _DONE = _Done()
 
 
 class _Watched:
-    """The condition of a future that somebody waits for: a lock, and what sleepers need once there is one.
+    """The condition of a future that somebody waits for: a lock, and those who sleep.
 
-    `wait` and `as_completed` only ever lock it, thousands at a time, and a `threading.Condition` takes five times as long
-    to make as its lock.
+    `wait` and `as_completed` only ever lock it, thousands at a time.
     """
 
-    __slots__ = ("_condition", "_lock", "acquire", "release")
+    __slots__ = ("_lock", "_sleepers", "acquire", "release")
 
     def __init__(self) -> None:
-        self._lock = lock = threading.RLock()
-        self._condition: threading.Condition | None = None
-        self.acquire = lock.acquire
-        self.release = lock.release
+        self._lock: Any  # which has more for conditions than its type tells
+        self._lock = lock = _RLock()
+        self._sleepers: tuple[Wakeup, ...] = ()
+        self.acquire: Callable[[], bool] = lock.acquire
+        self.release: Callable[[], None] = lock.release
 
     def __enter__(self) -> bool:
         return self.acquire()
@@ -75,14 +80,36 @@ class _Watched:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until `notify_all`, with the lock released meanwhile; False if the time is over."""
-        if self._condition is None:
-            self._condition = threading.Condition(self._lock)
-        return self._condition.wait(timeout)
+        if timeout is not None and timeout > threading.TIMEOUT_MAX:
+            raise OverflowError("timeout value is too large")
+        end = None if timeout is None else monotonic() + timeout
+        wakeup = new_wakeup()
+        self._sleepers += (wakeup,)
+        held = self._lock._release_save()
+        try:
+            while wakeup in self._sleepers:
+                if timeout is not None and not timeout > 0:  # NaN, too
+                    break
+                wakeup.sleep(timeout)
+                if end is not None:
+                    timeout = end - monotonic()
+        finally:
+            self._lock._acquire_restore(held)
+            is_notified = wakeup not in self._sleepers
+            if not is_notified:
+                self._sleepers = tuple(one for one in self._sleepers if one is not wakeup)
+            wakeup.done()
+        return is_notified
+
+    def take_sleepers(self) -> tuple[Wakeup, ...]:
+        """Those who sleep, and are to be woken now; the lock is held."""
+        sleepers, self._sleepers = self._sleepers, ()
+        return sleepers
 
     def notify_all(self) -> None:
         """Wake all sleepers; the lock is held."""
-        if self._condition is not None:
-            self._condition.notify_all()
+        for wakeup in self.take_sleepers():
+            wakeup.wake()
 
 
 class _OnDemand:
@@ -134,6 +161,8 @@ class Owner(Protocol):
     def cancelled(self, ids: list[int]) -> None: ...
 
     def call_back(self, future: Future) -> bool: ...
+
+    def wake_soon(self, sleepers: Iterable[Wakeup]) -> None: ...
 
 
 class Future(_Base):
@@ -249,7 +278,9 @@ class Future(_Base):
                     waiter.add_result(self)
                 else:
                     waiter.add_exception(self)
-            condition.notify_all()
+            sleepers = condition.take_sleepers()
+        if sleepers:
+            self._owner.wake_soon(sleepers)
         return True
 
     def abandon(self, error: BaseException) -> None:

@@ -37,6 +37,7 @@ from achilles.runtime.seal import ONCE_SIZE, TAG_SIZE, Sealer
 from achilles.runtime.seal import PARTS as PARTS_LETTER
 from achilles.runtime.serialize import load_outcome, loads
 from achilles.runtime.shared import fill
+from achilles.runtime.wakeups import Wakeup
 
 Sink: TypeAlias = "Future | tuple[MapRun, int] | BundleSink"
 Mail: TypeAlias = (
@@ -69,6 +70,7 @@ class Mailbox:
         self._inbox: deque[Mail] = deque()
         self._cancels: deque[int] = deque()
         self._sinks: dict[int, Sink] = {}
+        self._sleepers: list[Wakeup] = []  # who wait for what has come meanwhile
         self._running_items: set[int] = set()  # tasks of maps; a future knows it by itself
         self._groups: dict[tuple[Any, ...], Group] = {}
         self._callbacks: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
@@ -305,8 +307,18 @@ class Mailbox:
         """Whether `drain` would give something."""
         return bool(self._inbox or self._cancels)
 
+    def wake_soon(self, sleepers: Iterable[Wakeup]) -> None:
+        """Wake these threads as soon as all is done that can be without a wait: they take the interpreter."""
+        self._sleepers += sleepers
+
+    def _wake_sleepers(self) -> None:
+        while self._sleepers:
+            self._sleepers.pop().wake()
+
     def is_idle(self) -> bool:
         """Whether the I/O thread may wait: from here on, whoever has something for it wakes it."""
+        if self._sleepers:
+            self._wake_sleepers()
         self.is_awake = False
         is_over = self.is_closing and not self._sinks and not self.outlasts
         if self._inbox or self._cancels or is_over:
@@ -536,6 +548,7 @@ class Mailbox:
 
     def close(self) -> None:
         """The I/O thread ends."""
+        self._wake_sleepers()
         self._callbacks.put(None)
 
     def _break(self, payload: p.Payload | Guarded) -> list[int]:

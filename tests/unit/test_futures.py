@@ -3,16 +3,19 @@ from __future__ import annotations
 import concurrent.futures
 import gc
 import itertools
+import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
 from typing import Any
 
 import pytest
 
 from achilles.futures import Future, MapRun, UnorderedRun, as_completed
+from achilles.runtime.wakeups import Wakeup
+from tests.modes import wait_until
 
 FUTURES = 300
 ROUNDS = 30
@@ -32,6 +35,10 @@ class Owner:
     def call_back(self, future: Future) -> bool:
         self.called_back.append(future)
         return self.takes_callbacks
+
+    def wake_soon(self, sleepers: Iterable[Wakeup]) -> None:
+        for sleeper in sleepers:
+            sleeper.wake()
 
 
 @pytest.fixture
@@ -133,13 +140,96 @@ def test_no_condition_is_made_for_those_who_come_late(future: Future, owner: Own
     assert list(as_completed([future])) == [future]
 
 
-def test_who_only_looks_makes_no_condition_to_sleep_on(future: Future) -> None:
+def test_who_only_looks_does_not_sleep(future: Future) -> None:
     """`wait` holds thousands of them."""
     assert concurrent.futures.wait([future], 0).not_done == {future}
-    assert future._condition._condition is None
+    assert future._condition._sleepers == ()
+
+
+class Sleeper:
+    """A thread that waits for the outcome; made when it sleeps."""
+
+    def __init__(self, future: Future, ask: Callable[[], Any]) -> None:
+        self._answer: Any = None
+        before = len(future._condition._sleepers)
+        self._thread = threading.Thread(target=self._run, args=(ask,))
+        self._thread.start()
+        wait_until(lambda: len(future._condition._sleepers) > before)
+
+    def _run(self, ask: Callable[[], Any]) -> None:
+        try:
+            self._answer = ask()
+        except BaseException as error:
+            self._answer = error
+
+    def answer(self) -> Any:
+        self._thread.join(10)
+        assert not self._thread.is_alive(), "it was never woken"
+        return self._answer
+
+
+def test_all_who_sleep_are_woken(future: Future) -> None:
+    asked = [future.result, lambda: future.result(20), future.exception, lambda: future.result()]
+    sleepers = [Sleeper(future, ask) for ask in asked]
+    future.resolve(5, None)
+    assert [sleeper.answer() for sleeper in sleepers] == [5, 5, None, 5]
+
+
+def test_a_cancellation_wakes(future: Future) -> None:
+    sleeper = Sleeper(future, future.result)
+    future.cancel()
+    assert isinstance(sleeper.answer(), concurrent.futures.CancelledError)
+
+
+def test_the_standard_setters_wake(future: Future) -> None:
+    sleeper = Sleeper(future, future.result)
+    future.set_result(5)
+    assert sleeper.answer() == 5
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 0.001, float("nan"), float("-inf")])
+def test_who_has_given_up_does_not_sleep_any_more(future: Future, timeout: float) -> None:
     with pytest.raises(concurrent.futures.TimeoutError):
-        future.result(0.001)
-    assert isinstance(future._condition._condition, threading.Condition)
+        future.result(timeout)
+    with pytest.raises(concurrent.futures.TimeoutError):
+        future.exception(timeout)
+    assert future._condition._sleepers == ()
+
+
+@pytest.mark.parametrize("timeout", [1e20, float("inf")])
+def test_no_timeout_beyond_what_locks_take(future: Future, timeout: float) -> None:
+    """As the standard's: None is for ever."""
+    with pytest.raises(OverflowError):
+        future.result(timeout)
+    assert future._condition._sleepers == ()
+
+
+def test_a_signal_handler_may_wait_while_its_thread_sleeps(owner: Owner) -> None:
+    """It sleeps on something of its own, so that it takes nothing from who it interrupts."""
+    outer, inner = Future(owner, 1, "f"), Future(owner, 2, "f")
+
+    def handle(signum: int, frame: object) -> None:
+        outer.resolve(1, None)  # before the inner one, and it is not asleep for it
+        inner_thread.start()
+        assert inner.result() == 2
+
+    inner_thread = threading.Thread(target=lambda: inner.resolve(2, None))
+    before = signal.signal(signal.SIGUSR1, handle)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        wait_until(lambda: bool(outer._condition._sleepers))
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt)
+    try:
+        thread.start()
+        assert outer.result(20) == 1
+    finally:
+        thread.join()
+        inner_thread.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_two_who_ask_at_once_share_a_condition(owner: Owner) -> None:

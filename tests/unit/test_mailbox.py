@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from achilles.runtime.allowed import Allowed
 from achilles.runtime.seal import CALL_SIZE, Seal, Sealer, seal_result
 from achilles.runtime.serialize import dumps, load_outcome
 from achilles.runtime.tracebacks import dump_error
+from tests.modes import wait_until
 
 
 def read(status: int, payload: Any) -> tuple[Any, BaseException | None]:
@@ -371,6 +373,27 @@ def test_who_was_interrupted_while_it_woke_the_thread_leaves_that_to_the_next(
     assert box.wakes == 0
     box.finish()
     assert box.wakes == 1
+
+
+@pytest.mark.parametrize("then", [Mailbox.is_idle, Mailbox.close])
+def test_who_sleeps_is_woken_when_all_is_done_that_can_be_without_a_wait(
+    box: Box, then: Callable[[Mailbox], object]
+) -> None:
+    """A sleeper takes the interpreter, so that it would wait for each of many results anew."""
+    first, second = box.add(), box.add()
+    box.drain()
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(first.result()))
+    thread.start()
+    wait_until(lambda: first._condition._sleepers)
+    box.receive(values(1))
+    assert first._condition._sleepers == ()
+    assert len(box._sleepers) == 1
+    box.receive(values(2))
+    assert len(box._sleepers) == 1
+    then(box)
+    thread.join(10)
+    assert (answers, second.result(0), box._sleepers) == ([10], 20, [])
 
 
 def test_a_thread_that_waits_for_what_runs_unheard_sleeps_until_it_is_told(box: Box) -> None:
