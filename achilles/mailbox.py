@@ -251,7 +251,7 @@ class Mailbox:
         """What was submitted since the last call, by group and in order, and what was cancelled."""
         batches = self._batches() if self._inbox else []
         cancels = self._cancels
-        return batches, [cancels.popleft() for _ in range(len(cancels))]
+        return batches, [cancels.popleft() for _ in range(len(cancels))] if cancels else []
 
     def _batches(self) -> list[Batch]:
         """The tasks by group; from here on their outcomes have a place to go."""

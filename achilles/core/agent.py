@@ -47,7 +47,7 @@ class Agent:
         self._moved_at = 0.0  # when a task was done last, or the first of them came
         self._blobs: dict[tuple[int, int], p.Payload] = {}
         self.is_draining = False  # it takes no more work
-        self._said_goodbye = False
+        self.is_drained = False  # goodbye was said
         self.result_max = 0  # bytes that the broker takes of one result; 0: no limit
         self._holding = Holding(slots)
         self._epoch = b""  # of the last broker
@@ -100,7 +100,10 @@ class Agent:
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        wanted, at = self._crew.next_deadline(), self._stale_at
+        wanted = self._crew.next_deadline()
+        if not self._queue:
+            return wanted
+        at = self._stale_at
         return at if wanted is None or (at is not None and at < wanted) else wanted
 
     @property
@@ -167,13 +170,8 @@ class Agent:
         self._queue.clear()
         self._blobs.clear()
         self._holding.clear()
-        self._said_goodbye = self.is_draining  # nobody is left to say it to
+        self.is_drained = self.is_draining  # nobody is left to say it to
         return sends
-
-    @property
-    def is_drained(self) -> bool:
-        """Whether a drain has come to its end."""
-        return self._said_goodbye
 
     @property
     def is_empty(self) -> bool:
@@ -388,9 +386,10 @@ class Agent:
         if runner.condemned:
             sends += self._execute_sentence(runner)
         self._crew.watch(runner)
-        sends += self._assign(now)
+        if self._queue:
+            sends += self._assign(now)
         self._crew.plan_relief(runner, now)
-        return [*sends, *self._goodbye_if_empty()]
+        return [*sends, *self._goodbye_if_empty()] if self.is_draining else sends
 
     def _drop_finished(self, runner: Runner) -> None:
         chunks = runner.chunks
@@ -470,9 +469,9 @@ class Agent:
 
     def _goodbye_if_empty(self) -> list[Send]:
         is_away = self._holding.since is not None
-        if not self.is_draining or self._chunks or self._said_goodbye or is_away:
+        if not self.is_draining or self._chunks or self.is_drained or is_away:
             return []
-        self._said_goodbye = True
+        self.is_drained = True
         return [Send("broker", p.Goodbye("drained"))]
 
     # --- Invariants -------------------------------------------------------------------------------

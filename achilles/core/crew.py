@@ -30,6 +30,9 @@ class Send(NamedTuple):
     message: p.FromWorker | p.RunnerCommand
 
 
+_NEVER = None, None
+
+
 class Crew:
     """Up to ``slots`` runners that work at once, each for at most ``tasks_max`` tasks (0: no limit)."""
 
@@ -46,7 +49,11 @@ class Crew:
     @property
     def running(self) -> int:
         """How many runners have work."""
-        return sum(bool(runner.chunks) for runner in self.runners.values())
+        count = 0
+        for runner in self.runners.values():
+            if runner.chunks:
+                count += 1
+        return count
 
     @property
     def _busy(self) -> int:
@@ -140,7 +147,7 @@ class Crew:
 
     def watch(self, runner: Runner) -> None:
         """Note when `tick` has to look at a runner; after each change of it, so that no message costs all runners."""
-        stuck_at, times_out_at = runner.stuck_at, runner.times_out_at
+        stuck_at, times_out_at = (runner.stuck_at, runner.times_out_at) if runner.chunks else _NEVER
         if stuck_at is None:
             runner.is_wanted = False  # nothing waits there any more
         if stuck_at is None and times_out_at is None:
@@ -178,10 +185,10 @@ class Crew:
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        wanted = min(self._due.values(), default=None)
+        wanted = min(self._due.values()) if self._due else None
         if wanted is not None and self._relieve_at is not None:
             wanted = min(wanted, self._relieve_at)
-        if idle := self._surplus():
+        if len(self.runners) > self.slots and (idle := self._surplus()):
             at = idle[0].progress_at + SURPLUS_SECONDS
             wanted = at if wanted is None else min(at, wanted)
         return wanted

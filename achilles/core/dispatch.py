@@ -430,7 +430,7 @@ class Dispatcher:
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        wanted = self._relief.next_deadline()
+        wanted = self._relief.due
         for unannounced in self._unannounced:
             if unannounced and (wanted is None or unannounced[0][0] < wanted):
                 wanted = unannounced[0][0]

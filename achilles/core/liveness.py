@@ -48,12 +48,14 @@ class Silence(Generic[K]):
         self._heard: OrderedDict[K, float] = OrderedDict()
         self._excused: dict[K, float] = {}  # until when
 
-    def heard(self, peer: K, now: float) -> None:
-        """The peer has shown life, or begins to be watched."""
+    def heard(self, peer: K, now: float) -> bool:
+        """The peer has shown life, or begins to be watched: whether it does."""
+        is_new = peer not in self._heard
         self._heard[peer] = now
         self._heard.move_to_end(peer)
         if self._excused:
             self._excused.pop(peer, None)
+        return is_new
 
     def excuse(self, peer: K, until: float) -> None:
         """The peer may be silent for longer this once: what it sends takes its time."""

@@ -812,15 +812,18 @@ def _check_fields(message: Wire) -> None:
         case Heartbeat():
             pass  # the most frequent one
         case Submit(ids=ids) | Run(ids=ids):
-            _check_columns(ids, len(message.payloads))
-            if min(message.blobs, default=1) < 1:
+            if len(message.payloads) != len(ids) or (ids and min(ids) < 0):
+                raise _uneven(ids, len(message.payloads))
+            if message.blobs and min(message.blobs) < 1:
                 raise ProtocolError("a blob with a number below 1")
             if isinstance(message, Submit) and message.options is not None:
                 _check_options(message.options)
         case Held():
             _check_held(message)
         case Results(ids=ids, statuses=statuses) | Done(indexes=ids, statuses=statuses):
-            _check_columns(ids, len(message.payloads), len(statuses))
+            count = len(ids)
+            if not len(message.payloads) == len(statuses) == count or (ids and min(ids) < 0):
+                raise _uneven(ids, len(message.payloads), len(statuses))
             if not STATUSES.issuperset(statuses):
                 raise ProtocolError("an unknown status")
             if not 0 <= message.seconds < inf:
@@ -875,18 +878,17 @@ def _check_fields(message: Wire) -> None:
             pass  # what their types leave open, only a broker sends
 
 
-def _check_columns(ids: list[int], *lengths: int) -> None:
+def _uneven(ids: list[int], *lengths: int) -> ProtocolError:
+    """What is wrong with columns of these lengths beside the one of numbers."""
     count = len(ids)
     for length in lengths:
         if length != count:
-            raise ProtocolError(f"columns of different lengths: {count}, {length}")
-    if count and min(ids) < 0:
-        raise ProtocolError("a negative number")
+            return ProtocolError(f"columns of different lengths: {count}, {length}")
+    return ProtocolError("a negative number")
 
 
 def _check_held(held: Held) -> None:
-    _check_columns(held.ids)
-    _check_range([held.lease, held.client, *held.blobs])
+    _check_range([held.lease, held.client, *held.blobs, *held.ids])
     if len(held.blobs) > BLOBS_MAX + 2 or held.attempt < 1:
         raise ProtocolError("too many blobs, or an attempt below 1")
     indexes = held.indexes

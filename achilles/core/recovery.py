@@ -67,6 +67,8 @@ class Recovery:
         self._awaited = None if awaited is None else set(awaited)
         self._over_at: float | None = now + seconds if seconds and self._awaited != set() else None
         self._expires_at: float | None = now + patience if patience else None
+        self.due: float | None = None  # when `tick` wants to be called
+        self._note_due()
         self._absent: dict[int, Client] = {}  # clients of which something was found, by number
         self._end = end
 
@@ -308,6 +310,7 @@ class Recovery:
         """The broker itself has slept."""
         if self._over_at is not None:
             self._over_at = now + self._seconds
+            self._note_due()
 
     def tick(self, now: float) -> list[Send]:
         """Hold nothing back any more, if its time has come; wait no more for clients that are not back by now."""
@@ -326,16 +329,18 @@ class Recovery:
                 client.found = None
                 sends += self._end(client)
             self._absent.clear()
+        self._note_due()
         return sends
 
-    def next_deadline(self) -> float | None:
-        """When `tick` wants to be called."""
-        if self._over_at is None or self._expires_at is None:
-            return self._over_at or self._expires_at
-        return min(self._over_at, self._expires_at)
+    def _note_due(self) -> None:
+        self.due = min(
+            (at for at in (self._over_at, self._expires_at) if at is not None), default=None
+        )
 
     def check_invariants(self) -> None:
         """Assert the rules of this module; tests call it after every step."""
+        wanted = [at for at in (self._over_at, self._expires_at) if at is not None]
+        assert self.due == min(wanted, default=None), "a stale deadline"
         for client in (*self._absent.values(), *self._clients.values()):
             found = client.found or Found()
             for id, task in found.tasks.items():

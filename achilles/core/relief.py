@@ -31,7 +31,7 @@ class Relief:
         self._idle = idle
         self.workers = 0  # how many there are
         self._shown: OrderedDict[Lease, float] = OrderedDict()  # when each has shown something last
-        self._at: float | None = None
+        self.due: float | None = None  # when `tick` wants to be called
         self._pause = RELIEF_SECONDS
 
     def note(self, lease: Lease, now: float) -> None:
@@ -49,19 +49,15 @@ class Relief:
     def plan(self, now: float) -> None:
         """All that could be was given out: note when to look whether some of it waits beside a free slot."""
         if self.workers < 2 or not self._idle or not self._shown:
-            self._at = None
-        elif self._at is None:
-            self._at = now + self._pause
-
-    def next_deadline(self) -> float | None:
-        """When `tick` wants to be called."""
-        return self._at
+            self.due = None
+        elif self.due is None:
+            self.due = now + self._pause
 
     def tick(self, now: float) -> list[Send]:
         """Call back what waits, from as many leases as there are free slots."""
-        if self._at is None or now < self._at:
+        if self.due is None or now < self.due:
             return []
-        self._at = None
+        self.due = None
         free = sum(
             worker.slots - worker.taken
             for group in self._idle.values()
@@ -71,7 +67,7 @@ class Relief:
         for lease, shown_at in list(islice(self._shown.items(), LOOKS_MAX)):
             at = shown_at + RELIEF_SECONDS
             if len(sends) == free or now < at:
-                self._at = max(at, now + RELIEF_SECONDS)
+                self.due = max(at, now + RELIEF_SECONDS)
                 break
             del self._shown[lease]
             if lease.left == 1 and (lease.in_slot or lease.is_lent):

@@ -222,13 +222,16 @@ class Scheduler:
         if self._standing.next_deadline() is not None:
             self._standing.tick(now)
             sends += self._dispatcher.dispatch(now)
-        due = self._recovery.next_deadline()
+        due = self._recovery.due
         return sends if due is None or now < due else [*sends, *self._recover(now)]
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called."""
-        due = self._dispatcher.next_deadline()
-        for at in (self._standing.next_deadline(), self._recovery.next_deadline()):
+        due, at = self._dispatcher.next_deadline(), self._recovery.due
+        if at is not None and (due is None or at < due):
+            due = at
+        if self._standing.resting:
+            at = self._standing.next_deadline()
             if at is not None and (due is None or at < due):
                 due = at
         return due

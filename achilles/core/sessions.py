@@ -136,7 +136,7 @@ class Sessions:
         self.refused = 0
         self.events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self.is_shutting_down = False
-        self._reloaders: list[Session] = []  # administrators who wait for the keys to be read anew
+        self.reloaders: list[Session] = []  # administrators who wait for the keys to be read anew
 
     # --- From the sockets -------------------------------------------------------------------------
 
@@ -212,11 +212,6 @@ class Sessions:
         """Whether no session has a connection."""
         return not self._by_route
 
-    @property
-    def is_reload_wanted(self) -> bool:
-        """Whether somebody waits for the keys to be read anew."""
-        return bool(self._reloaders)
-
     def cut_unless(self, is_allowed: Callable[[Route, str], bool], now: float) -> list[Send]:
         """The keys were read anew: end the sessions of those who may not be what they are any more.
 
@@ -225,7 +220,7 @@ class Sessions:
         """
         reason = "its key was revoked"
         cut = [one for one in self._by_token.values() if not is_allowed(one.route, one.role)]
-        sends = self.reloaded(sum(one not in self._reloaders for one in cut))
+        sends = self.reloaded(sum(one not in self.reloaders for one in cut))
         for session in cut:
             sends += self._dismiss(session, reason)
             sends += self._end(session, now, reason, charge=False)
@@ -249,7 +244,7 @@ class Sessions:
 
     def reloaded(self, cut: int, error: str = "") -> list[Send]:
         """Answer those who wait for the keys to be read anew."""
-        waiting, self._reloaders = self._reloaders, []
+        waiting, self.reloaders = self.reloaders, []
         answer = p.KeysReloaded(cut, error[: p.TEXT_MAX])
         return [
             Send(session.route, session.link.wrap(answer))
@@ -366,7 +361,7 @@ class Sessions:
             self.events.append(Event(session.route, f"{session} shuts the broker down"))
             sends.append(Send(session.route, session.link.wrap(p.ShuttingDown())))
         elif isinstance(message, p.ReloadKeys):
-            self._reloaders.append(session)
+            self.reloaders.append(session)
             self.events.append(Event(session.route, f"{session} has the keys read anew"))
         elif isinstance(message, p.DrainWorker):
             sends += self._drain(session, message.name)
@@ -426,9 +421,7 @@ class Sessions:
         if session.role != WORKER:
             return []
         self.scheduler.heard(session.number, now)
-        was_suspect = token not in self._suspects
-        self._suspects.heard(token, now)
-        if was_suspect:
+        if self._suspects.heard(token, now):  # it was suspect
             return self._from_scheduler(self.scheduler.resume(session.number, now))
         return []
 

@@ -40,7 +40,7 @@ class Standing:
     def __init__(self, workers: dict[PeerId, Worker], dispatcher: Dispatcher) -> None:
         self._workers = workers
         self._dispatcher = dispatcher
-        self._resting: dict[PeerId, Worker] = {}
+        self.resting: dict[PeerId, Worker] = {}
 
     # --- Silence ----------------------------------------------------------------------------------
 
@@ -114,27 +114,27 @@ class Standing:
     def _rest(self, worker: Worker, until: float) -> None:
         if worker.state == READY:
             worker.rests_until = until
-            self._resting[worker.peer] = worker
+            self.resting[worker.peer] = worker
             self._set(worker, QUARANTINED)
 
     # --- Time -------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
         """Let those get work again that have rested for long enough, or that are needed."""
-        for peer, worker in list(self._resting.items()):
+        for peer, worker in list(self.resting.items()):
             is_over = worker.is_gone or worker.state != QUARANTINED
             if is_over or now >= _until(worker) or not self._has_deputy(worker):
-                del self._resting[peer]
+                del self.resting[peer]
                 if not is_over:
                     self._set(worker, SUSPECT if worker.is_silent else READY)
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called at the latest."""
-        if not self._resting:
+        if not self.resting:
             return None
         return min(
             one.rests_until + (ELSEWHERE_SECONDS if one.avoids is not None else 0.0)
-            for one in self._resting.values()
+            for one in self.resting.values()
         )
 
     def _set(self, worker: Worker, state: str) -> None:
@@ -145,7 +145,7 @@ class Standing:
         """Assert the rules of this module; tests call it after every step."""
         for worker in self._workers.values():
             is_resting = worker.state == QUARANTINED
-            assert not is_resting or worker.peer in self._resting, "a worker rests for ever"
+            assert not is_resting or worker.peer in self.resting, "a worker rests for ever"
 
 
 def _until(worker: Worker) -> float:

@@ -165,7 +165,7 @@ class Broker:
         token = secrets.token_bytes(16) if packet.header.token == p.NO_TOKEN else p.NO_TOKEN
         roles = self._roles[route.port]().get(route.user, _NO_ROLES)
         self._transmit(self._sessions.receive(route, roles, packet, now, token))
-        if self._sessions.is_reload_wanted:
+        if self._sessions.reloaders:
             self._reload_keys(now)
 
     def _roles_of(self, route: Route) -> frozenset[str]:

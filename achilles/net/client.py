@@ -309,7 +309,8 @@ class Connection:
         batches, cancels = self.mailbox.drain()
         for batch in batches:
             self._sends += self.mailbox.submit_to(self._submission, batch)
-        self._cancel(cancels)
+        if cancels:
+            self._cancel(cancels)
 
     def _cancel_pending(self) -> None:
         make_error, self._cancel_at = self._killing, None

@@ -64,7 +64,7 @@ class SocketLoop(Loop):
     def wait(self, timeout: float | None) -> None:
         """Wait up to ``timeout`` seconds (None: for ever) and call back for what is ready."""
         if self.pipes and not self.uses_sockets:
-            super().wait(timeout)
+            self._call_back(self._poller.poll(timeout))
             return
         self.uses_sockets = False
         callbacks = self._callbacks_by_socket

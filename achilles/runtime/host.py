@@ -137,9 +137,11 @@ class RunnerHost:
 
     def next_deadline(self, now: float) -> float | None:
         """When `collect` is wanted next even if no descriptor is ready."""
+        if not self.polled and not self.dying:
+            return None
         if self.dying or any(runner.outbox for runner in self.polled):
             return now + LOOK_SECONDS
-        return max(now, min(runner.poll_at for runner in self.polled)) if self.polled else None
+        return max(now, min(runner.poll_at for runner in self.polled))
 
     def close(self, *, timeout: float) -> None:
         """End and reap all runners; those that are idle may exit by themselves for up to ``timeout`` seconds."""

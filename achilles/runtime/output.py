@@ -91,13 +91,8 @@ class OutputPipe:
         self.fd = fd
         self.stream = stream
         self.is_open = True
-        self._line = b""
+        self.line = b""  # the beginning of one, of which the end was not read yet
         self._quotas: dict[int | None, _Quota] = {}  # of those that printed lately
-
-    @property
-    def has_rest(self) -> bool:
-        """Whether the beginning of a line was read, and not the end."""
-        return self.is_open and bool(self._line)
 
     def owes(self, client: int | None) -> bool:
         """Whether the client is still to be told of what was dropped."""
@@ -120,8 +115,8 @@ class OutputPipe:
             if not data:
                 self.is_open = False
                 break
-        if self._line and (is_all or not self.is_open):
-            line, self._line = self._line, b""
+        if self.line and (is_all or not self.is_open):
+            line, self.line = self.line, b""
             pieces += _cut(quota.admit(line, now))
         if quota.dropped:
             pieces += _cut(quota.admit(b"", now) if self.is_open else quota.notice())
@@ -140,11 +135,11 @@ class OutputPipe:
 
     def _lines(self, data: bytes) -> bytes:
         """The whole lines so far."""
-        data = self._line + data
+        data = self.line + data
         end = data.rfind(b"\n") + 1
         if len(data) - end > LINE_MAX:
             end = len(data)
-        self._line = data[end:]
+        self.line = data[end:]
         return data[:end]
 
 

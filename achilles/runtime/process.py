@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import operator
 import os
 import resource
 import select
@@ -19,6 +20,8 @@ from achilles.runtime.shared import Handoff
 from achilles.runtime.side import HostSide
 
 READ_MAX = 1 << 18
+
+_line_of = operator.attrgetter("line")
 
 # The directory of achilles comes last, so that nothing beside it hides the standard library; nor may the
 # current directory, while our own modules are imported.
@@ -73,7 +76,7 @@ class RunnerProcess:
 
     def has_printed(self) -> bool:
         """Whether there is output to be read, or the beginning of a line that was read before; it is asked for each result."""
-        return bool(self.printing.poll(0)) or any(output.has_rest for output in self.outputs)
+        return bool(self.printing.poll(0)) or any(map(_line_of, self.outputs))
 
     def has_exited(self) -> bool:
         """Whether it has; it is not reaped by asking."""

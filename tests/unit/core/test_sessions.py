@@ -546,7 +546,7 @@ def test_who_has_the_keys_read_anew_is_answered_before_it_is_cut() -> None:
     bench.join("client")
     bench.sent()
     bench.say(admin, p.ReloadKeys())
-    assert bench.core.is_reload_wanted
+    assert bench.core.reloaders
     bench.step(bench.core.cut_unless(lambda route, role: role == "client", bench.now))
     reason = "its key was revoked"
     assert bench.sent() == [
@@ -556,7 +556,7 @@ def test_who_has_the_keys_read_anew_is_answered_before_it_is_cut() -> None:
         ("client", p.Cluster(workers=0, slots=0)),
         *cut(admin, reason),
     ]
-    assert not bench.core.is_reload_wanted
+    assert not bench.core.reloaders
 
 
 def test_the_deadline_is_the_next_of_all() -> None:
