@@ -183,7 +183,8 @@ class Dispatcher:
     ) -> None:
         client, group = queue.client, queue.group
         tasks = queue.take(self._chunk_size(queue, now))
-        client.enqueue(queue)  # they may have stood before an older one: see `TaskQueue`
+        if queue.tasks:
+            client.enqueue(queue)  # those taken may have stood before an older one: see `TaskQueue`
         client.live -= len(tasks)
         if client.live == 0:
             self.waiting.pop(client.peer, None)

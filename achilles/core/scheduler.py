@@ -267,7 +267,9 @@ class Scheduler:
                 sends = self._submit(client, message, now)
                 if self._budget.grow(client):
                     sends.append(Send(client.peer, p.Credit(client.grant)))
-                return [*sends, *self._dispatcher.lend(client), *self._dispatcher.dispatch(now)]
+                if client.parent:
+                    sends += self._dispatcher.lend(client)
+                return sends + self._dispatcher.dispatch(now)
             case p.Blob(blob=blob, payload=payload):
                 if blob < 1:
                     raise ProtocolError("a blob's number is at least 1")
@@ -495,10 +497,13 @@ class Scheduler:
         sends: list[Send] = []
         if ids:
             sends.append(lease.client.tell(p.Results(ids, statuses, payloads, message.seconds)))
-            sends += self._dispatcher.lend(lease.client)
+            if lease.client.parent:
+                sends += self._dispatcher.lend(lease.client)
         self._dispatcher.confirm(lease)
-        self._dispatcher.note_moved(lease, now)
-        self._close_if_done(lease)
+        if lease.left:
+            self._dispatcher.note_moved(lease, now)
+        else:
+            self._dispatcher.close(lease)
         sends += self._dispatcher.dispatch(now)
         return sends
 

@@ -389,14 +389,11 @@ class Sessions:
                 packet = session.link.wrap(message)
                 packets.append(Send(session.route, packet))
                 if type(message) is p.Results:
-                    self._owe(session, packet.header.seq, bytes_of(message.payloads))
+                    size = bytes_of(message.payloads)
+                    if size >= OWED_MIN:
+                        session.owed.append((packet.header.seq, size))
+                        self.scheduler.owe(session.number, size, self._seen_at)
         return packets
-
-    def _owe(self, session: Session, seq: int, size: int) -> None:
-        """Results are on their way."""
-        if size >= OWED_MIN:
-            session.owed.append((seq, size))
-            self.scheduler.owe(session.number, size, self._seen_at)
 
     def _settle(self, session: Session, ack: int, now: float) -> list[Send]:
         """The peer has everything up to ``ack``."""

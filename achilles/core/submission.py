@@ -300,7 +300,7 @@ class Submission:
         """Send what waits, as far as the credit goes, in runs of one group."""
         sends: list[Send] = []
         backlog = self._backlog
-        room = self._room(len(backlog))
+        room = self._room(len(backlog)) if backlog else 0
         is_full = False
         while backlog and room and not is_full:
             group = self._tasks[backlog[0]][0]
@@ -335,7 +335,8 @@ class Submission:
                 self._again.difference_update(ids)
         if self._is_resuming:
             sends += self._resumed()
-        if not backlog and self._credit is not None:
+        has_unused = self._idle or len(self._blobs) > BLOBS_KEPT
+        if has_unused and not backlog and self._credit is not None:
             sends += self._drop_blobs()
         return sends
 

@@ -112,7 +112,8 @@ class TaskQueue:
     @property
     def rank(self) -> Rank | None:
         """Where it stands among its client's queues: by priority, then by its oldest task."""
-        head = self.head()
+        tasks = self.tasks
+        head = tasks[0] if tasks and tasks[0].queue is not None else self.head()
         return None if head is None else (-self.options.priority, head.id)
 
     @property
