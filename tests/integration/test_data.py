@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from achilles import DistributedExecutor
 from achilles.core import protocol as p
-from achilles.mailbox import Mailbox
+from achilles.core.submission import Send, Submission
 from achilles.net import near
 from achilles.runtime.shared import adopt
 from tests import tasks
@@ -34,18 +35,22 @@ def array(fill: float, mib: int = 2) -> Any:
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     """The kinds and sizes of what submissions sent to their brokers."""
     messages: list[tuple[type, int]] = []
-    original = Mailbox.submit_to
 
-    def submit_to(self: Mailbox, submission: Any, batch: Any) -> Any:
-        sends = original(self, submission, batch)
-        for _, message in sends:
-            if isinstance(message, p.Blob):
-                messages.append((p.Blob, p.size_of(message.payload)))
-            elif isinstance(message, p.Submit):
-                messages.extend((p.Submit, p.size_of(payload)) for payload in message.payloads)
-        return sends
+    def noting(method: Callable[..., list[Send]]) -> Callable[..., list[Send]]:
+        @functools.wraps(method)
+        def note(*args: Any) -> list[Send]:
+            sends = method(*args)
+            for _, message in sends:
+                if isinstance(message, p.Blob):
+                    messages.append((p.Blob, p.size_of(message.payload)))
+                elif isinstance(message, p.Submit):
+                    messages.extend((p.Submit, p.size_of(payload)) for payload in message.payloads)
+            return sends
 
-    monkeypatch.setattr(Mailbox, "submit_to", submit_to)
+        return note
+
+    for method in (Submission.submit, Submission.receive):
+        monkeypatch.setattr(Submission, method.__name__, noting(method))
     return messages
 
 
@@ -64,9 +69,22 @@ def memfds(pid: int) -> int:
     )
 
 
+@contextlib.contextmanager
+def holding(executor: Any, gate: Path) -> Iterator[None]:
+    """Both slots are taken until all is submitted: what was given once is forgotten when done."""
+    blockers = [executor.submit(tasks.await_file, str(gate)) for _ in range(2)]
+    wait_until(lambda: all(blocker.running() for blocker in blockers))
+    yield
+    gate.touch()
+    for blocker in blockers:
+        blocker.result(60)
+
+
 @of_modes(*OURS)
 @pytest.mark.parametrize("kind", ["array", "bytes", "str", "nested"])
-def test_two_hundred_tasks_and_one_transfer(make: Maker, sent: Sent, kind: str) -> None:
+def test_two_hundred_tasks_and_one_transfer(
+    make: Maker, sent: Sent, kind: str, tmp_path: Path
+) -> None:
     value: Any = {
         "array": array(1, 16),
         "bytes": bytes(16 * MIB),
@@ -74,7 +92,8 @@ def test_two_hundred_tasks_and_one_transfer(make: Maker, sent: Sent, kind: str) 
         "nested": [{"deep": array(1, 16)}],
     }[kind]
     executor = make(2)
-    futures = [executor.submit(tasks.second, value, n) for n in range(200)]
+    with holding(executor, tmp_path / "gate"):
+        futures = [executor.submit(tasks.second, value, n) for n in range(200)]
     assert [future.result(60) for future in futures] == list(range(200))
     assert large_blobs(sent) == 1
     assert bytes_of_tasks(sent) < MIB
@@ -82,7 +101,9 @@ def test_two_hundred_tasks_and_one_transfer(make: Maker, sent: Sent, kind: str) 
 
 @of_modes(*OURS)
 @pytest.mark.parametrize("kind", ["partial", "closure", "object", "map"])
-def test_functions_are_not_sent_again_either(make: Maker, sent: Sent, kind: str) -> None:
+def test_functions_are_not_sent_again_either(
+    make: Maker, sent: Sent, kind: str, tmp_path: Path
+) -> None:
     x = array(3, 4)
     fn: Any = {
         "partial": functools.partial(tasks.first_plus, x),
@@ -91,11 +112,13 @@ def test_functions_are_not_sent_again_either(make: Maker, sent: Sent, kind: str)
         "map": functools.partial(tasks.first_plus, x),
     }[kind]
     executor = make(2)
-    if kind == "map":
-        assert list(executor.map(fn, range(40))) == [3.0 + n for n in range(40)]
-    else:
-        futures = [executor.submit(fn, n) for n in range(40)]
-        assert [future.result(60) for future in futures] == [3.0 + n for n in range(40)]
+    with holding(executor, tmp_path / "gate"):
+        if kind == "map":
+            results = executor.map(fn, range(40))
+        else:
+            futures = [executor.submit(fn, n) for n in range(40)]
+            results = (future.result(60) for future in futures)
+    assert list(results) == [3.0 + n for n in range(40)]
     assert large_blobs(sent) == 1
     assert bytes_of_tasks(sent) < MIB
 
@@ -109,11 +132,11 @@ def test_one_after_the_other_it_travels_at_most_twice(make: Maker, sent: Sent) -
 
 
 @of_modes(*OURS)
-def test_items_of_maps_share(make: Maker, sent: Sent) -> None:
+def test_items_of_maps_share(make: Maker, sent: Sent, tmp_path: Path) -> None:
     x, y, executor = array(1), array(2), make(2)
-    assert list(executor.map(tasks.first_plus, [x, y] * 20, range(40))) == [
-        (1.0, 2.0)[n % 2] + n for n in range(40)
-    ]
+    with holding(executor, tmp_path / "gate"):
+        results = executor.map(tasks.first_plus, [x, y] * 20, range(40))
+    assert list(results) == [(1.0, 2.0)[n % 2] + n for n in range(40)]
     assert large_blobs(sent) == 2
 
 
@@ -348,7 +371,9 @@ def test_whoever_dies_large_payloads_and_results_arrive(
 
 @of_modes(CLUSTER)
 def test_many_middling_arguments_and_results(make: Maker) -> None:
-    """Together larger than a frame can be, though each is small enough to be sent inside a message."""
+    """Together larger than a frame can be, though each is small enough to be sent inside a
+    message.
+    """
     executor = make(2)
     payload = bytes(p.INLINE_MAX - 1000)
     assert list(executor.map(len, [payload] * 600, chunksize=600)) == [len(payload)] * 600
