@@ -1,4 +1,5 @@
-"""A drop-in `concurrent.futures.Executor` that runs on this machine or on a cluster, and survives its machines.
+"""A drop-in `concurrent.futures.Executor` that runs on this machine or on a cluster,
+and survives its machines.
 
     from achilles import DistributedExecutor
 

@@ -1,7 +1,7 @@
 """For coroutines: the outcomes of the same tasks, without a thread that waits for them.
 
-Whoever awaits is woken by the I/O thread itself (`loop.call_soon_threadsafe`), not through the thread of the callbacks,
-which other callbacks may block.
+Whoever awaits is woken by the I/O thread itself (`loop.call_soon_threadsafe`), not through the
+thread of the callbacks, which other callbacks may block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What carries an executor's tasks, and how long that lives: until all is resolved, and no longer than the program."""
+"""What carries an executor's tasks, and how long that lives: until all is resolved,
+and no longer than the program.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ process = Process()
 
 
 def check_bootstrapped() -> None:
-    """A process that `multiprocessing` has started and that still imports the program must not start others: that has no end.
+    """A process that `multiprocessing` has started and that still imports the program must not
+    start others: that has no end.
 
     Raises:
         RuntimeError: this is such a process.
@@ -81,7 +84,9 @@ class SharedBackend(Backend, Protocol):
 
 
 class Core:
-    """What outlives an executor that was dropped without a shutdown: its backend, until all is resolved."""
+    """What outlives an executor that was dropped without a shutdown: its backend,
+    until all is resolved.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -116,7 +121,9 @@ class Core:
             _join(self.backend)
 
     def give_up(self, *, is_urgent: bool) -> None:
-        """Ctrl-C, after a shutdown that cancels: what runs has a moment to end unless it ``is_urgent``, and is ended then."""
+        """Ctrl-C, after a shutdown that cancels: what runs has a moment to end unless it
+        ``is_urgent``, and is ended then.
+        """
         if self.is_started:
             _give_up([self.backend], 0.0 if is_urgent else INTERRUPT_SECONDS)
 
@@ -147,7 +154,7 @@ def _join(backend: Backend) -> None:
     is_started = thread is not None and thread.ident is not None  # Ctrl-C can come in between
     if thread is not None and is_started and thread is not threading.current_thread():
         thread.join()
-    callbacks = backend.mailbox.callback_thread
+    callbacks = backend.mailbox.callbacks.thread
     if callbacks is not None and callbacks is not threading.current_thread():
         callbacks.join()
 
@@ -187,7 +194,8 @@ def _was_interrupted() -> bool:
 def _at_exit() -> None:
     """As the standard library does: what was submitted is finished before the interpreter ends.
 
-    But for Ctrl-C, which there reaches the processes that work, and here the program alone: it ends what it has.
+    But for Ctrl-C, which there reaches the processes that work, and here the program alone:
+    it ends what it has.
     """
     global is_exiting
     is_exiting = True
@@ -210,7 +218,9 @@ threading._register_atexit(_at_exit)  # type: ignore[attr-defined]
 
 
 def _after_fork() -> None:
-    """A forked child has none of the threads that would resolve what it inherits, or give back a lock."""
+    """A forked child has none of the threads that would resolve what it inherits,
+    or give back a lock.
+    """
     global connecting
     connecting = threading.Lock()
     for backend in list(LIVE):

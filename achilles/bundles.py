@@ -1,19 +1,22 @@
 """Many short calls of a map as one task: what a client does about it.
 
-A task costs some microseconds in each process that it passes through, however it is dispatched; a call that takes less is better
-not a task of its own. The items of a `map` whose calls turn out to be that short travel in *bundles* (`achilles.runtime.bundle`),
-each of which is one task to submission, scheduler and agent.
+A task costs some microseconds in each process that it passes through, however it is dispatched; a
+call that takes less is better not a task of its own. The items of a `map` whose calls turn out to
+be that short travel in *bundles* (`achilles.runtime.bundle`), each of which is one task to
+submission, scheduler and agent.
 
 Rules
-    1. Nobody can tell: each item has its own outcome, and nothing waits for longer than it would alone, but for the few
-       milliseconds that a bundle takes.
-    2. Arguments are immutable and plain, so that it makes no difference when, and with what else, they are pickled; and come from
-       a container of the standard library, so that taking many of them runs no code of the user's, and does not wait.
-    3. A bundle fails where another task is charged (`Options.is_bundle`). If its runner crashed, or its worker was lost, that is charged
-       to each of its items that have no outcome, for one of them was it: they go out again, each as a task of its own, with two crashes or
-       four losses left. When the broker changes, a bundle goes on, or begins again, as any task.
-    4. Calls that have options for each attempt (a timeout, retries, at_most_once) are tasks of their own, and so are those of
-       tasks that submit tasks.
+    1. Nobody can tell: each item has its own outcome, and nothing waits for longer than it would
+       alone, but for the few milliseconds that a bundle takes.
+    2. Arguments are immutable and plain, so that it makes no difference when, and with what else,
+       they are pickled; and come from a container of the standard library, so that taking many of
+       them runs no code of the user's, and does not wait.
+    3. A bundle fails where another task is charged (`Options.is_bundle`). If its runner crashed, or
+       its worker was lost, that is charged to each of its items that have no outcome, for one of
+       them was it: they go out again, each as a task of its own, with two crashes or four losses
+       left. When the broker changes, a bundle goes on, or begins again, as any task.
+    4. Calls that have options for each attempt (a timeout, retries, at_most_once) are tasks of
+       their own, and so are those of tasks that submit tasks.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ BUNDLE_SECONDS = 0.003  # of work in one
 SHORT_SECONDS = 5e-5  # a call that takes longer is a task of its own
 KNOWN_MIN = 32  # so many calls must have been timed
 FIRST_SIZE, SIZE_MAX = 64, 16384
-TRIALS = 6  # bundles, after which one shows how long a call takes among others: a fifth of what it takes alone
+# Bundles, after which one shows how long a call takes among others: a fifth of what it takes alone
+TRIALS = 6
 BYTES_MAX = 96 << 10  # of arguments
 _KINDS = PLAIN | TEXTS
 _CONTAINERS = frozenset((list, tuple, range, str, bytes, set, frozenset, dict))
@@ -46,7 +50,8 @@ def are_containers(iterables: Sequence[object]) -> bool:
 
 
 class Bundler:
-    """Cuts the bundles of one map. The user's thread submits; the I/O thread takes in what becomes of them.
+    """Cuts the bundles of one map. The user's thread submits;
+    the I/O thread takes in what becomes of them.
 
     ``ids`` are the map's, by index; a bundle is there under its first index that has no outcome.
     """
@@ -103,7 +108,9 @@ class Bundler:
         return True
 
     def again(self, first: int, flat: Sequence[Any], width: int, crashes: int, losses: int) -> None:
-        """In the I/O thread: submit each of these items as a task of its own, which was charged with so many already."""
+        """In the I/O thread: submit each of these items as a task of its own,
+        which was charged with so many already.
+        """
         group, blob = self._single
         if crashes or losses:
             options = (group.options or p.PLAIN).but(crashes=crashes, losses=losses)
@@ -119,7 +126,9 @@ class Bundler:
 
 
 class BundleSink:
-    """Where a bundle's outcomes go: ``done`` of its items have theirs, and those from ``end`` on are other tasks by now."""
+    """Where a bundle's outcomes go: ``done`` of its items have theirs,
+    and those from ``end`` on are other tasks by now.
+    """
 
     __slots__ = ("_bundler", "_done", "_end", "_first", "_flat", "_id", "_width")
 
@@ -138,7 +147,9 @@ class BundleSink:
         return self._bundler.run
 
     def take(self, values: list[Any], others: dict[int, tuple[int, Any]], end: int) -> int:
-        """The first items have ended so, and those from ``end`` on will not start; how many have an outcome now."""
+        """The first items have ended so, and those from ``end`` on will not start;
+        how many have an outcome now.
+        """
         first, done = self._first, self._done
         self._bundler.is_tried = True
         end = max(end, done)

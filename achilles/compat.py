@@ -1,17 +1,20 @@
-"""The calls of the first achilles (0.0.x): `map`, `imap` and `imap_unordered`, with flat results, as in `multiprocessing`.
+"""The calls of the first achilles (0.0.x): `map`, `imap` and `imap_unordered`,
+with flat results, as in `multiprocessing`.
 
 Rules
-    1. ``args`` is an iterable, or a function that returns one: a generator function. `imap` and `imap_unordered` read it
-       as results are taken, so that it may be huge, or never end.
-    2. If its first item is a list, all are, and are taken as ready-made chunks, as the first achilles did: the
-       function gets each element of each list, and ``chunksize`` is not used. A tuple is one argument; to pass a list as one,
-       use `DistributedExecutor.map`.
-    3. ``callback`` is called here, in the thread that takes the results, with each of them in turn. What it returns
-       takes the result's place, unless that is None.
-    4. ``error_callback`` is called with each item's error, which is raised then: by `map` when all items are done (the
-       first one), by the iterators in the item's turn, and the next item follows.
-    5. All calls share one `DistributedExecutor`, which is made by the first of them (with the address of the
-       environment or of ``achilles.toml``, or embedded), is made anew if it broke, and ends with the program.
+    1. ``args`` is an iterable, or a function that returns one: a generator function. `imap` and
+       `imap_unordered` read it as results are taken, so that it may be huge, or never end.
+    2. If its first item is a list, all are, and are taken as ready-made chunks, as the first
+       achilles did: the function gets each element of each list, and ``chunksize`` is not used. A
+       tuple is one argument; to pass a list as one, use `DistributedExecutor.map`.
+    3. ``callback`` is called here, in the thread that takes the results, with each of them in turn.
+       What it returns takes the result's place, unless that is None.
+    4. ``error_callback`` is called with each item's error, which is raised then: by `map` when all
+       items are done (the first one), by the iterators in the item's turn,
+       and the next item follows.
+    5. All calls share one `DistributedExecutor`, which is made by the first of them (with the
+       address of the environment or of ``achilles.toml``, or embedded),
+       is made anew if it broke, and ends with the program.
 
 ``docs/migration.md`` has what replaces the rest of the first achilles.
 """
@@ -94,7 +97,8 @@ def imap(
     """An iterator over the results, in order.
 
     Args:
-        buffersize: how many chunks of the input may be ahead of what was taken; by default about 1000 items.
+        buffersize: how many chunks of the input may be ahead of what was taken;
+            by default about 1000 items.
         executor: the one to use instead of the shared one.
     """
     call = _lazy_call(func, args, chunksize, buffersize, executor, MapRun(read_outcome))
@@ -132,7 +136,8 @@ def _lazy_call(
 
 
 class Results(Iterator[Any]):
-    """What `imap` gives out, with the interface of multiprocessing's: it goes on after an item's error.
+    """What `imap` gives out, with the interface of multiprocessing's:
+    it goes on after an item's error.
 
     What is under way is cancelled when it is closed or dropped.
     """
@@ -235,7 +240,9 @@ def shared_executor() -> DistributedExecutor:
 
 
 def shutdown(wait: bool = True) -> None:
-    """End the shared executor, if there is one, when its calls are done; the next call makes another one."""
+    """End the shared executor, if there is one, when its calls are done;
+    the next call makes another one.
+    """
     global _shared
     with _lock:
         executor, _shared = _shared, None

@@ -1,8 +1,9 @@
 """Settings: one table of what can be set, and where a value came from.
 
-Precedence: an argument or flag, then ``ACHILLES_*`` in the environment, then one TOML file, then the default. The file is
-the first of: the one that was named (``--config``, ``config=``), ``$ACHILLES_CONFIG``, ``./achilles.toml``, the one in
-`home`, ``/etc/achilles/achilles.toml``. A variable that is empty counts as not set.
+Precedence: an argument or flag, then ``ACHILLES_*`` in the environment, then one TOML file, then
+the default. The file is the first of: the one that was named (``--config``, ``config=``),
+``$ACHILLES_CONFIG``, ``./achilles.toml``, the one in `home`, ``/etc/achilles/achilles.toml``. A
+variable that is empty counts as not set.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _OTHER_VARIABLES = ("ACHILLES_HOME", "ACHILLES_CONFIG", "ACHILLES_WATCH_MEMORY")
 
 
-# A duration is in seconds, a size in bytes, a choice one of ``choices``; names are those of modules and of what is in them;
-# a path in a file is relative to the file's folder.
+# A duration is in seconds, a size in bytes, a choice one of ``choices``; names are those of modules
+# and of what is in them; a path in a file is relative to the file's folder.
 Kind = Literal["text", "path", "integer", "duration", "size", "tags", "names", "choice"]
 
 
@@ -314,7 +315,8 @@ def load(
     """The settings of this process.
 
     Raises:
-        ConfigError: a file or a variable that cannot be used, with key, origin and the nearest valid key.
+        ConfigError: a file or a variable that cannot be used, with key,
+            origin and the nearest valid key.
     """
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {setting.key: setting.default for setting in SETTINGS}
@@ -416,7 +418,9 @@ def _flatten(table: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _beside(file: Path, path: str) -> str:
-    """The path, where it is relative, as seen from the file's folder; programs and commands are started in any."""
+    """The path, where it is relative, as seen from the file's folder;
+    programs and commands are started in any.
+    """
     return os.path.join(file.absolute().parent, os.path.expanduser(path))
 
 
@@ -436,7 +440,9 @@ def _nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:
-    """Refuse variables that look like settings and are none: a typing error should not pass unnoticed."""
+    """Refuse variables that look like settings and are none:
+    a typing error should not pass unnoticed.
+    """
     known = {setting.variable for setting in SETTINGS} | set(_OTHER_VARIABLES)
     prefixes = tuple(f"ACHILLES_{section.upper()}_" for section in _SECTIONS)
     for name in environ:

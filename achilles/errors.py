@@ -30,9 +30,10 @@
         ├── TerminatedError           the executor's tasks were ended by terminate_workers (BrokenProcessPool too)
         └── InitializerError          the executor's initializer raised on a runner        (BrokenProcessPool too)
 
-Those of ``achilles.task_errors`` are reachable from here as well, loaded on first use: their standard-library bases
-bring ``pickle`` and ``multiprocessing`` in, which the broker must not have and a runner should not wait for.
-Anything else that escapes a public function and is not in its ``Raises:`` is a bug of ours.
+Those of ``achilles.task_errors`` are reachable from here as well, loaded on first use: their
+standard-library bases bring ``pickle`` and ``multiprocessing`` in, which the broker must not have
+and a runner should not wait for. Anything else that escapes a public function and is not in its
+``Raises:`` is a bug of ours.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ class ProtocolError(AchillesError):
 
 
 class ConfigError(AchillesError):
-    """A setting that cannot be; the text names the setting, where it came from and a value that works."""
+    """A setting that cannot be; the text names the setting,
+    where it came from and a value that works.
+    """
 
 
 class InsecureBindError(ConfigError):
@@ -105,7 +108,9 @@ class InsecureBindError(ConfigError):
 
 
 class SelfAttackError(InsecureBindError):
-    """A broker that attacked its own ports was let in, or could not find out; it has not told anybody where it is."""
+    """A broker that attacked its own ports was let in, or could not find out;
+    it has not told anybody where it is.
+    """
 
 
 class KeyFileError(ConfigError):
@@ -125,7 +130,9 @@ class KeyRefusedError(AuthenticationError):
 
 
 class WrongBrokerError(AuthenticationError):
-    """What listens there does not hold the broker's key that we expect, or closes each connection at once."""
+    """What listens there does not hold the broker's key that we expect,
+    or closes each connection at once.
+    """
 
 
 class NotABrokerError(BrokerUnreachableError):
@@ -145,7 +152,9 @@ class ExecutorForkedError(AchillesError, RuntimeError):
 
 
 class SealError(AchillesError):
-    """A call, or a result, was not sealed with the code key of this cluster; nothing of it was unpickled."""
+    """A call, or a result, was not sealed with the code key of this cluster;
+    nothing of it was unpickled.
+    """
 
 
 def __getattr__(name: str) -> Any:

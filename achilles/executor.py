@@ -1,8 +1,8 @@
 """`DistributedExecutor`: the contract of `concurrent.futures.Executor`, and nothing about wires.
 
-What a call goes through: it is pickled here, in the caller's thread (so that its value is that of the moment of
-the call), and put into a mailbox. One I/O thread, `local.LocalCluster` or `net.client.Connection`, does the rest
-and resolves the future.
+What a call goes through: it is pickled here, in the caller's thread (so that its value is that of
+the moment of the call), and put into a mailbox. One I/O thread, `local.LocalCluster` or
+`net.client.Connection`, does the rest and resolves the future.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class Known(NamedTuple):
-    """What calls of one function have in common; ``entry`` says whether that still holds, and None that it never will."""
+    """What calls of one function have in common, as long as ``entry`` holds, if there is one."""
 
     entry: Any
     group: p.Group
@@ -55,14 +55,16 @@ _CONNECTED = {"_arguments", "_core", "_finalizer", "_functions", "_mailbox", "_t
 class DistributedExecutor(concurrent.futures.Executor):
     """A drop-in for `concurrent.futures.ProcessPoolExecutor` that also runs on a cluster.
 
-    Without an ``address`` it is embedded: tasks run on ``max_workers`` child processes of this program (by default
-    one for each core), which start on demand. With one (the argument, or the setting ``address`` or ``join``, as in
-    ``ACHILLES_ADDRESS``) they run on the workers of the broker there; "auto" is the join file's, or this user's running one, and
-    ``max_workers`` then limits how many of this executor's tasks run at once. "embedded" is none, whatever the settings say.
+    Without an ``address`` it is embedded: tasks run on ``max_workers`` child processes of this
+    program (by default one for each core), which start on demand. With one (the argument, or the
+    setting ``address`` or ``join``, as in ``ACHILLES_ADDRESS``) they run on the workers of the
+    broker there; "auto" is the join file's, or this user's running one, and ``max_workers`` then
+    limits how many of this executor's tasks run at once. "embedded" is none, whatever is set.
 
-    It can be pickled. In a task of its own it is the same executor: the task may submit and wait, and lends its slot
-    meanwhile. So is one that a task makes of the same cluster, whatever its ``max_workers``, but for one with an initializer or
-    ``client.results``. Elsewhere one with an address connects when it is first used.
+    It can be pickled. In a task of its own it is the same executor: the task may submit and wait,
+    and lends its slot meanwhile. So is one that a task makes of the same cluster, whatever its
+    ``max_workers``, but for one with an initializer or ``client.results``. Elsewhere one with an
+    address connects when it is first used.
 
     Args:
         max_workers: a positive integer, or None.
@@ -80,9 +82,8 @@ class DistributedExecutor(concurrent.futures.Executor):
         BrokerUnreachableError: no broker answers at the address within ``connect_timeout`` seconds.
     """
 
-    _is_pickled_by_identity = (
-        True  # for the function table: it pickles as the same while it is the same
-    )
+    # For the function table: it pickles as the same while it is the same
+    _is_pickled_by_identity = True
     _known: Known | None = None  # the function of the last call, which often is the next one's
 
     _prints: bool
@@ -211,7 +212,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _connect(self, handle: Handle) -> None:
-        """Through the runner, in a task of the same cluster; else as the pickled one was connected."""
+        """Through the runner, in a task of the cluster; else as the pickled one was connected."""
         self._check_process()
         if self._was_shut_down:
             raise RuntimeError("cannot schedule new futures after shutdown")
@@ -241,8 +242,8 @@ class DistributedExecutor(concurrent.futures.Executor):
     ) -> concurrent.futures.Future[T]:
         """Schedule ``fn(*args, **kwargs)``; all keyword arguments are the function's.
 
-        What cannot be pickled fails the future, with an `ArgumentPickleError` that names it; what is no callable, or
-        is a coroutine function, fails it with a `TypeError`.
+        What cannot be pickled fails the future, with an `ArgumentPickleError` that names it; what
+        is no callable, or is a coroutine function, fails it with a `TypeError`.
 
         Raises:
             RuntimeError: the executor was shut down.
@@ -280,12 +281,12 @@ class DistributedExecutor(concurrent.futures.Executor):
     ) -> Iterator[T]:
         """Like `map`, in parallel, with results in order.
 
-        The inputs are consumed at the call, unless ``buffersize`` is given: then at most so many items (times
-        ``chunksize``) are under way or waiting to be taken, and huge or endless inputs will do.
+        The inputs are consumed at the call, unless ``buffersize`` is given: then at most so many
+        items (times ``chunksize``) are under way or not taken yet, and endless inputs will do.
 
         Args:
             timeout: seconds from the call to the last result, or None.
-            chunksize: an upper bound for how many items travel together; 1 leaves that to the executor.
+            chunksize: at most so many items travel together; 1 leaves that to the executor.
 
         Raises:
             ValueError: ``chunksize`` or ``buffersize`` below 1.
@@ -327,8 +328,8 @@ class DistributedExecutor(concurrent.futures.Executor):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        """`shutdown`. After Ctrl-C, which does not reach the runners, it cancels what is queued, and what runs
-        has five seconds to end; a second one ends it at once.
+        """`shutdown`. After Ctrl-C, which does not reach the runners, it cancels what is queued,
+        and what runs has five seconds to end; a second one ends it at once.
         """
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.shutdown(wait=True)
@@ -386,7 +387,8 @@ class DistributedExecutor(concurrent.futures.Executor):
     async def asubmit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """`submit`, and the result for a coroutine, when it is awaited.
 
-        If the awaiting task is cancelled (by `asyncio.timeout` or `asyncio.wait_for`, for example), so is the future.
+        If the awaiting task is cancelled (by `asyncio.timeout` or `asyncio.wait_for`, for example),
+        so is the future.
         """
         from achilles.aio import outcome
 
@@ -425,7 +427,8 @@ class DistributedExecutor(concurrent.futures.Executor):
         return as_completed(futures, timeout, buffersize=buffersize)
 
     def status(self) -> dict[str, Any]:
-        """The cluster in numbers: workers, slots, and tasks queued, running, done, failed, reassigned, late.
+        """The cluster in numbers: workers, slots, and tasks queued, running, done,
+        failed, reassigned, late.
 
         ``workers_by_name`` holds a row for each worker.
         """
@@ -435,7 +438,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         return status_dict(self._core.backend.status())
 
     def terminate_workers(self) -> None:
-        """End this executor's tasks and runners at once and shut it down; what is unresolved fails."""
+        """End this executor's tasks and runners at once; what is unresolved fails."""
         self._kill("terminated")
 
     def kill_workers(self) -> None:
@@ -499,19 +502,21 @@ class DistributedExecutor(concurrent.futures.Executor):
         priority: int | None = None,
         tags: str | Iterable[str] | None = None,
     ) -> DistributedExecutor:
-        """The same executor with other options for what is submitted through it; None leaves one as it is here.
+        """The same executor with other options for what is submitted through it;
+        None leaves one as it is here.
 
-        It shares everything else: the tasks of both are one executor's, and a shutdown is one for both.
+        It shares everything else: the tasks are one executor's, and a shutdown is one for both.
 
         Args:
-            timeout: seconds that an attempt of a task may run; then its runner is killed and the task
-                fails with a `TaskTimeoutError`, or has a retry. 0: no limit.
+            timeout: seconds that an attempt of a task may run; then its runner is killed and the
+                task fails with a `TaskTimeoutError`, or has a retry. 0: no limit.
             retries: how often a task that raised, or took too long, is run again before it fails.
-            at_most_once: a task of which nobody knows whether it ran, because its runner, worker or broker was
-                lost, fails with a `TaskCrashedError` or `WorkerLostError` rather than runs again.
-            priority: of this executor's waiting tasks those with the highest priority start first; 0 by default.
-            tags: tasks run only on workers that were started with all of these tags; an embedded executor,
-                whose only worker is this program, has every tag.
+            at_most_once: a task of which nobody knows whether it ran, because its runner, worker or
+                broker was lost, fails with a `TaskCrashedError` or `WorkerLostError` rather than
+                runs again.
+            priority: of its waiting tasks those with the highest one start first; 0 by default.
+            tags: tasks run only on workers that were started with all of these tags; an embedded
+                executor, whose only worker is this program, has every tag.
 
         Raises:
             TypeError, ValueError: an option that cannot be.
@@ -589,12 +594,7 @@ class DistributedExecutor(concurrent.futures.Executor):
         return future
 
     def _kill(self, how: str) -> None:
-        if self._core.is_started and not (
-            self._core.is_shut_down and self._core.backend.thread is None
-        ):
-            self._core.backend.kill(
-                lambda: TerminatedError(
-                    f"the executor's runners were {how} before the task was done"
-                )
-            )
+        core, text = self._core, f"the executor's runners were {how} before the task was done"
+        if core.is_started and not (core.is_shut_down and core.backend.thread is None):
+            core.backend.kill(lambda: TerminatedError(text))
         self.shutdown(wait=False, cancel_futures=True)

@@ -16,7 +16,9 @@ ARGUMENT_LIMIT = "the smaller of broker.argument_max and half of broker.memory"
 
 
 def failure(message: p.Failed, task: str) -> BaseException:
-    """The error of a task that the broker, or the submission, gives up; ``task`` is what errors call it."""
+    """The error of a task that the broker, or the submission, gives up;
+    ``task`` is what errors call it.
+    """
     story = "; ".join(f"attempt {n}: {line}" for n, line in enumerate(message.story, 1))
     if message.kind == p.CRASHED:
         return TaskCrashedError(
@@ -44,14 +46,18 @@ def _too_often(message: p.Failed) -> str:
 
 
 def result_too_large(sizes: str, task: str) -> BaseException:
-    """The error of a task whose result a worker did not send; ``sizes`` are its bytes and the limit, as the worker wrote them."""
+    """The error of a task whose result a worker did not send; ``sizes`` are its bytes and the
+    limit, as the worker wrote them.
+    """
     return ResultTooLargeError(
         _too_large(f"the result of {task} holds", sizes, "broker.result_max")
     )
 
 
 def _too_large(what: str, sizes: str, setting: str) -> str:
-    """Says which limit was passed; ``sizes`` are the bytes and the limit, as a worker or the submission wrote them."""
+    """Says which limit was passed; ``sizes`` are the bytes and the limit,
+    as a worker or the submission wrote them.
+    """
     size, _, limit = sizes.partition(" ")
     if not (size.isdigit() and limit.isdigit()):
         size, limit = "more", "fewer"

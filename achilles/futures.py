@@ -1,4 +1,6 @@
-"""The futures that `DistributedExecutor.submit` returns, and where the outcomes of a `map` are kept."""
+"""The futures that `DistributedExecutor.submit` returns,
+and where the outcomes of a `map` are kept.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ else:
     T = TypeVar("T")
     _Base = concurrent.futures.Future
 
-# The standard library's own states and attributes: the same in every version from 3.2 to 3.14, and what its `wait`
-# and `as_completed` look at.
+# The standard library's own states and attributes: the same in every version from 3.2 to 3.14, and
+# what its `wait` and `as_completed` look at.
 PENDING = concurrent.futures._base.PENDING
 RUNNING = concurrent.futures._base.RUNNING
 CANCELLED = concurrent.futures._base.CANCELLED
@@ -33,9 +35,11 @@ _RLock = type(threading.RLock())  # what that function makes, and asks for each 
 
 
 class _Done:
-    """The condition of a future that was resolved before anybody asked for it: nothing changes any more.
+    """The condition of a future that was resolved before anybody asked for it:
+    nothing changes any more.
 
-    Not a real one, as those who wait for many futures hold all their conditions, each in an order of its own.
+    Not a real one, as those who wait for many futures hold all their conditions,
+    each in an order of its own.
     """
 
     def acquire(self) -> bool:
@@ -168,15 +172,19 @@ class Owner(Protocol):
 class Future(_Base):
     """A standard `concurrent.futures.Future` that tells its executor when it is cancelled.
 
-    Its callbacks run in a thread of their own, so that they may block, or submit, without holding up
-    the results of other tasks.
+    Its callbacks run in a thread of their own, so that they may block, or submit, without holding
+    up the results of other tasks.
 
-    A future's condition is most of what it costs in time and memory, and most futures are resolved before anybody
-    waits for them, so it is made when somebody first asks for it. The rules of that:
-        1. One atomic step decides what the condition is for good: a real one, or `_DONE` if the outcome comes first.
-        2. With a real one, the state changes only while it is held: `wait` and `as_completed` look at it twice.
-        3. But whether it starts or is cancelled is decided under `_start_lock`, without a condition.
-        4. With `_DONE`, whoever asks is kept until the outcome is stored, which takes the resolver some lines.
+    A future's condition is most of what it costs in time and memory, and most futures are resolved
+    before anybody waits for them, so it is made when somebody first asks for it. The rules of that:
+        1. One atomic step decides what the condition is for good: a real one,
+           or `_DONE` if the outcome comes first.
+        2. With a real one, the state changes only while it is held:
+           `wait` and `as_completed` look at it twice.
+        3. But whether it starts or is cancelled is decided under `_start_lock`,
+           without a condition.
+        4. With `_DONE`, whoever asks is kept until the outcome is stored,
+           which takes the resolver some lines.
     """
 
     # What the base class makes of each: a future has it when it differs, or when it is asked for.
@@ -284,7 +292,9 @@ class Future(_Base):
         return True
 
     def abandon(self, error: BaseException) -> None:
-        """`resolve` in a forked child, where no other thread is, and locks may be held by those that were."""
+        """`resolve` in a forked child, where no other thread is,
+        and locks may be held by those that were.
+        """
         if self._state in (PENDING, RUNNING):
             self._exception = error
             self._state = FINISHED
@@ -303,7 +313,9 @@ FAILED = -1  # another one: the payload is the exception itself
 
 
 class Block(NamedTuple):
-    """Outcomes of items in a row: ``values``, but for those whose status and payload are in ``others``, by their place."""
+    """Outcomes of items in a row: ``values``, but for those whose status and payload are in
+    ``others``, by their place.
+    """
 
     values: list[Any]
     others: dict[int, tuple[int, Any]]
@@ -430,10 +442,11 @@ def as_completed(
 ) -> Iterator[concurrent.futures.Future[T]]:
     """Yield futures as they are done.
 
-    A list, set or other collection is treated as by the standard function: each future once, those first that are
-    done. An iterator may be huge or endless, and may submit as it goes: futures are taken from it until one
-    is done, then one or two for each that is yielded, and never more than ``buffersize`` beyond those. One that
-    it gives again is yielded again, unless it was not yielded yet.
+    A list, set or other collection is treated as by the standard function: each future once, those
+    first that are done. An iterator may be huge or endless, and may submit as it goes: futures are
+    taken from it until one is done, then one or two for each that is yielded, and never more than
+    ``buffersize`` beyond those. One that it gives again is yielded again,
+    unless it was not yielded yet.
 
     Args:
         timeout: seconds from the call to the last future, or None.
@@ -451,7 +464,9 @@ def as_completed(
 
 
 class Waiter:
-    """What futures call, in the thread that resolves them, when they are done: the standard library's protocol for it."""
+    """What futures call, in the thread that resolves them, when they are done:
+    the standard library's protocol for it.
+    """
 
     def __init__(self, when_done: Callable[[concurrent.futures.Future[Any]], object]) -> None:
         self.add_result = self.add_exception = self.add_cancelled = when_done

@@ -1,14 +1,15 @@
-"""The backend "achilles" of joblib: batches of `joblib.Parallel` run as tasks of a `DistributedExecutor`.
+"""The backend "achilles" of joblib: batches of `joblib.Parallel` run as tasks of a
+`DistributedExecutor`.
 
 Rules
-    1. An executor serves one call of `Parallel` at a time, and outlives it: the next call that agrees in address, number of
-       jobs and initializer finds warm runners. It ends when it was idle for `IDLE_SECONDS`, when one of another kind
-       is wanted, or with the program.
+    1. An executor serves one call of `Parallel` at a time, and outlives it: the next call that
+       agrees in address, number of jobs and initializer finds warm runners. It ends when it was
+       idle for `IDLE_SECONDS`, when one of another kind is wanted, or with the program.
     2. A call that is aborted while it has work ends its executor, so that nothing of it still runs.
-    3. `submit` never raises: joblib calls it in a callback, where nobody would hear of it and all would wait. What is wrong is
-       the outcome of the batch instead.
-    4. Inside a task the backend is joblib's own for nested calls, threads or a plain loop: a runner is one slot, and
-       more processes would compete with the other slots.
+    3. `submit` never raises: joblib calls it in a callback, where nobody would hear of it and all
+       would wait. What is wrong is the outcome of the batch instead.
+    4. Inside a task the backend is joblib's own for nested calls, threads or a plain loop: a runner
+       is one slot, and more processes would compete with the other slots.
 """
 
 from __future__ import annotations
@@ -44,21 +45,20 @@ POLL_SECONDS = 0.05
 class AchillesBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
     """Runs `joblib.Parallel` on runners of this machine, or on a cluster.
 
-    ``n_jobs`` limits how many batches run at once; without it, and for -1, it is all cores or all slots of the
-    cluster. Further keywords, of `joblib.parallel_config` or of `joblib.Parallel`:
+    ``n_jobs`` limits how many batches run at once; without it, and for -1, it is all cores or all
+    slots of the cluster. Further keywords, of `joblib.parallel_config` or of `joblib.Parallel`:
 
         address, config: as `DistributedExecutor` takes them.
-        executor: an executor of yours to use, and not to shut down, instead of one that this backend makes.
-        initializer, initargs: called on each runner before its first batch.
+        executor: an executor of yours to use, and not to shut down, instead of one that this
+        backend makes. initializer, initargs: called on each runner before its first batch.
         wait_for_workers: how many seconds to wait for the first worker of a cluster that has none.
 
-    ``inner_max_num_threads`` is for embedded mode. On a cluster the environment in which a worker is started says how many
-    threads a numeric library uses there.
+    ``inner_max_num_threads`` is for embedded mode. On a cluster the environment in which a worker
+    is started says how many threads a numeric library uses there.
     """
 
-    supports_retrieve_callback = (
-        True  # results are read by the callback; generators and timeouts follow from that
-    )
+    # Results are read by the callback; generators and timeouts follow from that
+    supports_retrieve_callback = True
 
     def __init__(
         self,
@@ -129,8 +129,8 @@ class AchillesBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     ) -> int:
         """Get ready for a call of ``parallel``; how many jobs can run at once.
 
-        Of the ``options`` those for joblib's own memory maps are passed over: large arrays reach a runner as memory that it may
-        write to.
+        Of the ``options`` those for joblib's own memory maps are passed over: large arrays reach a
+        runner as memory that it may write to.
         """
         if current_attempt():
             raise FallbackToBackend(self._nested())
@@ -149,7 +149,8 @@ class AchillesBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             if self._lease is None:
                 self._lease, self.parallel = lease, parallel
                 return jobs
-        # A call whose results come one by one is still under way; this one gets an object of its own.
+        # A call whose results come one by one is still under way;
+        # this one gets an object of its own.
         lease.give_back()
         raise FallbackToBackend(
             AchillesBackend(self.nesting_level, self.inner_max_num_threads, **self._given._asdict())
@@ -317,7 +318,9 @@ def _take_idle(is_wanted: Callable[[_Lease], bool]) -> _Lease | None:
 
 
 def close_idle(wait: bool = True) -> None:
-    """End the executors that were kept for further calls of `joblib.Parallel`, with their runners and connections."""
+    """End the executors that were kept for further calls of `joblib.Parallel`,
+    with their runners and connections.
+    """
     while (lease := _take_idle(lambda _: True)) is not None:
         lease.executor.shutdown(wait=wait)
 

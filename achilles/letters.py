@@ -1,8 +1,10 @@
-"""What a client does with the letters of runners: it answers those that ask for a module, and prints what tasks print.
+"""What a client does with the letters of runners: it answers those that ask for a module,
+and prints what tasks print.
 
-Where calls are sealed, so are letters: the client's modules are for runners of its cluster, and nobody else prints here.
-Each has its own thread. The I/O thread then waits for no disk, and for a terminal no longer than `PRINT_SECONDS`, and a
-blocking callback of the user's never delays a module.
+Where calls are sealed, so are letters: the client's modules are for runners of its cluster, and
+nobody else prints here. Each has its own thread. The I/O thread then waits for no disk, and for a
+terminal no longer than `PRINT_SECONDS`,
+and a blocking callback of the user's never delays a module.
 """
 
 from __future__ import annotations
@@ -111,7 +113,9 @@ class Printer:
             self._pieces.put(None)
 
     def _open(self, sealer: Sealer, body: bytes) -> bytes:
-        """The stream and the piece; nothing if no worker of this cluster wrote it, or it came before."""
+        """The stream and the piece; nothing if no worker of this cluster wrote it,
+        or it came before.
+        """
         once, tag, body = body[:ONCE_SIZE], body[ONCE_SIZE:SEALED], body[SEALED:]
         worker, count = once[: ONCE_SIZE // 2], once[ONCE_SIZE // 2 :]
         if not sealer.is_sealed(OUTPUT, once, body, tag) or count <= self._counts.get(worker, b""):

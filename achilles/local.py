@@ -1,9 +1,11 @@
-"""Embedded mode: the three cores wired to each other in one thread, runners on this machine, no network.
+"""Embedded mode: the three cores wired to each other in one thread, runners on this machine,
+no network.
 
     user threads ─▶ Mailbox ─▶ Submission ─▶ Scheduler ─▶ Agent ─▶ RunnerHost ═▶ runners
                        ◀──────────  ◀────────────  ◀─────────  ◀───────────
 
-A message that one core gives out is handed to the next as it is; a step of the loop ends when none is left.
+A message that one core gives out is handed to the next as it is;
+a step of the loop ends when none is left.
 """
 
 from __future__ import annotations

@@ -1,26 +1,27 @@
 """Between the user's threads and the one I/O thread: what was submitted, and who waits for what.
 
-User threads call `submit`, `submit_item`, `submit_bundle`, `cancelled`; the I/O thread calls `drain`, `receive` and `close`. The two
-meet in a deque, and in a dict of sinks that the I/O thread changes and of which user threads take the length or a copy of the
-keys. The lock orders submissions before `finish`: what has passed the check by then is in, and resolved by what comes after it.
+User threads call `submit`, `submit_item`, `submit_bundle`, `cancelled`; the I/O thread calls
+`drain`, `receive` and `close`. The two meet in a deque, and in a dict of sinks that the I/O thread
+changes and of which user threads take the length or a copy of the keys. The lock orders submissions
+before `finish`: what has passed the check by then is in, and resolved by what comes after it.
 
-A sink is where a task's outcome goes: a `Future`, or a place in a `MapRun`, or many (`bundles.BundleSink`).
+A sink is where a task's outcome goes: a `Future`, or a place in a `MapRun`,
+or many (`bundles.BundleSink`).
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
-from functools import partial
 from time import sleep
 from typing import Any, NamedTuple, TypeAlias
 
 from achilles.bundles import BundleSink
+from achilles.callbacks import CallbackThread
 from achilles.core import protocol as p
 from achilles.core.protocol import Group
 from achilles.core.submission import Send, Submission
@@ -32,7 +33,6 @@ from achilles.runtime.allowed import Allowed, Guarded
 from achilles.runtime.arguments import Attached
 from achilles.runtime.bundle import TASK_ID
 from achilles.runtime.functions import Pickled, bytes_of
-from achilles.runtime.loop import PatientThread
 from achilles.runtime.seal import ONCE_SIZE, TAG_SIZE, Sealer
 from achilles.runtime.seal import PARTS as PARTS_LETTER
 from achilles.runtime.serialize import load_outcome, loads
@@ -40,12 +40,12 @@ from achilles.runtime.shared import fill
 from achilles.runtime.wakeups import Wakeup
 
 Sink: TypeAlias = "Future | tuple[MapRun, int] | BundleSink"
-Mail: TypeAlias = (
-    "tuple[int, Group, Pickled, p.Payload, Sink]"  # a task on its way to the I/O thread
-)
+# A task on its way to the I/O thread
+Mail: TypeAlias = "tuple[int, Group, Pickled, p.Payload, Sink]"
 INIT_BLOB = 1 << 31  # the initializer's number, beyond those of functions
-# Who submits without a pause holds the interpreter, which gives another thread its turn after 5 ms. So when there is as much in the
-# inbox as runners have, and this more, the I/O thread is let in: some ten times until there are thousands.
+# Who submits without a pause holds the interpreter, which gives another thread its turn after 5 ms.
+# So when there is as much in the inbox as runners have, and this more, the I/O thread is let in:
+# some ten times until there are thousands.
 YIELD_AT = 8
 YIELD_SECONDS = 1e-5  # asleep; it takes the system some 70 µs
 
@@ -53,7 +53,9 @@ _LOG = logging.getLogger("concurrent.futures")
 
 
 class Batch(NamedTuple):
-    """Tasks of one group, and the pickle of their function if it has a number, with all that they refer to."""
+    """Tasks of one group, and the pickle of their function if it has a number,
+    with all that they refer to.
+    """
 
     group: Group
     blob: Pickled
@@ -73,8 +75,7 @@ class Mailbox:
         self._sleepers: list[Wakeup] = []  # who wait for what has come meanwhile
         self._running_items: set[int] = set()  # tasks of maps; a future knows it by itself
         self._groups: dict[tuple[Any, ...], Group] = {}
-        self._callbacks: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
-        self.callback_thread: threading.Thread | None = None
+        self.callbacks = CallbackThread()
         self.cluster = ""  # whose runners run the tasks, as in `context`
         self._io_thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -83,9 +84,8 @@ class Mailbox:
         self.outlasts = False  # all is, but something runs that was cancelled
         self.broken: BaseException | None = None
         self.init_blob = b""  # the pickle of (initializer, initargs)
-        self.init_source: object = (
-            None  # initargs: what a manager serves lives while it is referred to
-        )
+        # Initargs: what a manager serves lives while it is referred to
+        self.init_source: object = None
         self.sealer: Sealer | None = None  # where a broker is between us and the runners
         self.allowed: Allowed | None = None  # what results may name, where that is limited
         self.on_letter: Callable[[p.Letter], None] = lambda letter: None  # of a runner to us
@@ -143,7 +143,9 @@ class Mailbox:
     def resubmit(
         self, group: Group, blob: Pickled, payload: p.Payload, run: MapRun, index: int
     ) -> int:
-        """In the I/O thread: enqueue an item that was in a bundle, also while no more are taken; its id."""
+        """In the I/O thread: enqueue an item that was in a bundle,
+        also while no more are taken; its id.
+        """
         id = next(self._ids)
         if self.sealer is not None:
             payload = _seal(self.sealer, id, group, blob, payload)
@@ -229,17 +231,7 @@ class Mailbox:
         """Run a future's callbacks in the callback thread; False if the caller may do so itself."""
         if threading.current_thread() is not self._io_thread:
             return False
-        if self.callback_thread is None:
-            # The program's end waits for it, as for the standard's: it ends after the I/O thread.
-            run = partial(_run_callbacks, self._callbacks)
-            self.callback_thread = PatientThread(run, "achilles-callbacks", daemon=False)
-            try:
-                self.callback_thread.start()
-            except RuntimeError:  # Python 3.12 starts no thread while the interpreter ends
-                self.callback_thread = None
-                return False
-        self._callbacks.put(future)
-        return True
+        return self.callbacks.put(future)
 
     # --- The I/O thread ---------------------------------------------------------------------------
 
@@ -308,7 +300,9 @@ class Mailbox:
         return bool(self._inbox or self._cancels)
 
     def wake_soon(self, sleepers: Iterable[Wakeup]) -> None:
-        """Wake these threads as soon as all is done that can be without a wait: they take the interpreter."""
+        """Wake these threads as soon as all is done that can be without a wait:
+        they take the interpreter.
+        """
         self._sleepers += sleepers
 
     def _wake_sleepers(self) -> None:
@@ -501,7 +495,8 @@ class Mailbox:
         return ids
 
     def abandon(self, make_error: Callable[[], BaseException]) -> None:
-        """In a forked child, which has no I/O thread: everything unresolved fails, with an error of its own.
+        """In a forked child, which has no I/O thread: everything unresolved fails,
+        with an error of its own.
 
         Takes no lock: another thread of the parent may have held it at the fork.
         """
@@ -530,7 +525,9 @@ class Mailbox:
         return cancelled
 
     def ends(self, submission: Submission) -> list[Send]:
-        """What is to be said where all is resolved, and nothing comes any more, but something runs yet."""
+        """What is to be said where all is resolved, and nothing comes any more,
+        but something runs yet.
+        """
         if not self.is_done:
             return []
         self.outlasts = not submission.is_finished
@@ -549,7 +546,7 @@ class Mailbox:
     def close(self) -> None:
         """The I/O thread ends."""
         self._wake_sleepers()
-        self._callbacks.put(None)
+        self.callbacks.end()
 
     def _break(self, payload: p.Payload | Guarded) -> list[int]:
         """The initializer raised on a runner: nothing can run any more, as in the standard library.
@@ -578,7 +575,9 @@ def _seal(sealer: Sealer, id: int, group: Group, blob: Pickled, payload: Any) ->
 
 
 def _behind(payload: Any, seal: bytes) -> p.Payload:
-    """The payload and its seal; what is large is not copied, and where there is room behind it, the seal goes there."""
+    """The payload and its seal; what is large is not copied, and where there is room behind it,
+    the seal goes there.
+    """
     if type(payload) is bytes and len(payload) <= p.INLINE_MAX:
         return payload + seal
     return p.Parts((payload, fill(payload, seal) or seal))
@@ -586,14 +585,3 @@ def _behind(payload: Any, seal: bytes) -> p.Payload:
 
 def _wake_nobody() -> None:
     """For a process without an I/O thread."""
-
-
-def _run_callbacks(waiting: queue.SimpleQueue[Future | None]) -> None:
-    while (future := waiting.get()) is not None:
-        try:
-            future._invoke_callbacks_here()
-        except (
-            BaseException
-        ):  # an Exception is logged before it comes here; those after it still have their turn
-            _LOG.exception("a callback of %r ended with more than an Exception", future)
-        del future

@@ -1,7 +1,8 @@
-"""The family of `DistributedExecutor.map`: calls of one function on many items, without a future for each.
+"""The family of `DistributedExecutor.map`: calls of one function on many items,
+without a future for each.
 
-A `MapCall` submits the items of one call; its `run` (`futures.MapRun`) gathers their outcomes. Whoever takes one
-out makes room for one more of the input:
+A `MapCall` submits the items of one call; its `run` (`futures.MapRun`) gathers their outcomes.
+Whoever takes one out makes room for one more of the input:
 
     while call.is_open:
         index = call.run.wait(deadline)     the item whose turn it is
@@ -36,7 +37,9 @@ PATIENCE = 0.02  # seconds that such pauses take in all
 
 
 def _wait_until(is_so: Callable[[], bool]) -> None:
-    """Let the I/O thread work until that is so, or for `PATIENCE`: runners have enough to do meanwhile."""
+    """Let the I/O thread work until that is so, or for `PATIENCE`:
+    runners have enough to do meanwhile.
+    """
     end = monotonic() + PATIENCE
     while not is_so() and monotonic() < end:
         sleep(PAUSE)
@@ -57,8 +60,9 @@ def name_of(fn: Callable[..., Any]) -> str:
 class MapCall:
     """One call of a function on each of ``items``, which are tuples of arguments.
 
-    All are submitted here, unless ``buffersize`` is given: then that many, times ``chunksize``, and one more at
-    each `advance`. ``is_bundled``: many of them may be one task, and come out as a block.
+    All are submitted here, unless ``buffersize`` is given: then that many, times ``chunksize``, and
+    one more at each `advance`. ``is_bundled``: many of them may be one task,
+    and come out as a block.
 
     Raises:
         ValueError: ``chunksize`` or ``buffersize`` below 1.
@@ -186,7 +190,9 @@ class MapCall:
         return False
 
     def advance(self, index: int) -> None:
-        """That item is taken: submit another one. An error of the input is raised when its turn comes."""
+        """That item is taken: submit another one.
+        An error of the input is raised when its turn comes.
+        """
         del self._ids[index]
         try:
             for args in self._rest:

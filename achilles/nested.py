@@ -3,8 +3,9 @@
     the task's threads ─▶ Mailbox ─▶ Submission ─letters─▶ the runner's host ─▶ the broker (or the embedded scheduler)
                               ◀──────────  ◀──────────────
 
-It is the same client as that of the task: no session with the broker of its own, no socket, no key but the code key. A runner has one connection for each
-client that it works for; all handles of that client's executors share it, and it lives as long as the runner.
+It is the same client as that of the task: no session with the broker of its own, no socket, no key
+but the code key. A runner has one connection for each client that it works for; all handles of that
+client's executors share it, and it lives as long as the runner.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def connection(credit: int, slots: int) -> NestedConnection | None:
 
 
 def connection_to(cluster: str) -> NestedConnection | None:
-    """The same, if the task runs on a worker of that cluster: a session of its own would wait for slots that such tasks hold."""
+    """The same, if the task runs on a worker of that cluster:
+    a session of its own would wait for slots that such tasks hold.
+    """
     is_here = bool(cluster) and cluster == context.cluster
     return connection(context.credit, 0) if is_here else None
 
@@ -90,7 +93,9 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class NestedConnection:
-    """A client's connection in a runner. ``credit``: how many unresolved tasks the broker takes; ``slots``: for now."""
+    """A client's connection in a runner. ``credit``: how many unresolved tasks the broker takes;
+    ``slots``: for now.
+    """
 
     def __init__(self, side: RunnerSide, client: int, credit: int, slots: int) -> None:
         self._side = side
@@ -132,7 +137,9 @@ class NestedConnection:
         self.mailbox.interrupt()
 
     def flush(self) -> None:
-        """Wait until the broker was sent all that was submitted: a task that has ended may submit nothing more."""
+        """Wait until the broker was sent all that was submitted:
+        a task that has ended may submit nothing more.
+        """
         if not self._is_sent:
             self._wait_until(lambda: self._is_sent)
 

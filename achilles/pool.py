@@ -2,11 +2,12 @@
 
 What is asked of a pool becomes tasks of its executor:
     1. `apply` is a task.
-    2. `map` cuts its input into chunks, each a task, as the standard's does: four for each slot. But a chunk of our own
-       making gives up after `BOX_SECONDS`, and what is left of it is cut anew by how long its calls took: many short
-       calls share a task, and a long one waits for no other.
-    3. `imap` reads its input in a thread of its own, as the standard's does, but no further than a window beyond
-       what was taken.
+    2. `map` cuts its input into chunks, each a task, as the standard's does: four for each slot.
+       But a chunk of our own making gives up after `BOX_SECONDS`, and what is left of it is cut
+       anew by how long its calls took: many short calls share a task,
+       and a long one waits for no other.
+    3. `imap` reads its input in a thread of its own, as the standard's does, but no further than a
+       window beyond what was taken.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ class Pool:
     """A drop-in for `multiprocessing.Pool` that also runs on a cluster.
 
     Args:
-        processes: how many calls run at once; None: as many as there are cores, or slots in the cluster.
+        processes: how many calls run at once; None: as many as there are cores,
+            or slots in the cluster.
         initializer: called with ``initargs`` on each runner before its first task of this pool.
-        maxtasksperchild: a runner is replaced after so many tasks (embedded mode); a chunk of a map is one task.
+        maxtasksperchild: a runner is replaced after so many tasks (embedded mode);
+            a chunk of a map is one task.
         context: taken for compatibility, and ignored: runners are always fresh processes.
         address: ``tcp://host:port``, "auto", "embedded", or None, as with `DistributedExecutor`.
         config: path of an ``achilles.toml``.
@@ -79,7 +82,8 @@ class Pool:
             address=address,
             config=config,
         )
-        # To cut a chunk anew makes more tasks, and so would cost more runners where those are counted.
+        # To cut a chunk anew makes more tasks, and so would cost more runners where those are
+        # counted.
         self._box_seconds = BOX_SECONDS if maxtasksperchild is None else FOREVER
         self._work = Work(executor)
         self._state = "RUN"
@@ -116,7 +120,8 @@ class Pool:
     ) -> list[T]:
         """The values of ``func`` for each item, in order.
 
-        All calls are made even if some raise; the error of the first of them, in order, is raised here.
+        All calls are made even if some raise; the error of the first of them, in order,
+        is raised here.
 
         Args:
             chunksize: how many calls make a task; None leaves that to the pool.

@@ -59,7 +59,9 @@ class _Call(Protocol):
 
 
 class Work:
-    """What outlives a pool that was dropped: its executor, and its calls that may still submit tasks."""
+    """What outlives a pool that was dropped: its executor,
+    and its calls that may still submit tasks.
+    """
 
     def __init__(self, executor: DistributedExecutor) -> None:
         self.executor = executor
@@ -72,7 +74,9 @@ class Work:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether this is a child that was forked: it has none of the threads, and perhaps a lock of one."""
+        """Whether this is a child that was forked: it has none of the threads,
+        and perhaps a lock of one.
+        """
         return os.getpid() != self._pid
 
     def check_process(self) -> None:
@@ -151,7 +155,9 @@ class Work:
         return (future.result(), None) if error is None else (None, _standard_error(error))
 
     def outcomes(self, future: Future[Any], count: int) -> list[Outcome]:
-        """The same of each call that a task of ``count`` calls has made; if the task failed, all of them have."""
+        """The same of each call that a task of ``count`` calls has made; if the task failed,
+        all of them have.
+        """
         value, error = self.outcome(future)
         if count == 1 or error is not None:
             return [(value, error)] * count
@@ -166,7 +172,9 @@ class Work:
         return outcomes
 
     def call_back(self, callback: Callable[[Any], object] | None, value: object) -> None:
-        """Tell the user, whose error is no other call's business; nothing is told of a terminated pool."""
+        """Tell the user, whose error is no other call's business;
+        nothing is told of a terminated pool.
+        """
         if callback is None or self.is_terminated:
             return
         try:
@@ -183,7 +191,9 @@ _LIVE: weakref.WeakSet[Work] = weakref.WeakSet()
 
 
 def _at_exit() -> None:
-    """As the standard library's: a pool that nobody waits for ends with the program, and its work with it."""
+    """As the standard library's: a pool that nobody waits for ends with the program,
+    and its work with it.
+    """
     for work in list(_LIVE):
         work.terminate(wait=False)
 
@@ -212,7 +222,9 @@ def _standard_error(error: BaseException) -> BaseException:
 
 
 class AsyncResult(Generic[T]):
-    """What `Pool.apply_async` returns: the outcome of a task, known when the callback for it has run."""
+    """What `Pool.apply_async` returns: the outcome of a task,
+    known when the callback for it has run.
+    """
 
     def __init__(
         self,
@@ -296,7 +308,9 @@ ApplyResult = AsyncResult  # the standard library has both names
 
 
 class MapResult(AsyncResult[list[T]]):
-    """What `Pool.map_async` returns. It is ready when all calls are done, whether any of them failed or not."""
+    """What `Pool.map_async` returns. It is ready when all calls are done,
+    whether any of them failed or not.
+    """
 
     def __init__(
         self,
@@ -375,11 +389,12 @@ class _Flow:
     """One `imap`: what its thread has submitted, and what was not taken yet.
 
     Rules:
-        1. At most a window of items is under way or waits to be taken, and then the input is left alone until
-           half of them were taken.
-        2. But everything runs, as in the standard library: where nobody can take results (the iterator was
-           dropped) or nobody will (the pool is joined), only what is under way counts.
-        3. An error of the input ends the sequence, in the place where its next item would have been.
+        1. At most a window of items is under way or waits to be taken, and then the input is left
+           alone until half of them were taken.
+        2. But everything runs, as in the standard library: where nobody can take results (the
+           iterator was dropped) or nobody will (the pool is joined), only what is under way counts.
+        3. An error of the input ends the sequence,
+           in the place where its next item would have been.
     """
 
     def __init__(
@@ -397,7 +412,8 @@ class _Flow:
         self._chunksize = chunksize
         self._is_ordered = is_ordered
         self._window = max(WINDOW_MIN, WINDOW_CHUNKS * work.executor.size * chunksize)
-        # Reentrant, as a collected iterator calls `abandon` from wherever the collector happens to run.
+        # Reentrant, as a collected iterator calls `abandon` from wherever the collector happens to
+        # run.
         self._lock = threading.RLock()
         self._arrived = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
@@ -549,7 +565,8 @@ class IMapIterator(Iterator[T]):
 
         Raises:
             StopIteration: that was the last one.
-            multiprocessing.TimeoutError: it did not come within ``timeout`` seconds; it can still be had.
+            multiprocessing.TimeoutError: it did not come within ``timeout`` seconds;
+                it can still be had.
             BaseException: whatever the call, or the input, raised.
             ExecutorForkedError: this process was forked after the iterator was made.
         """

@@ -10,8 +10,8 @@ def register_joblib() -> None:
         with joblib.parallel_config(backend="achilles"):
             search.fit(X, y)
 
-    `achilles.joblib_backend.AchillesBackend` says what else can be given there. Tasks of that backend may name it
-    without registering it.
+    `achilles.joblib_backend.AchillesBackend` says what else can be given there. Tasks of that
+    backend may name it without registering it.
 
     Raises:
         ImportError: joblib is not installed.

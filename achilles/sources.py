@@ -1,8 +1,9 @@
 """The client's own modules, for runners on other machines that cannot import them.
 
-What is served: the source of pure-Python modules that belong to the user's program, read anew at each request, so
-that an edit is seen. What is not: the standard library, what is installed in site-packages, extension modules and
-achilles itself. Those belong on the worker, where the ImportError says so.
+What is served: the source of pure-Python modules that belong to the user's program, read anew at
+each request, so that an edit is seen. What is not: the standard library, what is installed in
+site-packages, extension modules and achilles itself. Those belong on the worker,
+where the ImportError says so.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def _find_spec(name: str) -> ModuleSpec | None:
 
 
 def _namespace(parts: list[str], path: list[str]) -> ModuleSpec | None:
-    """A namespace package inside a package that is not imported, of which the path finder wants to know more."""
+    """A namespace package inside a package that is not imported,
+    of which the path finder wants to know more.
+    """
     places = [place for entry in path if os.path.isdir(place := os.path.join(entry, parts[-1]))]
     spec = ModuleSpec(".".join(parts), None, is_package=True)
     spec.submodule_search_locations = places

@@ -1,7 +1,7 @@
 """The errors that a Future carries; see the drawing in ``achilles.errors``.
 
-They subclass what existing code catches (``PicklingError``, ``BrokenProcessPool``), but none of them
-breaks the executor: it stays usable after each.
+They subclass what existing code catches (``PicklingError``, ``BrokenProcessPool``), but none of
+them breaks the executor: it stays usable after each.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ class ResultPickleError(AchillesError, PicklingError):
 
 
 class ResultUnpickleError(AchillesError, UnpicklingError):
-    """The value that a task returned cannot be unpickled in the client; the original error is its cause."""
+    """The value that a task returned cannot be unpickled in the client;
+    the original error is its cause.
+    """
 
 
 class RemoteError(AchillesError):
-    """Stands in for a task's exception that could not be pickled; its text names type and message."""
+    """Stands in for a task's exception that could not be pickled;
+    its text names type and message.
+    """
 
 
 class BrokerLostError(AchillesError, BrokenProcessPool):
@@ -57,12 +61,18 @@ class TaskTimeoutError(AchillesError, TimeoutError):
 
 
 class TaskMemoryError(AchillesError, MemoryError):
-    """A task's runner grew beyond ``worker.memory_limit`` and was killed; it is retried only as `with_options` says."""
+    """A task's runner grew beyond ``worker.memory_limit`` and was killed;
+    it is retried only as `with_options` says.
+    """
 
 
 class TerminatedError(AchillesError, BrokenProcessPool):
-    """The executor's tasks were ended by `terminate_workers` or `kill_workers` before this one was done."""
+    """The executor's tasks were ended by `terminate_workers` or `kill_workers` before this one was
+    done.
+    """
 
 
 class InitializerError(AchillesError, BrokenProcessPool):
-    """The executor's initializer raised on a runner; the executor is broken, as the standard's is."""
+    """The executor's initializer raised on a runner; the executor is broken,
+    as the standard's is.
+    """

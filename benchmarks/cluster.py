@@ -20,8 +20,9 @@ START_SECONDS = 20.0
 class Cluster:
     """``workers`` workers of ``slots`` slots each; a context manager that leaves nothing behind.
 
-    ``tcp``: meet over TCP with CURVE instead of ipc. ``environ``: variables beyond this process's own. ``awaits_workers``: it is
-    entered when they are there, not before. What its processes log is printed if the ``with`` statement ends with an error.
+    ``tcp``: meet over TCP with CURVE instead of ipc. ``environ``: variables beyond this process's
+    own. ``awaits_workers``: it is entered when they are there, not before. What its processes log
+    is printed if the ``with`` statement ends with an error.
     """
 
     def __init__(

@@ -1,10 +1,11 @@
 """achilles beside every peer that installs here, on the same work in one run: ``make bench``.
 
-Contestants take turns: in each round each runs alone, in a process and an environment of its own, and every other round goes
-backwards. Ratios are taken within a round. Writes ``results.json``, ``table.md`` and a chart a figure (SVG) to the folder
-given by ``--output``.
+Contestants take turns: in each round each runs alone, in a process and an environment of its own,
+and every other round goes backwards. Ratios are taken within a round. Writes ``results.json``,
+``table.md`` and a chart a figure (SVG) to the folder given by ``--output``.
 
-A goal that is missed is printed as missed; the exit status is 1 only if achilles itself failed or returned a wrong result.
+A goal that is missed is printed as missed;
+the exit status is 1 only if achilles itself failed or returned a wrong result.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""One contestant in one round, in a process of its own: ``python -m benchmarks.contestant NAME OUTPUT --scale JSON``.
+"""One contestant in one round, in a process of its own:
+``python -m benchmarks.contestant NAME OUTPUT --scale JSON``.
 
-Each line of OUTPUT is one JSON object: what a workload found, as soon as it did, so that what was found before a failure
-counts. Stdout is not used, because peers print there.
+Each line of OUTPUT is one JSON object: what a workload found, as soon as it did, so that what was
+found before a failure counts. Stdout is not used, because peers print there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans() -> None:
-    """Have processes that this one's children leave behind stay its descendants, where they are counted and ended."""
+    """Have processes that this one's children leave behind stay its descendants,
+    where they are counted and ended.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 

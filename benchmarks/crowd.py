@@ -1,8 +1,9 @@
 """A broker's cores with thousands of simulated sessions, in one thread and in time of their own.
 
-What is said crosses the codec in both directions, and each peer has the real session of its side (`core.dialer`). Broker and
-peers take turns: in a turn all that was sent is handled. Only the broker's turns are measured, in CPU time of this process. Garbage
-is collected in the peers' turns: most of what it would look at, peers and messages under way, is not in a broker's memory.
+What is said crosses the codec in both directions, and each peer has the real session of its side
+(`core.dialer`). Broker and peers take turns: in a turn all that was sent is handled. Only the
+broker's turns are measured, in CPU time of this process. Garbage is collected in the peers' turns:
+most of what it would look at, peers and messages under way, is not in a broker's memory.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from achilles.core.scheduler import Scheduler
 from achilles.core.sessions import CLIENT, WORKER, Send, Sessions
 from benchmarks.fakes import Answerer, Asker, Load, hello
 
-TURN_SECONDS = (
-    1e-5  # of the simulated time; none of the measured loads lasts until a heartbeat is due
-)
+# Of the simulated time; none of the measured loads lasts until a heartbeat is due
+TURN_SECONDS = 1e-5
 TICK_SECONDS = 0.1  # as in net.broker
 SUBMITTED_TOGETHER = 1000
 WARM_TURNS = 4
@@ -47,7 +47,9 @@ class Peer:
 
 
 class Crowd:
-    """One broker, ``workers`` workers of one slot each, ``clients`` clients. ``cpu`` counts the broker's seconds."""
+    """One broker, ``workers`` workers of one slot each, ``clients`` clients.
+    ``cpu`` counts the broker's seconds.
+    """
 
     def __init__(self, workers: int, *, clients: int = 1) -> None:
         self.now = 0.0
@@ -137,7 +139,9 @@ class Crowd:
     # --- Loads ------------------------------------------------------------------------------------
 
     def submit(self, load: Load, count: int) -> None:
-        """Have the clients in turn submit so many tasks; the broker takes them in with the next turn."""
+        """Have the clients in turn submit so many tasks;
+        the broker takes them in with the next turn.
+        """
         while count > 0:
             size = min(count, SUBMITTED_TOGETHER, -(-count // len(self.clients)))
             peer, asker = self.clients[self._next_client % len(self.clients)]
@@ -146,7 +150,8 @@ class Crowd:
             count -= size
 
     def run(self, load: Load, tasks: int, queue: int) -> float:
-        """The broker's CPU seconds a task, in so many, while ``queue`` tasks have no result at any time.
+        """The broker's CPU seconds a task, in so many,
+        while ``queue`` tasks have no result at any time.
 
         Raises:
             WrongResult: a result was wrong, or there were two.
@@ -172,7 +177,9 @@ class Crowd:
         return sum(len(asker.open) for _, asker in self.clients)
 
     def idle(self, seconds: float) -> float:
-        """The broker's share of a core while nothing is to be done, for so long in simulated time."""
+        """The broker's share of a core while nothing is to be done,
+        for so long in simulated time.
+        """
         cpu, end = self.cpu, self.now + seconds
         began = self.now
         while self.now < end:

@@ -1,7 +1,8 @@
 """What large arguments cost: ``python -m benchmarks.data``.
 
-64 MiB once, against ProcessPoolExecutor in the same run; and the same 64 MiB in 200 tasks, against once. Bytes are known
-again by their identity; arrays are compared at each call, because they can be written to. Each result is checked.
+64 MiB once, against ProcessPoolExecutor in the same run; and the same 64 MiB in 200 tasks, against
+once. Bytes are known again by their identity; arrays are compared at each call, because they can be
+written to. Each result is checked.
 """
 
 from __future__ import annotations

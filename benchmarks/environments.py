@@ -1,7 +1,8 @@
-"""An environment for each group of contestants, so that peers whose dependencies contradict each other run in one comparison.
+"""An environment for each group of contestants,
+so that peers whose dependencies contradict each other run in one comparison.
 
-They are made in ``build/bench`` on first use, from the groups ``bench*`` of pyproject.toml, and made anew when what they are
-made from changes.
+They are made in ``build/bench`` on first use, from the groups ``bench*`` of pyproject.toml, and
+made anew when what they are made from changes.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def _requirements(groups: Mapping[str, list[Any]], group: str) -> list[str]:
 
 
 def prepare(group: str) -> Environment:
-    """The environment of a dependency group, made if it is not there or not from the present recipe."""
+    """The environment of a dependency group, made if it is not there or not from the present
+    recipe.
+    """
     folder = FOLDER / group
     python, stamp = folder / "bin" / "python", folder / "recipe.json"
     if (

@@ -1,8 +1,8 @@
 """The two ends of a task with nothing in between: who submits it, and who answers it at once.
 
-They speak the real messages, above sessions that are simulated (`benchmarks.crowd`) or those of real sockets (`benchmarks.fleet`).
-A task is its number, followed by bytes that both ends know; its result is the number's bitwise complement, so that nobody can
-mistake one for the other.
+They speak the real messages, above sessions that are simulated (`benchmarks.crowd`) or those of
+real sockets (`benchmarks.fleet`). A task is its number, followed by bytes that both ends know; its
+result is the number's bitwise complement, so that nobody can mistake one for the other.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class WrongResult(Exception):
 class Load(NamedTuple):
     """Tasks of one function, by which the worker knows them.
 
-    ``seconds``: what it claims that each took; ``chunk_max``: at most so many travel together (0: the broker decides);
-    ``size``: the bytes of each.
+    ``seconds``: what it claims that each took; ``chunk_max``: at most so many travel together (0:
+    the broker decides); ``size``: the bytes of each.
     """
 
     fn: int
@@ -93,7 +93,9 @@ def answer_to(payload: p.Payload) -> bytes:
 
 
 class Asker:
-    """A client: it submits tasks, and checks their results. ``open`` has the results that are to come."""
+    """A client: it submits tasks, and checks their results.
+    ``open`` has the results that are to come.
+    """
 
     def __init__(self) -> None:
         self._next = 1
@@ -115,7 +117,9 @@ class Asker:
         return [p.Blob(0, load.fn, _FUNCTION), submit]
 
     def has_room(self, load: Load) -> bool:
-        """Whether the broker takes one more task beside open ones of the same load; one may always go alone."""
+        """Whether the broker takes one more task beside open ones of the same load;
+        one may always go alone.
+        """
         held = (len(self.open) + 1) * load.size + (len(self._functions) + 1) * len(_FUNCTION)
         return not self.open or not self.credit or held <= self.credit
 
@@ -143,7 +147,9 @@ class Asker:
 
 
 class Answerer:
-    """A worker that has done its tasks when it hears of them, and claims that they took as long as their load says."""
+    """A worker that has done its tasks when it hears of them,
+    and claims that they took as long as their load says.
+    """
 
     def __init__(self) -> None:
         self.done = 0
@@ -152,7 +158,8 @@ class Answerer:
         """Take in what the broker says, and answer.
 
         Raises:
-            WrongResult: a task's bytes have changed, or the session has ended, so that work may be lost.
+            WrongResult: a task's bytes have changed, or the session has ended,
+                so that work may be lost.
         """
         match message:
             case p.Run(lease=lease, fn=fn, payloads=payloads):

@@ -1,7 +1,9 @@
-"""Flame graphs as SVG, from stacks with how often each was seen, and what they say of each function.
+"""Flame graphs as SVG, from stacks with how often each was seen,
+and what they say of each function.
 
-The picture: a box is a function, as wide as the part of the samples in which it ran or called; it stands on its caller. The
-widths, not the order, mean something. A box names itself in full when pointed at.
+The picture: a box is a function, as wide as the part of the samples in which it ran or called; it
+stands on its caller. The widths, not the order, mean something.
+A box names itself in full when pointed at.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def parse(text: str) -> dict[tuple[str, ...], int]:
 
 
 def by_function(stacks: Stacks) -> dict[str, float]:
-    """Which part of the samples ran in which function itself, the largest first; its lines are taken together."""
+    """Which part of the samples ran in which function itself, the largest first;
+    its lines are taken together.
+    """
     total = sum(stacks.values())
     found: Counter[str] = Counter()
     for stack, count in stacks.items():

@@ -2,8 +2,9 @@
 
     python -m benchmarks.fleet HOME COUNT
 
-are COUNT workers of one slot of the broker in HOME, which answer each task at once. It prints the seconds until all had a session,
-and serves until its standard input ends; then it prints how many tasks it has had.
+are COUNT workers of one slot of the broker in HOME, which answer each task at once. It prints the
+seconds until all had a session, and serves until its standard input ends;
+then it prints how many tasks it has had.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ TASKS_MAX = 8  # open ones of those that are large
 
 
 class FdLoop(SocketLoop):
-    """Waits for its sockets' descriptors: one poll of hundreds of sockets costs more than what it finds.
+    """Waits for its sockets' descriptors: one poll of hundreds of sockets costs more than what it
+    finds.
 
-    A descriptor only tells of changes, and any call on its socket can use a change up: so a socket is read until it has
-    nothing more, and `look` looks at all of them after something else was done with them.
+    A descriptor only tells of changes, and any call on its socket can use a change up: so a socket
+    is read until it has nothing more, and `look` looks at all of them after something else was done
+    with them.
     """
 
     def __init__(self) -> None:
@@ -155,7 +158,8 @@ class Client:
         self.fleet.join()
 
     def run(self, load: Load, queue: int, seconds: float, least: int = 1) -> tuple[int, float]:
-        """Keep ``queue`` tasks open for so long, and until ``least`` are done: how many were done, and in what time.
+        """Keep ``queue`` tasks open for so long, and until ``least`` are done:
+        how many were done, and in what time.
 
         Raises:
             TimeoutError: nothing is done any more.
@@ -175,7 +179,9 @@ class Client:
                 return asker.done - began, now - start
 
     def _fill(self, load: Load, queue: int) -> None:
-        """Submit as much as is missing, and as the broker grants; not one by one where there is room for many."""
+        """Submit as much as is missing, and as the broker grants;
+        not one by one where there is room for many.
+        """
         asker = self.asker
         if load.size == 8:
             missing = queue - len(asker.open)

@@ -32,8 +32,8 @@ from benchmarks.stats import percentile
 ROUNDS = 3_000
 END = b"end"
 TURNS = 6  # processes: about as many as a round trip through a broker has threads that compute
-# Starts a program whose code lies where it lies in all others that are started so. It is for measurements: addresses that nobody
-# can guess are a defence.
+# Starts a program whose code lies where it lies in all others that are started so. It is for
+# measurements: addresses that nobody can guess are a defence.
 SAME_ADDRESSES = ("setarch", "-R")
 COMMAND_SECONDS = 120.0
 
@@ -162,7 +162,9 @@ def _echo_zeromq(address: str) -> None:
 
 
 class _Cores:
-    """The cores of embedded mode, and a runner that is done at once: what Python computes for a task, and nothing else."""
+    """The cores of embedded mode, and a runner that is done at once:
+    what Python computes for a task, and nothing else.
+    """
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
@@ -204,7 +206,9 @@ class _Cores:
 
 
 def _turns(count: int, rounds: int) -> float:
-    """A `_Cores.trip` in each of so many processes on one core, one after the other: what one of them takes."""
+    """A `_Cores.trip` in each of so many processes on one core, one after the other:
+    what one of them takes.
+    """
     with _one_core(), ExitStack() as others:
         ring = [os.pipe() for _ in range(count)]
         first, back = ring[0][1], ring[-1][0]
@@ -235,7 +239,9 @@ def _echo_turns(read: int, write: int) -> None:
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    """This process, and those that it starts, share one core; where the system has a way to say so."""
+    """This process, and those that it starts, share one core;
+    where the system has a way to say so.
+    """
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

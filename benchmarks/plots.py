@@ -1,6 +1,8 @@
-"""Charts as SVG, without a library: bars, a row a contestant, and lines over what grows by powers of ten.
+"""Charts as SVG, without a library: bars, a row a contestant,
+and lines over what grows by powers of ten.
 
-The drawing is plain text with a white ground, so that it reads the same in a light and in a dark page.
+The drawing is plain text with a white ground,
+so that it reads the same in a light and in a dark page.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def bars(title: str, unit: str, rows: Sequence[Bar], *, logarithmic: bool = Fals
 
 
 def lines(title: str, grows: str, unit: str, series: Mapping[str, Mapping[float, Summary]]) -> str:
-    """A line a series, from 0 in ``unit``, over what ``grows``, which is logarithmic; a thin stroke is a point's rounds."""
+    """A line a series, from 0 in ``unit``, over what ``grows``, which is logarithmic;
+    a thin stroke is a point's rounds.
+    """
     points = [(x, y) for line in series.values() for x, y in line.items()]
     powers = [math.log10(x) for x, _ in points] or [0.0]
     first, last = math.floor(min(powers)), math.ceil(max(powers))

@@ -1,11 +1,14 @@
 """Where the time goes, in client, broker, worker and runner: ``make profile``.
 
-Two loads, round trips of no-ops and a stream of submits, each embedded and on a broker and worker over ipc. First they run
-alone, for the figures: how long a task takes, and how much CPU time of each process; then again under py-spy, for flame
-graphs (SVG) and for the part that each function has in its process's time; and round trips once more with the code of all
-processes at the same addresses, for what their cores' branch predictors have to do with it. ``--docs`` puts the tables into docs/performance.md.
+Two loads, round trips of no-ops and a stream of submits, each embedded and on a broker and worker
+over ipc. First they run alone, for the figures: how long a task takes, and how much CPU time of
+each process; then again under py-spy, for flame graphs (SVG) and for the part that each function
+has in its process's time; and round trips once more with the code of all processes at the same
+addresses, for what their cores' branch predictors have to do with it.
+``--docs`` puts the tables into docs/performance.md.
 
-py-spy has to be allowed to read other processes: on macOS as root, in a container with the capability SYS_PTRACE.
+py-spy has to be allowed to read other processes: on macOS as root,
+in a container with the capability SYS_PTRACE.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ FUNCTIONS_SHOWN = 8
 
 
 class Cost(NamedTuple):
-    """Of one task, in microseconds: how long it took (the median), and the CPU time of each role."""
+    """Of one task, in microseconds: how long it took (the median),
+    and the CPU time of each role.
+    """
 
     wall: float
     cpu: Mapping[str, float]
@@ -108,7 +113,8 @@ def record(system: System, load: str, seconds: float) -> dict[str, flames.Stacks
 
 def _watch(pid: int, path: Path, seconds: float) -> subprocess.Popen[str]:
     program = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or "py-spy"
-    # Without stopping the process: a thread that was stopped while it waited seems to run for a moment.
+    # Without stopping the process: a thread that was stopped while it waited seems to run for a
+    # moment.
     options = [
         "--nonblocking",
         "--rate",
@@ -147,7 +153,9 @@ def costs_table(costs: Mapping[tuple[str, str], Cost]) -> str:
 
 
 def layouts_table() -> str:
-    """Round trips over ipc as they are, and with the code of all processes at the same addresses; a dash where that is not to be had."""
+    """Round trips over ipc as they are, and with the code of all processes at the same addresses; a
+    dash where that is not to be had.
+    """
     rows = []
     for what, prefix in (
         ("as it is", ()),

@@ -1,7 +1,7 @@
 """The figures that the project must hold, in one run: ``python -m benchmarks.quick``.
 
-Each is a ratio against ProcessPoolExecutor with as many processes, measured in turns in the same run, because
-absolute times mean little on a shared machine. Exits 1 if one is missed.
+Each is a ratio against ProcessPoolExecutor with as many processes, measured in turns in the same
+run, because absolute times mean little on a shared machine. Exits 1 if one is missed.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def run_million(address: str = "", home: str = "") -> tuple[float, float]:
 def recovery(
     executor: DistributedExecutor, kills: int, victim: Callable[[int], int]
 ) -> list[float]:
-    """Seconds from the SIGKILL of ``victim(pid of the runner)`` to the task running elsewhere, sorted."""
+    """Seconds from the SIGKILL of ``victim(pid of the runner)`` to the task running elsewhere,
+    sorted.
+    """
     times = []
     for _ in range(kills):
         with tempfile.TemporaryDirectory() as directory:

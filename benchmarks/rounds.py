@@ -1,4 +1,6 @@
-"""Running contestants in turns: each in a process, an environment and a home of its own, and nothing of it outlives its turn."""
+"""Running contestants in turns: each in a process, an environment and a home of its own, and
+nothing of it outlives its turn.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ LOGS = ROOT / "build" / "bench" / "logs"
 
 @dataclass
 class Run:
-    """What all rounds found; ``figures[contestant][figure]`` has a value (or None) for each round."""
+    """What all rounds found; ``figures[contestant][figure]`` has a value
+    (or None) for each round.
+    """
 
     rounds: int
     figures: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
@@ -63,7 +67,9 @@ def turn(
     workloads: Sequence[str],
     limit: float,
 ) -> float:
-    """The turn of a contestant that is not absent, in round ``number``; the seconds that it took. What goes wrong is noted, or makes it absent."""
+    """The turn of a contestant that is not absent, in round ``number``; the seconds that it took.
+    What goes wrong is noted, or makes it absent.
+    """
     start = time.monotonic()
     environment = prepare(CONTESTANTS[name].group)
     LOGS.mkdir(parents=True, exist_ok=True)
@@ -92,7 +98,9 @@ def turn(
 
 
 def _environ(python: Path, home: str, token: str) -> dict[str, str]:
-    """What a turn finds in its environment: no settings of the user's, and one thread a process in numeric libraries."""
+    """What a turn finds in its environment: no settings of the user's,
+    and one thread a process in numeric libraries.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ACHILLES_")}
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     return {
@@ -141,7 +149,9 @@ def _call(command: list[str], environ: dict[str, str], log: Path, token: str, li
 
 
 def _family(number: int, token: str) -> list[Any]:
-    """The processes of a turn that are there: its session, its descendants, and all that inherited its token."""
+    """The processes of a turn that are there: its session, its descendants,
+    and all that inherited its token.
+    """
     found = {}
     try:
         for child in psutil.Process(number).children(recursive=True):

@@ -1,9 +1,11 @@
 """What a broker costs with many sessions and long queues, and where one ends: ``make scale``.
 
-Three parts, each with its results checked: the cores alone with up to 10,000 simulated workers and 1,000,000 queued tasks
-(`benchmarks.crowd`); a real broker with up to 500 real sessions (`benchmarks.fleet`), over ipc and over TCP with CURVE; and bytes
-through that broker. What counts is CPU time, which other load of the machine hardly changes; wall clock is printed, too. Charts and
-tables go to ``--output``; ``--docs`` puts them into docs/scaling.md. A figure that is missed is printed as missed.
+Three parts, each with its results checked: the cores alone with up to 10,000 simulated workers and
+1,000,000 queued tasks (`benchmarks.crowd`); a real broker with up to 500 real sessions
+(`benchmarks.fleet`), over ipc and over TCP with CURVE; and bytes through that broker. What counts
+is CPU time, which other load of the machine hardly changes; wall clock is printed, too. Charts and
+tables go to ``--output``; ``--docs`` puts them into docs/scaling.md.
+A figure that is missed is printed as missed.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ Line = dict[float, Summary]
 
 
 class Size(NamedTuple):
-    """How much there is to do. ``crowd``: simulated workers; ``fleet``: real ones; ``payloads``: MiB."""
+    """How much there is to do. ``crowd``: simulated workers; ``fleet``: real ones;
+    ``payloads``: MiB.
+    """
 
     queues: tuple[int, ...] = (100, 1_000, 10_000, 100_000, 1_000_000)
     crowd: tuple[int, ...] = (1, 10, 100, 1_000, 5_000, 10_000)
@@ -274,7 +278,9 @@ def say(what: str, figure: Summary, unit: str) -> None:
 
 
 def growth(line: Mapping[float, Summary]) -> float:
-    """How much more the largest costs than the smallest of those that are at least ten, in their best rounds."""
+    """How much more the largest costs than the smallest of those that are at least ten,
+    in their best rounds.
+    """
     return line[max(line)].low / line[_smallest(line)].low
 
 
@@ -392,7 +398,9 @@ def best_bytes(found: Found, transport: str) -> float:
 
 
 def ends(found: Found) -> str:
-    """What one broker can do when it has a core for itself, by arithmetic from what was measured."""
+    """What one broker can do when it has a core for itself,
+    by arithmetic from what was measured.
+    """
     rows = []
     for transport, fleets in found.fleets.items():
         count = max(fleets.idle)

@@ -1,9 +1,11 @@
 """What encryption and the seal cost, in one run: ``python -m benchmarks.security``.
 
-No-op tasks through a broker and a worker of two slots: over ipc without the seal, over ipc with it, and over TCP with CURVE
-and the seal, in turns. Exits 1 if the last is slower than the first by more than it may be.
+No-op tasks through a broker and a worker of two slots: over ipc without the seal, over ipc with it,
+and over TCP with CURVE and the seal, in turns.
+Exits 1 if the last is slower than the first by more than it may be.
 
-There is no setting that leaves the seal out; the baseline's client and worker are made here to have no code key.
+There is no setting that leaves the seal out;
+the baseline's client and worker are made here to have no code key.
 """
 
 from __future__ import annotations

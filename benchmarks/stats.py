@@ -1,7 +1,8 @@
-"""What many rounds say together: medians, spreads, ratios, percentiles, and idle time in a schedule.
+"""What many rounds say together: medians, spreads, ratios, percentiles,
+and idle time in a schedule.
 
-Rounds are paired: a ratio is taken within each round first, because a shared machine is slower for all in one round than in
-another; then comes the median over the rounds.
+Rounds are paired: a ratio is taken within each round first, because a shared machine is slower for
+all in one round than in another; then comes the median over the rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ class Summary(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """The distance from the lowest to the highest round, as a part of the median; 0 if that is 0."""
+        """The distance from the lowest to the highest round, as a part of the median;
+        0 if that is 0.
+        """
         return (self.high - self.low) / abs(self.median) if self.median else 0.0
 
 
@@ -64,8 +67,9 @@ class Span(NamedTuple):
 def longest_idle(spans: Sequence[Span], slots: int, since: float) -> float:
     """The longest time in seconds that a slot idled while a task was queued.
 
-    All tasks are queued at ``since``; one is queued until it starts. So what counts is up to the last start: the longest
-    stretch in which fewer than ``slots`` tasks ran. At one moment, what ends makes room before something starts.
+    All tasks are queued at ``since``; one is queued until it starts. So what counts is up to the
+    last start: the longest stretch in which fewer than ``slots`` tasks ran. At one moment, what
+    ends makes room before something starts.
     """
     if not spans:
         return 0.0
@@ -89,5 +93,7 @@ def longest_idle(spans: Sequence[Span], slots: int, since: float) -> float:
 
 
 def ideal_seconds(seconds: Sequence[float], slots: int) -> float:
-    """A lower bound of what any schedule takes for tasks that long: no slot ever idle, no task cut."""
+    """A lower bound of what any schedule takes for tasks that long: no slot ever idle,
+    no task cut.
+    """
     return max(sum(seconds) / slots, max(seconds, default=0.0))

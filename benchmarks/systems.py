@@ -1,7 +1,9 @@
-"""The contestants: each system with two slots on this machine, started the way its own users would, behind one surface.
+"""The contestants: each system with two slots on this machine,
+started the way its own users would, behind one surface.
 
-A system is started by a context manager that is told a directory for what it writes. Peers are imported by name when
-they are started: each lives in an environment of its own (`benchmarks.environments`).
+A system is started by a context manager that is told a directory for what it writes. Peers are
+imported by name when they are started:
+each lives in an environment of its own (`benchmarks.environments`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def module(name: str) -> Any:
 
 
 class System:
-    """Runs work on a `concurrent.futures` executor; the others override what they do in another way."""
+    """Runs work on a `concurrent.futures` executor;
+    the others override what they do in another way.
+    """
 
     takes_chunksize = True  # its `map` does
     backend: str | None = None  # of joblib
@@ -64,13 +68,16 @@ class System:
         """Make its backend known to joblib, if it is not joblib's own."""
 
     def processes(self) -> dict[str, list[int]]:
-        """Its processes by role: this one is the client, all that it started the rest, if no more is known of them."""
+        """Its processes by role: this one is the client, all that it started the rest,
+        if no more is known of them.
+        """
         return {"client": [os.getpid()], "rest": descendants(os.getpid())}
 
 
 def descendants(number: int) -> list[int]:
     """The processes that a process started, and those that they started."""
-    import psutil  # not above: it is slow to import, and would be missing in the start-up of those who need it
+    # Not above: it is slow to import, and would be missing in the start-up of those who need it
+    import psutil
 
     return [child.pid for child in psutil.Process(number).children(recursive=True)]
 
@@ -154,7 +161,9 @@ def loky(directory: str) -> Iterator[System]:
 
 
 class Dask(System):
-    """Its own client: `get_executor` would hide what it can do. ``pure``: else equal calls run once."""
+    """Its own client: `get_executor` would hide what it can do.
+    ``pure``: else equal calls run once.
+    """
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return self.executor.submit(function, *arguments, pure=False)

@@ -79,7 +79,9 @@ def figures_table(titles: Mapping[str, str], figures: Figures) -> str:
 
 
 def ratios_table(titles: Mapping[str, str], figures: Figures, base: str = POOL) -> str:
-    """The same as multiples of ``base`` in the same round; above 1 is more, which is not always better."""
+    """The same as multiples of ``base`` in the same round; above 1 is more,
+    which is not always better.
+    """
     rows = []
     for row in ROWS:
         theirs = figures.get(base, {}).get(row.figure, ())
@@ -128,7 +130,9 @@ def verdicts_table(titles: Mapping[str, str], verdicts: Sequence[Verdict]) -> st
 
 
 def notes_list(titles: Mapping[str, str], notes: Mapping[str, Mapping[str, str]]) -> str:
-    """What was not measured, or not as the others, and why; a line each, equal reasons of one contestant together."""
+    """What was not measured, or not as the others, and why; a line each,
+    equal reasons of one contestant together.
+    """
     lines = []
     for name, reasons in notes.items():
         together: dict[str, list[str]] = {}

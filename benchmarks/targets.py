@@ -1,7 +1,7 @@
 """Where achilles must stand, and whether it does: the goals are here, the figures come from a run.
 
-A goal compares a figure of one contestant with a limit: as a ratio to another contestant's (or another of its own) in the
-same round, or by itself.
+A goal compares a figure of one contestant with a limit: as a ratio to another contestant's (or
+another of its own) in the same round, or by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ CLUSTERS = (IPC, TCP)
 
 
 class Goal(NamedTuple):
-    """``figure`` of ``contestant``, divided by ``against`` if there is one, must not pass ``limit``."""
+    """``figure`` of ``contestant``, divided by ``against`` if there is one,
+    must not pass ``limit``.
+    """
 
     what: str
     contestant: str
@@ -52,7 +54,9 @@ class Verdict(NamedTuple):
 
 
 def goals() -> list[Goal]:
-    """All goals, in the order in which they are shown: embedded, over ipc, and the same over TCP with CURVE."""
+    """All goals, in the order in which they are shown: embedded, over ipc,
+    and the same over TCP with CURVE.
+    """
     both = ((EMBEDDED, 0), *((name, 1) for name in CLUSTERS))
     found: list[Goal] = []
 

@@ -1,4 +1,6 @@
-"""What the benchmarks' tasks do. A module of its own, so that functions travel by name; workers of all systems import it."""
+"""What the benchmarks' tasks do. A module of its own, so that functions travel by name;
+workers of all systems import it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def spin(seconds: float) -> float:
 
 
 def burn(index: int, seconds: float) -> tuple[int, int, float, float]:
-    """Use that much of a core's time; the index, this process, and from when to when by the system's monotonic clock.
+    """Use that much of a core's time; the index, this process,
+    and from when to when by the system's monotonic clock.
 
     It is CPU time, so that what a system itself computes beside the tasks is not hidden in them.
     """
@@ -43,7 +46,9 @@ def burn_pair(pair: tuple[int, float]) -> tuple[int, int, float, float]:
 
 
 def tell_and_wait(directory: str, seconds: float) -> int:
-    """Leave a file named by this process and the moment, then sleep: shows when and where a task began."""
+    """Leave a file named by this process and the moment, then sleep:
+    shows when and where a task began.
+    """
     path = os.path.join(directory, f"{os.getpid()}-{time.monotonic_ns()}")
     with open(path, "x"):
         pass
@@ -52,7 +57,8 @@ def tell_and_wait(directory: str, seconds: float) -> int:
 
 
 def wait_for_file(path: str, index: int, seconds: float) -> int:
-    """Tell by a file ``path.INDEX`` that this runs, then hold a slot until ``path`` exists; the index.
+    """Tell by a file ``path.INDEX`` that this runs, then hold a slot until ``path`` exists;
+    the index.
 
     Raises:
         TimeoutError: it does not come to exist.
@@ -85,7 +91,9 @@ def run_many(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 
 def text_of(seed: int, words: int) -> str:
-    """A text of so many words, of which few are frequent and many are rare; the same for the same seed."""
+    """A text of so many words, of which few are frequent and many are rare;
+    the same for the same seed.
+    """
     draw = random.Random(seed)
     return " ".join(f"w{int(draw.paretovariate(0.7))}" for _ in range(words))
 

@@ -1,7 +1,8 @@
-"""What every contestant is measured by. Each workload checks its results, and notes why a figure is missing or an estimate.
+"""What every contestant is measured by. Each workload checks its results,
+and notes why a figure is missing or an estimate.
 
-Slow systems get fewer tasks: short runs before say how many fit the time that the scale gives, and a rate or a part of the ideal
-does not depend on how many there were.
+Slow systems get fewer tasks: short runs before say how many fit the time that the scale gives, and
+a rate or a part of the ideal does not depend on how many there were.
 """
 
 from __future__ import annotations
@@ -71,10 +72,12 @@ class WrongResult(Exception):
 def measured(
     count_max: int, seconds: float, run: Callable[[int], float], least: int
 ) -> tuple[int, float]:
-    """How many tasks took how long, with so many tasks that it was about ``seconds``, or ``count_max``.
+    """How many tasks took how long, with so many tasks that it was about ``seconds``, or
+    ``count_max``.
 
-    ``run`` takes a number of tasks and returns their seconds. The first run is for what happens once: imports, connections,
-    estimates; then come more tasks each time, because a few say little of many.
+    ``run`` takes a number of tasks and returns their seconds. The first run is for what happens
+    once: imports, connections, estimates; then come more tasks each time,
+    because a few say little of many.
     """
     run(least)
     count = least
@@ -185,7 +188,9 @@ def maps(bench: Measurement) -> None:
 
 
 def efficiencies(bench: Measurement) -> None:
-    """Tasks of a known CPU time, submitted one by one: the ideal schedule's time as a part of the time it took."""
+    """Tasks of a known CPU time, submitted one by one:
+    the ideal schedule's time as a part of the time it took.
+    """
     for name, length in (("0.1ms", 1e-4), ("1ms", 1e-3), ("10ms", 1e-2), ("100ms", 1e-1)):
 
         def run(count: int, length: float = length) -> float:
@@ -204,7 +209,9 @@ def efficiencies(bench: Measurement) -> None:
 
 
 def skew(bench: Measurement) -> None:
-    """One task in a hundred is 100 times longer, at places drawn by a fixed seed; by `map`, with nothing tuned."""
+    """One task in a hundred is 100 times longer, at places drawn by a fixed seed; by `map`,
+    with nothing tuned.
+    """
     short, count = bench.scale.skewed_ms / 1e3, bench.scale.skewed
     lengths = [short * SKEW if index % SKEW == 0 else short for index in range(count)]
     random.Random(SEED).shuffle(lengths)
@@ -371,7 +378,9 @@ def _queue(bench: Measurement, count: int) -> dict[str, float]:
 
 
 def _settled(roles: Mapping[str, list[int]]) -> dict[str, float]:
-    """Resident bytes once they hardly change any more: what was submitted is on its way for a while."""
+    """Resident bytes once they hardly change any more:
+    what was submitted is on its way for a while.
+    """
     last = resident_bytes(roles)
     for _ in range(100):
         time.sleep(0.3)
@@ -390,7 +399,8 @@ def _await(holds: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-# In this order: later ones use what earlier ones found. Those of the second table run in the first round alone.
+# In this order: later ones use what earlier ones found.
+# Those of the second table run in the first round alone.
 EACH_ROUND: dict[str, Callable[[Measurement], None]] = {
     "submits": submits,
     "trips": trips,

@@ -1,4 +1,6 @@
-"""Results in the order in which they come, and a task that raises: count the primes below some numbers."""
+"""Results in the order in which they come, and a task that raises:
+count the primes below some numbers.
+"""
 
 from __future__ import annotations
 

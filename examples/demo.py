@@ -1,9 +1,10 @@
 """The whole of achilles in one program: a broker, two workers, and the loss of one of them.
 
-Counts the words of every text file of the running Python's standard library (or below ``--root``), one task a file,
-and kills one worker with SIGKILL in the middle, while it holds work. Prints what came out, and whether it is what
-a plain loop in this process counts. Exits with 0 only if it is, if tasks were reassigned, and if nothing is left
-running. All that it starts and writes lives in a temporary folder, which it removes.
+Counts the words of every text file of the running Python's standard library (or below ``--root``),
+one task a file, and kills one worker with SIGKILL in the middle, while it holds work. Prints what
+came out, and whether it is what a plain loop in this process counts. Exits with 0 only if it is, if
+tasks were reassigned, and if nothing is left running. All that it starts and writes lives in a
+temporary folder, which it removes.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def count_words(path: Path) -> Counted:
 
 
 def text_files(root: Path) -> list[Path]:
-    """All regular files below the folder that can be read and have no zero byte near their start."""
+    """All regular files below the folder that can be read and have no zero byte near their
+    start.
+    """
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - SKIPPED)

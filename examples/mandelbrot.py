@@ -1,4 +1,6 @@
-"""Draw the Mandelbrot set, each row as soon as it is computed; `--ppm FILE` saves a picture in colour."""
+"""Draw the Mandelbrot set, each row as soon as it is computed;
+`--ppm FILE` saves a picture in colour.
+"""
 
 from __future__ import annotations
 

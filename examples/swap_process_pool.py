@@ -1,4 +1,6 @@
-"""The same program with ProcessPoolExecutor and with DistributedExecutor: one name differs, no result does."""
+"""The same program with ProcessPoolExecutor and with DistributedExecutor: one name differs,
+no result does.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def invert(number: int) -> float:
 
 
 def program(make_executor: Callable[[], Executor]) -> list[object]:
-    """What somebody's program does with an executor: map, submit, the standard library's as_completed, an error."""
+    """What somebody's program does with an executor: map, submit,
+    the standard library's as_completed, an error.
+    """
     with make_executor() as executor:
         lengths = list(executor.map(chain_length, range(1, 20_000), chunksize=500))
         futures = {executor.submit(pow, 3, power): power for power in range(50)}

@@ -1,4 +1,6 @@
-"""Count the words of all text files below a folder (default: the standard library), one task a file."""
+"""Count the words of all text files below a folder (default: the standard library),
+one task a file.
+"""
 
 from __future__ import annotations
 

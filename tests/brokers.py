@@ -1,4 +1,6 @@
-"""A broker in a thread of the test, and peers that speak to it message by message, honestly or not."""
+"""A broker in a thread of the test, and peers that speak to it message by message,
+honestly or not.
+"""
 
 from __future__ import annotations
 
@@ -191,7 +193,9 @@ def raw_peer(broker: RunningBroker, role: str, *, tcp: bool = False) -> RawPeer:
 
 
 def answer_one(client: RawPeer, worker: RawPeer, number: int) -> None:
-    """A task of the client goes to the worker, and its result comes back; so do those of others before it."""
+    """A task of the client goes to the worker, and its result comes back;
+    so do those of others before it.
+    """
     call = b"call %d" % number
     client.send(p.Submit(0, 0, [number], [call]))
     payloads: list[p.Payload] = []

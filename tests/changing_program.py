@@ -1,7 +1,8 @@
-"""A program whose globals change between its calls, at random; run as ``__main__`` with a seed, and perhaps an address.
+"""A program whose globals change between its calls, at random; run as ``__main__`` with a seed,
+and perhaps an address.
 
-What a task returns is compared with what the function returns here at the moment of the call. It prints each difference, and last
-how many calls there were.
+What a task returns is compared with what the function returns here at the moment of the call. It
+prints each difference, and last how many calls there were.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ def change(choose: random.Random) -> None:
 
 
 def calls(choose: random.Random, executor: DistributedExecutor) -> Iterator[tuple[str, Any, Any]]:
-    """A name, what gives the result, and what it must be; one after the other, each after a change."""
+    """A name, what gives the result, and what it must be; one after the other,
+    each after a change.
+    """
     plain = [direct, through, defaults, of_classes, of_large, decorated, chosen, of_object]
     plain += [Plain.apart, lambda: (number, direct())]
     for _ in range(CALLS):

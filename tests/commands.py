@@ -32,8 +32,8 @@ def run(*arguments: str, text: str = "", **environ: str) -> subprocess.Completed
 class Command:
     """A command that runs until it is told to end; a context manager that ends it.
 
-    Its error output is read to the line in which it says that it is ready, and from there on by a thread, so that a command that
-    says much is not held up.
+    Its error output is read to the line in which it says that it is ready, and from there on by a
+    thread, so that a command that says much is not held up.
     """
 
     def __init__(self, command: Sequence[str], *, ready: str, environ: Mapping[str, str]) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-# Under nohup, or in a shell's background, these are ignored, by all whom the tests start as well; some are about them.
+# Under nohup, or in a shell's background, these are ignored,
+# by all whom the tests start as well; some are about them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -26,7 +27,9 @@ HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 @pytest.fixture(autouse=True)
 def achilles_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A new `$ACHILLES_HOME`, with a path short enough for ipc sockets; no other setting is inherited."""
+    """A new `$ACHILLES_HOME`, with a path short enough for ipc sockets;
+    no other setting is inherited.
+    """
     for name in list(os.environ):
         if name.startswith("ACHILLES_"):
             monkeypatch.delenv(name)
@@ -47,7 +50,9 @@ def _signals_stay_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_process_survives(request: pytest.FixtureRequest, achilles_home: Path) -> Iterator[None]:
-    """Fail the test that leaves a process behind, orphans of a killed parent included; end what it left."""
+    """Fail the test that leaves a process behind, orphans of a killed parent included;
+    end what it left.
+    """
     before = set(psutil.pids())
     yield
     if request.node.get_closest_marker("shared_executor") is None:
@@ -81,7 +86,9 @@ def _check_survivors(before: set[int], home: str | None) -> None:
 
 
 def _survivors(before: set[int], home: str | None) -> list[psutil.Process]:
-    """New processes of this test: its descendants, and orphans that carry its home in their environment."""
+    """New processes of this test: its descendants,
+    and orphans that carry its home in their environment.
+    """
     survivors = []
     for pid in set(psutil.pids()) - before:
         try:

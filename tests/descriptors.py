@@ -1,4 +1,6 @@
-"""The descriptors of this process: which are open, and whether those that a test opened are closed again."""
+"""The descriptors of this process: which are open,
+and whether those that a test opened are closed again.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,9 @@ def sum_by_its_own(address: str, count: int) -> int:
 
 
 def pid_by_its_own(address: str) -> int:
-    """Of a runner of a cluster that the task's own is not, perhaps, with an initializer of its own."""
+    """Of a runner of a cluster that the task's own is not, perhaps,
+    with an initializer of its own.
+    """
     with DistributedExecutor(
         1, address=address, initializer=tasks.set_state, initargs=(7,)
     ) as executor:

@@ -1,4 +1,6 @@
-"""Task functions for tests: importable by runners, which find them by name, and quick to import there."""
+"""Task functions for tests: importable by runners, which find them by name,
+and quick to import there.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def pause_on(value: int, slow: int, seconds: float) -> int:
 
 
 def fail_until(directory: str, attempt: int) -> int:
-    """Fail on all attempts before this one; which attempt it was, as the task is told and as it counts."""
+    """Fail on all attempts before this one; which attempt it was,
+    as the task is told and as it counts.
+    """
     marks = Path(directory)
     count = len(list(marks.iterdir())) + 1
     (marks / str(count)).touch()
@@ -210,7 +214,9 @@ def await_file_at(value: int, slow: int, path: str) -> int:
 
 
 def note_and_await(path: str, line: object, go: str) -> int:
-    """Append to a file, then wait for another: tells a test that this attempt has started, and where."""
+    """Append to a file, then wait for another: tells a test that this attempt has started,
+    and where.
+    """
     note(path, f"{line} {os.getpid()}")
     await_file(go)
     return os.getpid()
@@ -345,7 +351,9 @@ def fail_to_start() -> NoReturn:
 
 
 def surroundings() -> tuple[list[str], list[str], list[str]]:
-    """What this process inherited: its environment, its arguments, and what its descriptors lead to."""
+    """What this process inherited: its environment, its arguments,
+    and what its descriptors lead to.
+    """
     environ = Path("/proc/self/environ").read_bytes().decode("utf-8", "replace").split("\0")
     arguments = Path("/proc/self/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
     descriptors = []

@@ -1,4 +1,5 @@
-"""The shape of the project, held over its syntax trees: who may import what, sizes, names, and what must not appear.
+"""The shape of the project, held over its syntax trees: who may import what, sizes, names,
+and what must not appear.
 
 Each message says why the rule is there. An exception to a rule is listed here, with its reason.
 """
@@ -30,13 +31,15 @@ LONG_FILES = {  # path: why it is longer
 }
 LONG_FUNCTIONS: dict[str, str] = {}  # path::qualified.name: why it is longer
 
-# Rooms by height. A room may import its own modules and lower ones; rooms of one height do not know each other.
+# Rooms by height. A room may import its own modules and lower ones;
+# rooms of one height do not know each other.
 HEIGHTS = {
     "errors": 0,
     "task_errors": 0,
     "core": 1,
     "runtime": 1,
     "bundles": 2,
+    "callbacks": 2,
     "failures": 2,
     "futures": 2,
     "letters": 2,
@@ -61,7 +64,7 @@ HEIGHTS = {
 }
 ONE_ROOM = [
     {"errors", "task_errors"},
-    {"bundles", "failures", "futures", "mailbox"},
+    {"bundles", "callbacks", "failures", "futures", "mailbox"},
     {"pool", "pool_calls"},
     {"maps", "aio"},
     {"register", "joblib_backend"},
@@ -78,7 +81,8 @@ ALLOWED_EDGES = {
     ): "so are those of each of its runners",
 }
 
-# Third-party and delicate standard modules: in which rooms they may be imported, and why nowhere else.
+# Third-party and delicate standard modules: in which rooms they may be imported,
+# and why nowhere else.
 HOMES: dict[str, tuple[set[str], str]] = {
     "zmq": ({"net"}, "sockets are made in one place, with keys, limits and a loop around them"),
     "cloudpickle": (
@@ -107,7 +111,8 @@ HOMES: dict[str, tuple[set[str], str]] = {
     ),
 }
 
-# What a pure core may use: nothing here has a clock, a thread, randomness, the OS or a pickle in it.
+# What a pure core may use: nothing here has a clock, a thread, randomness,
+# the OS or a pickle in it.
 PURE = {
     *(
         "__future__",
@@ -183,7 +188,9 @@ class Source(NamedTuple):
 
     @property
     def room(self) -> str:
-        """The part of the package that it belongs to: "core", "executor", ... and "" for the package itself."""
+        """The part of the package that it belongs to: "core", "executor", ...
+        and "" for the package itself.
+        """
         return (self.module.split(".") + [""])[1]
 
 

@@ -1,8 +1,9 @@
 """The command ``achilles``: a broker, workers, and what one asks them.
 
 Settings: flags, then ``ACHILLES_*`` in the environment, then ``achilles.toml``, then defaults.
-Exit codes: 0; 1 what was asked for is not there; 2 wrong usage or an insecure bind; 69 no broker, or none that takes this peer; 70 a broker
-that crashes again and again; 71 no more open files; 78 bad configuration or keys; 129, 130 and 143 (stopped by a signal) only if work was lost.
+Exit codes: 0; 1 what was asked for is not there; 2 wrong usage or an insecure bind; 69 no broker,
+or none that takes this peer; 70 a broker that crashes again and again; 71 no more open files; 78
+bad configuration or keys; 129, 130 and 143 (stopped by a signal) only if work was lost.
 """
 
 from __future__ import annotations

@@ -104,7 +104,9 @@ def _with_advice(row: dict[str, Any], address: str) -> str:
 @click.argument("worker")
 @click.pass_obj
 def drain(context: Context, worker: str) -> None:
-    """Have WORKER, as `achilles status` calls it, finish what it runs and end; what waits there goes elsewhere."""
+    """Have WORKER, as `achilles status` calls it, finish what it runs and end;
+    what waits there goes elsewhere.
+    """
     from achilles.core import protocol as p
     from achilles.errors import AchillesError
 
@@ -165,7 +167,9 @@ def _ask(context: Context, question: Question) -> tuple[Join, Answer]:
 
 
 def _has_ended(join: Join) -> bool:
-    """Wait for this user's broker to take its join file away, which it does later than its sockets; whether it did in time."""
+    """Wait for this user's broker to take its join file away,
+    which it does later than its sockets; whether it did in time.
+    """
     from achilles.errors import AchillesError
     from achilles.net.keys import find_join
 

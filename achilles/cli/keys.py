@@ -18,7 +18,9 @@ ROLES = ("client", "worker", "admin")
 
 @click.group()
 def keys() -> None:
-    """Say who may meet your broker: other machines and other people, each with a key of their own."""
+    """Say who may meet your broker: other machines and other people,
+    each with a key of their own.
+    """
 
 
 @keys.command("list")
@@ -109,7 +111,9 @@ def revoke(context: Context, which: str) -> None:
 @click.argument("role", type=click.Choice(["broker", "code", *ROLES]))
 @click.pass_obj
 def rotate(context: Context, role: str) -> None:
-    """Replace your own key of a role by a new one; or the code key, which clients and workers seal with."""
+    """Replace your own key of a role by a new one; or the code key,
+    which clients and workers seal with.
+    """
     if role == "code":
         from achilles.net.keys import new_code_key
 
@@ -141,7 +145,9 @@ def _next_name(role: str, present: list[Entry]) -> str:
 
 
 def _reload(context: Context) -> int | None:
-    """Let the running broker read the keys anew; how many sessions it has cut, None if none runs."""
+    """Let the running broker read the keys anew; how many sessions it has cut,
+    None if none runs.
+    """
     from achilles.core import protocol as p
     from achilles.errors import BrokerUnreachableError, ConfigError
     from achilles.net.control import request

@@ -108,7 +108,8 @@ class Context:
     def address(self) -> str | None:
         """The broker that is meant; None is this user's running one.
 
-        That programs are to be embedded, as the environment or a file may say, does not concern commands.
+        That programs are to be embedded, as the environment or a file may say,
+        does not concern commands.
 
         Raises:
             UsageError, ConfigError: it is no endpoint.
@@ -119,7 +120,8 @@ class Context:
         return str(self.endpoint("address"))
 
     def join(self, role: str) -> Join:
-        """The keys and addresses for a peer of that role: of the join file that is named, or of this user's own broker.
+        """The keys and addresses for a peer of that role: of the join file that is named,
+        or of this user's own broker.
 
         Raises:
             UsageError, ConfigError: the address is no endpoint, or a join file is not in order.
@@ -189,7 +191,9 @@ class JsonFormatter(logging.Formatter):
 
 
 class StopRequests:
-    """Counts SIGTERM, SIGINT and SIGHUP (unless that is ignored, as by nohup); ``wake`` ends the loop's wait."""
+    """Counts SIGTERM, SIGINT and SIGHUP (unless that is ignored, as by nohup);
+    ``wake`` ends the loop's wait.
+    """
 
     def __init__(self) -> None:
         self.count = 0

@@ -3,19 +3,22 @@
 Rules
     1. Each task of a lease is reported once: done, returned, or crashed.
     2. What waits for a runner goes back where no task ends for `AHEAD_SECONDS_MAX`.
-    3. A task is ended (it took too long, or nobody wants it any more) when it is alone on its runner: then its
-       runner is killed, and no neighbour with it.
+    3. A task is ended (it took too long, or nobody wants it any more) when it is alone on its
+       runner: then its runner is killed, and no neighbour with it.
     4. A task whose lease is lent waits for tasks of its own, and takes up no slot.
-    5. A worker without a broker goes on with what it has, and holds its reports. A broker that follows the last one is told
-       of all that; one that has given the worker up is not, and all is ended.
-    6. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies before it
-       finished anything, in spite of having work, charges its first task: or nothing would ever end.
+    5. A worker without a broker goes on with what it has, and holds its reports. A broker that
+       follows the last one is told of all that; one that has given the worker up is not,
+       and all is ended.
+    6. A runner's death is charged to the task that it ran, and to nothing else. A runner that dies
+       before it finished anything, in spite of having work, charges its first task:
+       or nothing would ever end.
 
 Picture
     Run ─▶ Chunk ─Execute─▶ runner ─RunnerDone─▶ Done
                     └─Recall─▶ RunnerRecalled ─▶ Returned
 
-The agent decides what becomes of leases, its `Crew` which runner gets what; ``runtime.host`` does what its runner commands say and answers with runner events.
+The agent decides what becomes of leases, its `Crew` which runner gets what; ``runtime.host`` does
+what its runner commands say and answers with runner events.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ UNWANTED = "unwanted"  # why a task is ended that nobody waits for
 
 
 class Agent:
-    """Runs leases on up to ``slots`` runners, each for at most ``tasks_max`` tasks (0: no limit)."""
+    """Runs leases on up to ``slots`` runners, each for at most ``tasks_max`` tasks
+    (0: no limit).
+    """
 
     def __init__(self, slots: int, *, tasks_max: int = 0) -> None:
         self._crew = self._make_crew(slots, tasks_max)
@@ -91,7 +96,9 @@ class Agent:
                 return self._letter(message)
 
     def tick(self, now: float) -> list[Send]:
-        """Give back what finds no runner free; call back what waits behind a task that runs long; end the one that ran for too long."""
+        """Give back what finds no runner free; call back what waits behind a task that runs long;
+        end the one that ran for too long.
+        """
         sends = self.reset() if self._holding.is_too_old(now) else []
         at = self._stale_at
         if at is not None and now >= at:
@@ -108,7 +115,9 @@ class Agent:
 
     @property
     def _stale_at(self) -> float | None:
-        """When what waits here for a runner has waited for long enough, if anybody could give it out elsewhere."""
+        """When what waits here for a runner has waited for long enough,
+        if anybody could give it out elsewhere.
+        """
         is_away = self._holding.since is not None
         return self._moved_at + AHEAD_SECONDS_MAX if self._queue and not is_away else None
 
@@ -127,7 +136,9 @@ class Agent:
         self._holding.add(messages, now)
 
     def join(self, epoch: bytes, now: float) -> list[Send]:
-        """A session has begun: the first one, or one with another broker, or with the one that has given us up."""
+        """A session has begun: the first one, or one with another broker,
+        or with the one that has given us up.
+        """
         is_back, is_new = self._epoch != b"", self._epoch != epoch
         self._epoch = epoch
         if not is_back:
@@ -141,7 +152,9 @@ class Agent:
         return [*sends, *(Send("broker", one) for one in told), *self._goodbye_if_empty()]
 
     def _take_stock(self, now: float) -> list[Send]:
-        """A new broker comes: end what it cannot take over, the tasks of runners that submitted tasks, and these."""
+        """A new broker comes: end what it cannot take over,
+        the tasks of runners that submitted tasks, and these.
+        """
         sends: list[Send] = []
         for runner in list(self._runners.values()):
             if runner.has_submitted or any(chunk.run.root for chunk in runner.chunks):
@@ -163,7 +176,9 @@ class Agent:
         return [*sends, *self._assign(now)]
 
     def reset(self) -> list[Send]:
-        """The session is over: end all work; nothing of it is reported any more. A drain ends with it."""
+        """The session is over: end all work; nothing of it is reported any more.
+        A drain ends with it.
+        """
         sends = [Send("host", p.Kill(number)) for number in self._runners]
         self._crew.clear()
         self._chunks.clear()
@@ -217,7 +232,8 @@ class Agent:
     def _revoke(self, revoke: p.Revoke) -> list[Send]:
         """Give back what of the lease has not started, and end what runs if that is wanted.
 
-        A runner's unstarted tasks are taken back together, so others may come back with them; the broker gives them out again.
+        A runner's unstarted tasks are taken back together, so others may come back with them;
+        the broker gives them out again.
         """
         chunk = self._chunks.get(revoke.lease)
         if chunk is None:
@@ -287,7 +303,9 @@ class Agent:
         return [Send("host", p.ToRunner(letter.runner, letter.client, letter.kind, letter.body))]
 
     def _blame(self, runner: Runner | None, fault: str, kind: str = p.CRASHED) -> list[Send]:
-        """Kill a runner that cannot be trusted any more; ``kind`` is what its task is charged with."""
+        """Kill a runner that cannot be trusted any more;
+        ``kind`` is what its task is charged with.
+        """
         if runner is None or runner.is_killed:
             return []
         runner.is_killed = True
@@ -307,7 +325,9 @@ class Agent:
         return [Send("host", p.ToRunner(relay.runner, client, envelope.NESTED, body))]
 
     def _lend(self, lease: int, is_lent: bool, now: float) -> list[Send]:
-        """A task waits for others: what is behind it goes elsewhere, and its slot is free; or it goes on."""
+        """A task waits for others: what is behind it goes elsewhere, and its slot is free;
+        or it goes on.
+        """
         chunk = self._chunks.get(lease)
         if chunk is None or chunk in self._queue:
             return []
@@ -323,7 +343,9 @@ class Agent:
     # --- Runners ----------------------------------------------------------------------------------
 
     def _assign(self, now: float) -> list[Send]:
-        """Give queued chunks to runners: idle ones first, then new ones, then one behind a running one."""
+        """Give queued chunks to runners: idle ones first, then new ones,
+        then one behind a running one.
+        """
         sends: list[Send] = []
         while self._queue:
             chunk = self._queue[0]
@@ -399,7 +421,8 @@ class Agent:
             runner.chunks = deque(chunk for chunk in chunks if chunk.open)
 
     def _execute_sentence(self, runner: Runner) -> list[Send]:
-        """Kill the runner if a condemned task is all that it has; forget those that have ended by themselves.
+        """Kill the runner if a condemned task is all that it has;
+        forget those that have ended by themselves.
 
         Until then its other started tasks have ended, which their results on the way will tell.
         """

@@ -1,11 +1,14 @@
-"""How many bytes each client may have at the broker, so that all of them together stay within its memory.
+"""How many bytes each client may have at the broker,
+so that all of them together stay within its memory.
 
 Rules
-    1. A client's *grant* is what its unresolved tasks and its blobs may hold, in bytes. It is told with `Welcome`, and later by
-       `Credit`, which only ever raises it: what a client does with what it knows is never too much.
-    2. All grants together are at most half of the memory; the other half is for results, and for what is under way.
-       Who comes when nearly everything is granted gets `FLOOR` all the same.
-    3. A grant grows with what is used of it, up to `Limits.client_bytes`, so that those who hold nothing keep nothing from others.
+    1. A client's *grant* is what its unresolved tasks and its blobs may hold, in bytes. It is told
+       with `Welcome`, and later by `Credit`, which only ever raises it: what a client does with
+       what it knows is never too much.
+    2. All grants together are at most half of the memory; the other half is for results, and for
+       what is under way. Who comes when nearly everything is granted gets `FLOOR` all the same.
+    3. A grant grows with what is used of it, up to `Limits.client_bytes`, so that those who hold
+       nothing keep nothing from others.
     4. One task may always go, alone, if its arguments are not larger than any may be.
     5. A client that does not take its results gets no more of its tasks run until it does.
 """
@@ -67,7 +70,9 @@ def heaviest(clients: Iterable[Client]) -> PeerId | None:
 
 
 def bounded(statuses: bytes, payloads: list[Payload], limit: int) -> tuple[bytes, list[Payload]]:
-    """Outcomes with a note in the place of those that are larger than ``limit`` (0: none is): its bytes, and the limit."""
+    """Outcomes with a note in the place of those that are larger than ``limit`` (0: none is):
+    its bytes, and the limit.
+    """
     if not limit or bytes_of(payloads) <= limit:
         return statuses, payloads
     sizes = [size_of(payload) for payload in payloads]
@@ -84,7 +89,9 @@ def bounded(statuses: bytes, payloads: list[Payload], limit: int) -> tuple[bytes
 
 
 class Budget:
-    """The grants of all clients. `Client.grant` 0 is no limit: a task that submits tasks is not kept waiting for its like."""
+    """The grants of all clients. `Client.grant` 0 is no limit:
+    a task that submits tasks is not kept waiting for its like.
+    """
 
     def __init__(self, limits: Limits = UNLIMITED) -> None:
         self._limits = limits

@@ -1,10 +1,12 @@
 """What becomes of tasks that failed: they run again, or they are given up.
 
 Rules
-    1. Only what befell a task itself is put on its account: its runner's crash, its worker's loss, or a retry that it took.
-    2. A task that ended its runner, or was on a worker that vanished, runs again, until it has done so too often: then it is
-       the task. One that may run at most once is given up as soon as nobody knows whether it ran; a bundle, as soon as it would be
-       charged, because one of its calls is to be, and its client knows them.
+    1. Only what befell a task itself is put on its account: its runner's crash,
+       its worker's loss, or a retry that it took.
+    2. A task that ended its runner, or was on a worker that vanished, runs again, until it has done
+       so too often: then it is the task. One that may run at most once is given up as soon as
+       nobody knows whether it ran; a bundle, as soon as it would be charged, because one of its
+       calls is to be, and its client knows them.
     3. What raised, or took too long, has its retries.
 """
 
@@ -38,7 +40,9 @@ class Charges:
         return set(again)
 
     def exceeded(self, task: Task, kind: str, text: str) -> list[Send]:
-        """A task was ended because it took more time or memory than it may: it has its retries, and no more."""
+        """A task was ended because it took more time or memory than it may: it has its retries,
+        and no more.
+        """
         queue = task.queue
         if queue is None:
             return []
@@ -70,7 +74,9 @@ class Charges:
         return []
 
     def pardon(self, task: Task, text: str) -> list[Send]:
-        """It was its worker that ended the task's runner: the task runs again, and is charged with nothing."""
+        """It was its worker that ended the task's runner: the task runs again,
+        and is charged with nothing.
+        """
         queue = task.queue
         assert queue is not None
         if queue.options.at_most_once:
@@ -95,9 +101,11 @@ class Charges:
         ]
 
     def requeue(self, queue: TaskQueue, tasks: list[Task], *, is_reassigned: bool = False) -> None:
-        """Put leased tasks back to where they stood in their queue, among its first ones, without those that nobody waits for.
+        """Put leased tasks back to where they stood in their queue, among its first ones,
+        without those that nobody waits for.
 
-        They come between others that were put back: the youngest, always in front, would go out and come back again and again.
+        They come between others that were put back: the youngest, always in front,
+        would go out and come back again and again.
 
         ``is_reassigned``: a runner or worker failed them, which the status counts.
         """

@@ -1,29 +1,35 @@
 """How many tasks travel together.
 
 Theory
-    A dispatch costs some 100 µs wherever it is decided, so tasks that are shorter than that must share
-    one; a task that runs long must not, or others wait behind it. Durations are not known in advance:
-    they are measured per function, as a moving average over tasks (not over chunks, so that one early
-    slow call, which pays for an import, is soon outweighed).
+    A dispatch costs some 100 µs wherever it is decided, so tasks that are shorter than that must
+    share one; a task that runs long must not, or others wait behind it. Durations are not known in
+    advance: they are measured per function, as a moving average over tasks (not over chunks, so
+    that one early slow call, which pays for an import, is soon outweighed).
 
-    What was measured first is short, for the shortest tasks are done first. So a chunk holds at most `GROWTH` times as many tasks as were
-    measured, until those are `MEASURED_TASKS`: with 16 slots and lengths of all kinds, whole queues were given out at once by a
-    tenth of their true length. Over a slow connection that takes two round trips more, once for each function.
+    What was measured first is short, for the shortest tasks are done first. So a chunk holds at
+    most `GROWTH` times as many tasks as were measured, until those are `MEASURED_TASKS`: with 16
+    slots and lengths of all kinds, whole queues were given out at once by a tenth of their true
+    length. Over a slow connection that takes two round trips more, once for each function.
 
-    A chunk holds about `CHUNK_SECONDS` of work; or `BACKLOG_PART` of what is queued for a slot where that is more, up
-    to `CHUNK_SECONDS_MAX`: who has that much queued does not miss a result for so long, and on busy cores what a
-    chunk costs is taken from the tasks. Not where several clients have work: slots go to who holds fewest chunks, so long ones would take
-    most of the time. At the tail, where there is less left than would keep every slot busy, chunks
-    shrink with what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987), to `SHARE_PART` of what is queued for a slot, but
-    not below `SHARE_SECONDS` of work: a slot that idles for so long costs less than one more dispatch. Short tasks that are submitted as
-    fast as they are done are all tail, and would otherwise travel alone.
+    A chunk holds about `CHUNK_SECONDS` of work; or `BACKLOG_PART` of what is queued for a slot
+    where that is more, up to `CHUNK_SECONDS_MAX`: who has that much queued does not miss a result
+    for so long, and on busy cores what a chunk costs is taken from the tasks. Not where several
+    clients have work: slots go to who holds fewest chunks, so long ones would take most of the
+    time. At the tail, where there is less left than would keep every slot busy, chunks shrink with
+    what is left (guided self-scheduling: Polychronopoulos and Kuck, 1987), to `SHARE_PART` of what
+    is queued for a slot, but not below `SHARE_SECONDS` of work: a slot that idles for so long costs
+    less than one more dispatch. Short tasks that are submitted as fast as they are done are all
+    tail, and would otherwise travel alone.
 
-    Tasks of one function can take longer than those before them did. A worker gives back what has waited behind a task for
-    `LATE_SECONDS` longer than the chunk should have taken, or for `STUCK_SECONDS`; or for `IDLE_SECONDS` where it has a runner without
-    work; and what waits at one worker while another has a free slot is called back (see `relief`). So nothing is sent ahead, to wait
-    behind a running chunk, where a task takes longer than that. Up to `AHEAD_SECONDS` it is sent to the worker all the same, if there is one
-    for each slot besides, and waits there for the first runner that is free: or each task would pay for a way to the broker and back, 1 ms here
-    and a third of its length over a connection of 40 ms. Where no task ends for `AHEAD_SECONDS_MAX` it goes back.
+    Tasks of one function can take longer than those before them did. A worker gives back what has
+    waited behind a task for `LATE_SECONDS` longer than the chunk should have taken, or for
+    `STUCK_SECONDS`; or for `IDLE_SECONDS` where it has a runner without work; and what waits at one
+    worker while another has a free slot is called back (see `relief`). So nothing is sent ahead, to
+    wait behind a running chunk, where a task takes longer than that. Up to `AHEAD_SECONDS` it is
+    sent to the worker all the same, if there is one for each slot besides, and waits there for the
+    first runner that is free: or each task would pay for a way to the broker and back, 1 ms here
+    and a third of its length over a connection of 40 ms.
+    Where no task ends for `AHEAD_SECONDS_MAX` it goes back.
 """
 
 from __future__ import annotations
@@ -50,7 +56,8 @@ IDLE_SECONDS = 0.005  # a runner is idle, with nothing for it on its way
 class Estimate:
     """The moving average of a function's task durations, in seconds; None until one was measured.
 
-    ``guess`` is that of tasks that probably take as long: the first ones that are measured here replace it.
+    ``guess`` is that of tasks that probably take as long:
+    the first ones that are measured here replace it.
     """
 
     __slots__ = ("_weight", "measured", "seconds")
@@ -81,7 +88,9 @@ class Estimate:
 def chunk_size(
     estimate: Estimate, queued: int, slots: int, chunk_max: int = 0, *, is_contested: bool = False
 ) -> int:
-    """How many of ``queued`` tasks to dispatch together where ``slots`` slots share them; at least 1."""
+    """How many of ``queued`` tasks to dispatch together where ``slots`` slots share them;
+    at least 1.
+    """
     if estimate.seconds is None or queued == 1:
         return 1
     slots = max(slots, 1)

@@ -1,12 +1,15 @@
 """A worker's runners: which of them gets the next chunk, and when one is looked at.
 
 Rules
-    1. A runner holds at most two chunks: the one that it runs and one behind it. Nothing is put behind a task that is known to take
-       long, or is late: that goes to the runner that is free first.
-    2. Nothing waits behind one task for more than `STUCK_SECONDS`, for `LATE_SECONDS` longer than its chunk should take, or for
-       `IDLE_SECONDS` where a runner is idle: what has not started is called back.
-    3. There are as many runners as slots, and one more for each task that waits for tasks of its own. Nothing waits behind one of
-       those. Runners that are too many and idle for long are let go.
+    1. A runner holds at most two chunks: the one that it runs and one behind it. Nothing is put
+       behind a task that is known to take long, or is late:
+       that goes to the runner that is free first.
+    2. Nothing waits behind one task for more than `STUCK_SECONDS`, for `LATE_SECONDS` longer than
+       its chunk should take, or for `IDLE_SECONDS` where a runner is idle:
+       what has not started is called back.
+    3. There are as many runners as slots, and one more for each task that waits for tasks of its
+       own. Nothing waits behind one of those.
+       Runners that are too many and idle for long are let go.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ _NEVER = None, None
 
 
 class Crew:
-    """Up to ``slots`` runners that work at once, each for at most ``tasks_max`` tasks (0: no limit)."""
+    """Up to ``slots`` runners that work at once, each for at most ``tasks_max`` tasks
+    (0: no limit).
+    """
 
     def __init__(self, slots: int, tasks_max: int) -> None:
         self.slots = slots
@@ -84,7 +89,9 @@ class Crew:
     # --- Who gets the next chunk ------------------------------------------------------------------
 
     def choose(self, run: p.Run, sends: list[Send], now: float) -> Runner | None:
-        """Who is to have the chunk: an idle runner, or a new one, or one that works; None if it has to wait here."""
+        """Who is to have the chunk: an idle runner, or a new one, or one that works;
+        None if it has to wait here.
+        """
         tasks = len(run.ids)
         busy = self._busy if len(self.runners) > self.slots else 0
         if busy < self.slots:
@@ -146,7 +153,9 @@ class Crew:
     # --- When one is looked at --------------------------------------------------------------------
 
     def watch(self, runner: Runner) -> None:
-        """Note when `tick` has to look at a runner; after each change of it, so that no message costs all runners."""
+        """Note when `tick` has to look at a runner; after each change of it,
+        so that no message costs all runners.
+        """
         stuck_at, times_out_at = (runner.stuck_at, runner.times_out_at) if runner.chunks else _NEVER
         if stuck_at is None:
             runner.is_wanted = False  # nothing waits there any more
@@ -158,12 +167,16 @@ class Crew:
             self._due[runner.number] = stuck_at
 
     def plan_relief(self, runner: Runner, now: float) -> None:
-        """A runner was done with something: if it has nothing to do now, see soon whether something waits elsewhere."""
+        """A runner was done with something: if it has nothing to do now,
+        see soon whether something waits elsewhere.
+        """
         if self._due and not runner.chunks and (self._relieve_at or 0.0) < now:
             self._relieve_at = now + IDLE_SECONDS
 
     def tick(self, now: float) -> list[Send]:
-        """Call back what waits behind a task that runs long; sentence the task that ran for too long; let surplus runners go."""
+        """Call back what waits behind a task that runs long; sentence the task that ran for too
+        long; let surplus runners go.
+        """
         sends: list[Send] = []
         for runner in self._surplus():
             if now >= runner.progress_at + SURPLUS_SECONDS:
@@ -203,7 +216,9 @@ class Crew:
         return idle[: max(0, len(staying) - self.slots - len(self.lent))]
 
     def _relieve(self, now: float) -> list[Send]:
-        """Call back what waits behind tasks that run for long, from as many runners as are idle; the longest silent first."""
+        """Call back what waits behind tasks that run for long,
+        from as many runners as are idle; the longest silent first.
+        """
         sends: list[Send] = []
         self._relieve_at = None
         held = [one for one in self.runners.values() if one.results and one.stuck_at is not None]
@@ -220,7 +235,9 @@ class Crew:
     # --- Invariants -------------------------------------------------------------------------------
 
     def check_invariants(self, *, has_queue: bool) -> None:
-        """Assert the rules of this module; tests call it after every step. ``has_queue``: a chunk waits for a runner."""
+        """Assert the rules of this module; tests call it after every step.
+        ``has_queue``: a chunk waits for a runner.
+        """
         if not self._has_lent:
             assert len(self.runners) <= self.slots, "more runners than slots"
         assert self._due.keys() <= self.runners.keys(), "a dead runner is looked at"

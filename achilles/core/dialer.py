@@ -4,8 +4,8 @@ Picture
     calling ──Welcome──▶ joined ──Gone──▶ calling …
        └──Refused──▶ refused                         (a hello is repeated until it is answered)
 
-A session outlives connections: `connected` only hurries what the next heartbeat would do. It ends when the broker
-says that it does not know it (`Gone`): a new broker, or one that had given us up.
+A session outlives connections: `connected` only hurries what the next heartbeat would do. It ends
+when the broker says that it does not know it (`Gone`): a new broker, or one that had given us up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ CALLING, JOINED, REFUSED = "calling", "joined", "refused"
 
 
 class Step(NamedTuple):
-    """What to send, and the messages that the core above is to see, `Welcome` and `Gone` among them."""
+    """What to send, and the messages that the core above is to see,
+    `Welcome` and `Gone` among them.
+    """
 
     packets: list[Packet]
     messages: list[p.Wire]
@@ -43,9 +45,8 @@ class Dialer:
         self._next_at: float | None = None
         self.state = CALLING
         self.unacknowledged: list[p.Wire] = []  # what the last session's broker has perhaps not got
-        self.heard_at: float | None = (
-            None  # the broker's last sign of life, or when the next may come
-        )
+        # The broker's last sign of life, or when the next may come
+        self.heard_at: float | None = None
         self.reason = ""  # why it refused us
 
     def start(self, now: float) -> list[Packet]:

@@ -1,18 +1,21 @@
 """Who gets which slot: leases are made and ended here.
 
 Rules
-    1. A worker holds at most one lease for each slot, and one more in advance for each that is not stuck: what waited behind a
-       long task came back from there, and would again.
-    2. A slot goes to the client that holds fewest; of a client's tasks, to those of the highest priority, then to the oldest.
-       A client and its nested ones are one here; among them the deepest goes first.
+    1. A worker holds at most one lease for each slot, and one more in advance for each that is not
+       stuck: what waited behind a long task came back from there, and would again.
+    2. A slot goes to the client that holds fewest; of a client's tasks, to those of the highest
+       priority, then to the oldest. A client and its nested ones are one here;
+       among them the deepest goes first.
     3. No slot idles while a task waits that may run there (tags, and the client's own limit).
     4. A task that was charged before travels alone, so that the next crash is its own.
-    5. A lease whose task has tasks of its own under way is *lent*: it takes up no slot, or they might never get one. When
-       they are resolved it takes its slot again at once, even if that means one too many for a moment.
+    5. A lease whose task has tasks of its own under way is *lent*: it takes up no slot, or they
+       might never get one. When they are resolved it takes its slot again at once, even if that
+       means one too many for a moment.
 
 Theory
-    Workers are kept by their tags, of which there are few sets, so that a dispatch looks at each set and not at each
-    worker. Those with the fewest tags come first: what anybody can run does not keep the rare ones busy.
+    Workers are kept by their tags, of which there are few sets, so that a dispatch looks at each
+    set and not at each worker. Those with the fewest tags come first:
+    what anybody can run does not keep the rare ones busy.
 """
 
 from __future__ import annotations
@@ -44,11 +47,14 @@ Unannounced: TypeAlias = "deque[tuple[float, Lease]]"
 
 
 class Dispatcher:
-    """The workers' places, the clients who wait for them, and the leases that bring the two together."""
+    """The workers' places, the clients who wait for them,
+    and the leases that bring the two together.
+    """
 
     def __init__(self, first_lease: int = 1) -> None:
         self.waiting: OrderedDict[PeerId, Client] = OrderedDict()  # with queued tasks, in turn
-        # None of those who wait holds fewer leases in slots, or at all: who holds as few is looked for no further.
+        # None of those who wait holds fewer leases in slots, or at all:
+        # who holds as few is looked for no further.
         self._least_running = self._least_places = 0
         self.slots = 0
         self._idle: Places = {}  # ready, with a free slot
@@ -56,7 +62,8 @@ class Dispatcher:
         self._relief = Relief(self._idle)
         self._last_root = 0  # the number of whom a lease was made for last
         self._contested_until = -inf
-        # Single tasks, chunks, and what is certain to take long, and when they are due; each in order.
+        # Single tasks, chunks, and what is certain to take long, and when they are due;
+        # each in order.
         self._unannounced: tuple[Unannounced, ...] = (deque(), deque(), deque())
         self._next_lease = self._first_lease = first_lease
         # By client's number and blob: the workers that have it, which each know that, too.
@@ -153,7 +160,9 @@ class Dispatcher:
         return best
 
     def _in_advance(self, tags: frozenset[str]) -> TaskQueue | None:
-        """The same for a place in advance. A copy, because each dispatch goes through one of them for each client that waits."""
+        """The same for a place in advance. A copy,
+        because each dispatch goes through one of them for each client that waits.
+        """
         best: TaskQueue | None = None
         least = MANY
         for client in self.waiting.values():
@@ -276,8 +285,8 @@ class Dispatcher:
         return list(told.values())
 
     def announce_soon(self, lease: Lease, now: float) -> None:
-        """Have it told which tasks of the lease were dispatched; at once where they take long, for whoever is told of them is
-        mostly being told of a result now.
+        """Have it told which tasks of the lease were dispatched; at once where they take long, for
+        whoever is told of them is mostly being told of a result now.
         """
         if len(lease.tasks) > 1:
             self._unannounced[1].append((now + ANNOUNCE_CHUNK_SECONDS, lease))
@@ -329,7 +338,9 @@ class Dispatcher:
         self._eased(lease.client.root)
 
     def note_stuck(self, worker: Worker, now: float) -> None:
-        """Something came back that had waited there: give nothing in advance to a slot that has shown nothing for long."""
+        """Something came back that had waited there:
+        give nothing in advance to a slot that has shown nothing for long.
+        """
         for lease in worker.leases.values():
             if lease.in_slot and not lease.is_stuck and now - lease.moved_at >= SILENT_SECONDS:
                 lease.is_stuck = True
@@ -346,7 +357,9 @@ class Dispatcher:
             self.place(lease.worker)
 
     def confirm(self, lease: Lease) -> None:
-        """The lease runs, as its results show. It may have had no slot, if another's was lent meanwhile."""
+        """The lease runs, as its results show. It may have had no slot,
+        if another's was lent meanwhile.
+        """
         worker = lease.worker
         if not lease.in_slot and not lease.is_lent and worker.taken < worker.slots:
             self.promote(lease)
@@ -366,7 +379,9 @@ class Dispatcher:
         return self.set_lent(client.parent, bool(client.tasks)) if client.parent else []
 
     def set_lent(self, lease: Lease | None, is_lent: bool) -> list[Send]:
-        """Have the lease take up no slot, or one again; nothing if that is so already, or if it has ended."""
+        """Have the lease take up no slot, or one again; nothing if that is so already,
+        or if it has ended.
+        """
         if lease is None or not lease.left or lease.is_lent == is_lent:
             return []
         worker, root = lease.worker, lease.client.root

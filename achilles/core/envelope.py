@@ -1,7 +1,9 @@
-"""Messages as letters on a runner's side channel: what a task says as a client, and what it is told.
+"""Messages as letters on a runner's side channel: what a task says as a client,
+and what it is told.
 
-A letter's body is ``<B seq> <I n> n times <I size>`` and the n frames of the codec. ``seq`` names the chunk whose task
-wrote it (0 on the way to the runner): results and letters do not overtake each other by that.
+A letter's body is ``<B seq> <I n> n times <I size>`` and the n frames of the codec. ``seq`` names
+the chunk whose task wrote it (0 on the way to the runner):
+results and letters do not overtake each other by that.
 """
 
 from __future__ import annotations

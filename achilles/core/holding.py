@@ -1,7 +1,8 @@
-"""What a worker keeps for the next broker: reports that no broker has acknowledged, and the leases they are about.
+"""What a worker keeps for the next broker: reports that no broker has acknowledged,
+and the leases they are about.
 
-A worker whose broker is gone goes on. What it has to report is held until a broker knows it, within the bounds below; what
-would be beyond them is forgotten, and runs again.
+A worker whose broker is gone goes on. What it has to report is held until a broker knows it, within
+the bounds below; what would be beyond them is forgotten, and runs again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Holding:
     """Reports of a worker with so many ``slots``, while it has no session."""
 
     def __init__(self, slots: int) -> None:
-        # As many as a broker can think to be open at once, and more: all others' last reports have reached it.
+        # As many as a broker can think to be open at once, and more:
+        # all others' last reports have reached it.
         self._ended: deque[Chunk] = deque(maxlen=2 * slots + MARGIN)
         self._reports: deque[Report] = deque()
         self._size = 0
@@ -66,7 +68,8 @@ class Holding:
     ) -> tuple[list[p.Held], list[Report]]:
         """What to tell a new broker: the leases with open tasks or reports, and then the reports.
 
-        ``chunks`` are those with open tasks, in the order in which they run; ``blobs`` those that the worker has.
+        ``chunks`` are those with open tasks, in the order in which they run;
+        ``blobs`` those that the worker has.
         """
         reports, reported = list(self._reports), self._by_lease()
         known: dict[int, Chunk] = {chunk.run.lease: chunk for chunk in chunks}

@@ -1,13 +1,17 @@
 """A session's two directions: every message arrives once and in order, or the session ends.
 
 Rules
-    1. Messages that matter are numbered from 1, in each direction for itself, and kept until acknowledged.
+    1. Messages that matter are numbered from 1, in each direction for itself,
+       and kept until acknowledged.
     2. Each header acknowledges what its sender has received without a gap.
-    3. Whoever sees a gap asks once for a resend (`Resync`); everything from the gap on is sent again.
-    4. Heartbeats are not numbered; they tell the last number sent, so that a lost tail shows as a gap too.
+    3. Whoever sees a gap asks once for a resend
+       (`Resync`); everything from the gap on is sent again.
+    4. Heartbeats are not numbered; they tell the last number sent,
+       so that a lost tail shows as a gap too.
 
-Why: ZeroMQ drops messages on every reconnect, at the high-water mark, and for peers it does not know, and says nothing.
-With this the cores above see a channel that only ever ends, never one with holes.
+Why: ZeroMQ drops messages on every reconnect, at the high-water mark, and for peers it does not
+know, and says nothing. With this the cores above see a channel that only ever ends,
+never one with holes.
 """
 
 from __future__ import annotations
@@ -44,7 +48,8 @@ def _in_full(frames: Frames) -> Frames:
 
 
 def encoded(packet: Packet, fold: Fold = _in_full) -> list[Frames]:
-    """The packet's frames, of which ``fold`` makes what travels; before those of a large one, those of a heartbeat that announces it.
+    """The packet's frames, of which ``fold`` makes what travels; before those of a large one, those
+    of a heartbeat that announces it.
 
     That one tells of no message sent that its receiver could not have yet, so that it shows no gap.
     """

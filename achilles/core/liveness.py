@@ -2,10 +2,12 @@
 
 Rules
     1. Any message is a sign of life; a heartbeat is what is sent when there is no other.
-    2. Only silence is measured, on this side's monotonic clock; no times are compared between hosts.
-    3. Whoever has slept itself may not call others dead for it: after a stall all silences begin anew (amnesty).
-    4. A large message is announced, because nothing else is heard until it is there: for as long as a slow connection takes for
-       it, silence is excused.
+    2. Only silence is measured, on this side's monotonic clock;
+       no times are compared between hosts.
+    3. Whoever has slept itself may not call others dead for it:
+       after a stall all silences begin anew (amnesty).
+    4. A large message is announced, because nothing else is heard until it is there: for as long as
+       a slow connection takes for it, silence is excused.
 """
 
 from __future__ import annotations
@@ -32,9 +34,8 @@ class Timings(NamedTuple):
     grace: float = 2.0  # after a connection was seen to close
     client_lost_after: float = 30.0
     client_grace: float = 10.0
-    recovery: float = (
-        3.0  # in which workers come back to a new broker before it gives out what they may hold
-    )
+    # In which workers come back to a new broker before it gives out what they may hold
+    recovery: float = 3.0
 
 
 class Silence(Generic[K]):
@@ -68,7 +69,9 @@ class Silence(Generic[K]):
         self._excused.pop(peer, None)
 
     def expired(self, now: float) -> list[K]:
-        """Those whose silence has reached the limit, and is not excused; they are watched no more."""
+        """Those whose silence has reached the limit, and is not excused;
+        they are watched no more.
+        """
         due = []
         for peer, at in self._heard.items():
             if now < at + self.limit:  # exactly what `next_deadline` says, rounding included

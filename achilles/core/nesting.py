@@ -1,15 +1,20 @@
 """Tasks that submit tasks: on whose behalf, when they may, and with whom it ends.
 
 Rules
-    1. A runner may submit for a client while it runs that client's task. To the scheduler it is a client of its own
-       then, a *nested* one; the client whose task it was in the beginning is its *root*.
-    2. What it submitted ends with its runner, with its worker, and with its root; not with the task.
-    3. A task may say anything. What it may not submit fails, and costs neither its worker nor anybody else anything.
-    4. While something of it is under way, the lease of the task that submitted it is lent (see `dispatch`).
+    1. A runner may submit for a client while it runs that client's task. To the scheduler it is a
+       client of its own then, a *nested* one;
+       the client whose task it was in the beginning is its *root*.
+    2. What it submitted ends with its runner, with its worker, and with its root;
+       not with the task.
+    3. A task may say anything. What it may not submit fails,
+       and costs neither its worker nor anybody else anything.
+    4. While something of it is under way, the lease of the task that submitted it is lent
+       (see `dispatch`).
 
 Theory
-    Whether a task waits for what it submitted is not known; that it has something under way must do. So nothing can
-    wait for ever: each waiting task has lent its slot, and of a root's tasks the deepest go first.
+    Whether a task waits for what it submitted is not known; that it has something under way must
+    do. So nothing can wait for ever: each waiting task has lent its slot,
+    and of a root's tasks the deepest go first.
 """
 
 from __future__ import annotations
@@ -111,7 +116,9 @@ class Nesting:
             return [*sends, *_refuse(worker, relay, ids, str(error))]
 
     def _is_of(self, lease: Lease, number: int) -> bool:
-        """Whether the lease is that client's, or was made on its behalf, and the client is still there."""
+        """Whether the lease is that client's, or was made on its behalf,
+        and the client is still there.
+        """
         root = lease.client.root
         return root.number == number and (root.peer in self._clients or root.found is not None)
 

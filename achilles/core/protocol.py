@@ -3,12 +3,13 @@
 Rules
     1. A message is both an event and an effect: cores take messages in and give messages out.
     2. Payloads are opaque. No core looks inside one, and the broker could not if it wanted to.
-    3. ``decode`` raises `ProtocolError` for anything a peer could send that is not a message, and nothing else.
+    3. ``decode`` raises `ProtocolError` for anything a peer could send that is not a message,
+       and nothing else.
     4. Counts and sizes that a peer controls are bounded here, before a core sees them.
 
-On the wire a message is ``[header + body, part, part, ...]``: a fixed header (see `Header`), the message in
-msgpack, and behind it the parts of payloads that are too large to be copied into the body. A payload of
-the body that travels in parts is the number of its parts there.
+On the wire a message is ``[header + body, part, part, ...]``: a fixed header (see `Header`), the
+message in msgpack, and behind it the parts of payloads that are too large to be copied into the
+body. A payload of the body that travels in parts is the number of its parts there.
 
     client  ──ClientHello Submit Blob Forget Cancel Finish──▶  broker  ──Run Blob Forget Revoke Lend──▶  worker
             ◀──Welcome Credit Running Results Failed Finished──        ◀──WorkerHello Done Returned Crashed──
@@ -18,8 +19,8 @@ the body that travels in parts is the number of its parts there.
     a task, as a client  ── its worker ──Relay(Submit Blob Forget Cancel)──▶  broker
                                        ◀──Relay(Running Results Failed Cluster)──
 
-A worker and its runners speak in messages too (`Spawn` … `RunnerDied`). They never cross a wire as such:
-``runtime.host`` turns them into what a child process reads and writes.
+A worker and its runners speak in messages too (`Spawn` … `RunnerDied`). They never cross a wire as
+such: ``runtime.host`` turns them into what a child process reads and writes.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from achilles.errors import ProtocolError
 
 VERSION = 1
 
-# Parts keep a frame below the sockets' MAXMSGSIZE of 16 MiB, and small: libzmq's one thread encrypts a frame as a whole (2 ms a MiB),
-# and all other peers wait for that. Below INLINE_MAX a copy is cheaper than a frame of its own.
+# Parts keep a frame below the sockets' MAXMSGSIZE of 16 MiB, and small: libzmq's one thread
+# encrypts a frame as a whole (2 ms a MiB), and all other peers wait for that. Below INLINE_MAX a
+# copy is cheaper than a frame of its own.
 INLINE_MAX = 64 * 1024
 PART_MAX = 1024 * 1024
 BODY_MAX = 4 * 1024 * 1024  # payloads in one body, of however many tasks
@@ -114,10 +116,10 @@ class Options(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froze
     retries: int = 0  # further attempts after one that raised or took too long
     at_most_once: bool = False  # fails rather than runs again where nobody knows whether it ran
     priority: int = 0  # among this client's tasks the highest go first
-    tags: Annotated[
-        tuple[str, ...], msgspec.Meta(max_length=TAGS_MAX)
-    ] = ()  # of the workers that may run it
-    is_bundle: bool = False  # many calls in one task: fails where another is charged, for its client to take apart
+    # Of the workers that may run it
+    tags: Annotated[tuple[str, ...], msgspec.Meta(max_length=TAGS_MAX)] = ()
+    # Many calls in one task: fails where another is charged, for its client to take apart
+    is_bundle: bool = False
     crashes: int = 0  # behind it: it was in a bundle whose runner ended
     losses: int = 0  # the same of a bundle whose worker was lost
 
@@ -211,7 +213,8 @@ class Resumed(Message, tag="resumed"):
 class Heartbeat(Message, tag="beat"):
     """Says that its sender lives, and by its header what was sent and received.
 
-    ``coming``: the bytes of the message behind it, where those are many: until it is there, nothing else can be heard.
+    ``coming``: the bytes of the message behind it, where those are many: until it is there,
+    nothing else can be heard.
     """
 
     coming: Annotated[int, msgspec.Meta(ge=0, le=COMING_MAX)] = 0
@@ -230,7 +233,8 @@ class Goodbye(Message, tag="bye"):
 class Letter(Message, tag="letter"):
     """From a runner to the client whose task it runs, and back; opaque to all in between.
 
-    ``worker`` and ``client`` are the broker's numbers for them (``worker`` is 0 on the worker's side).
+    ``worker`` and ``client`` are the broker's numbers for them
+    (``worker`` is 0 on the worker's side).
     """
 
     worker: int
@@ -261,7 +265,8 @@ class Submit(Message, tag="submit"):
 
 
 class Blob(Message, tag="blob"):
-    """Something that many tasks share, a function or an initializer, under the client's number for it.
+    """Something that many tasks share, a function or an initializer,
+    under the client's number for it.
 
     ``client`` is the broker's number for the client; it is 0 on the way from the client itself.
     """
@@ -301,7 +306,9 @@ class Results(Message, tag="results"):
 
 
 class Failed(Message, tag="failed"):
-    """A task that the broker gives up on; ``story`` says what happened to it, one line an attempt."""
+    """A task that the broker gives up on; ``story`` says what happened to it,
+    one line an attempt.
+    """
 
     id: int
     kind: str
@@ -322,7 +329,9 @@ class Credit(Message, tag="credit"):
 
 
 class Finish(Message, tag="finish"):
-    """The client wants no more outcomes; but what of it runs, though it was cancelled, is to come to its end."""
+    """The client wants no more outcomes; but what of it runs, though it was cancelled,
+    is to come to its end.
+    """
 
 
 class Finished(Message, tag="finished"):
@@ -330,7 +339,9 @@ class Finished(Message, tag="finished"):
 
 
 class StatusRequest(Message, tag="status?"):
-    """Asks for a `Status`, and why tasks wait: the client's own, or any of ``client`` (empty: of all) by the number ``task``."""
+    """Asks for a `Status`, and why tasks wait: the client's own,
+    or any of ``client`` (empty: of all) by the number ``task``.
+    """
 
     task: int = 0  # 0: none in particular
     client: str = ""
@@ -338,7 +349,9 @@ class StatusRequest(Message, tag="status?"):
 
 
 class WorkerStatus(Message, tag="worker-status"):
-    """One worker as the broker sees it; ``state`` is ready, suspect, draining, returning or quarantined."""
+    """One worker as the broker sees it; ``state`` is ready, suspect, draining,
+    returning or quarantined.
+    """
 
     name: str
     state: str
@@ -359,7 +372,9 @@ class ClientStatus(Message, tag="client-status"):
 
 
 class Waiting(Message, tag="waiting"):
-    """Why tasks of a client wait: ``count`` of them; ``id`` is the first one's number, 0 if it is a task's own."""
+    """Why tasks of a client wait: ``count`` of them; ``id`` is the first one's number,
+    0 if it is a task's own.
+    """
 
     client: str
     id: int
@@ -406,7 +421,9 @@ class ReloadKeys(Message, tag="reload-keys"):
 
 
 class KeysReloaded(Message, tag="keys-reloaded"):
-    """The broker's answer: how many sessions it has cut because their key is gone; ``error``: why it could not."""
+    """The broker's answer: how many sessions it has cut because their key is gone;
+    ``error``: why it could not.
+    """
 
     cut: int
     error: str = ""
@@ -431,16 +448,15 @@ class Run(Message, tag="run"):
     timeout: float = 0.0  # seconds that each task may run; 0: no limit
     attempt: int = 1
     blobs: Blobs = ()
-    root: int = (
-        0  # the client that all this is done for in the end, whose initializer it is; 0: ``client``
-    )
+    # The client that all this is done for in the end, whose initializer it is; 0: ``client``
+    root: int = 0
 
 
 class Revoke(Message, tag="revoke"):
     """Give back those of the lease's tasks that have not started, listed by their index.
 
-    None listed: whatever waits, because a slot is free elsewhere. ``kill``: and end the one among them that runs, which is given
-    back then, too.
+    None listed: whatever waits, because a slot is free elsewhere. ``kill``: and end the one among
+    them that runs, which is given back then, too.
     """
 
     lease: int
@@ -466,7 +482,9 @@ class Returned(Message, tag="returned"):
 
 
 class Crashed(Message, tag="crashed"):
-    """The runner of this task of the lease died while it ran, or was killed for its ``kind`` of fault."""
+    """The runner of this task of the lease died while it ran,
+    or was killed for its ``kind`` of fault.
+    """
 
     lease: int
     index: int
@@ -475,7 +493,8 @@ class Crashed(Message, tag="crashed"):
 
 
 class Held(Message, tag="held"):
-    """A lease of an earlier broker's: the worker has still these tasks of it, or a report about them that follows.
+    """A lease of an earlier broker's: the worker has still these tasks of it,
+    or a report about them that follows.
 
     ``blobs``: those of the client that it has, too.
     """
@@ -498,8 +517,9 @@ class Lend(Message, tag="lend"):
 class Relay(Message, tag="relay"):
     """What a task that submits tasks says, as a client, and what it is told.
 
-    ``client`` is the broker's number for the client that the task belongs to, ``lease`` the one that is run (0 on the way
-    back). A `Goodbye` says that the runner has ended, with all that its tasks had submitted.
+    ``client`` is the broker's number for the client that the task belongs to, ``lease`` the one
+    that is run (0 on the way back). A `Goodbye` says that the runner has ended,
+    with all that its tasks had submitted.
     """
 
     runner: int
@@ -509,7 +529,9 @@ class Relay(Message, tag="relay"):
 
 
 class Drain(Message, tag="drain"):
-    """Broker to worker: take no more work, finish what runs, leave. Worker to broker: that is what I do."""
+    """Broker to worker: take no more work, finish what runs, leave. Worker to broker:
+    that is what I do.
+    """
 
 
 # --- Worker and runners (never on a wire) ---------------------------------------------------------
@@ -601,7 +623,9 @@ class RunnerDone(Message, tag="runner-done"):
 
 
 class RunnerRecalled(Message, tag="runner-recalled"):
-    """How many tasks of which chunk were taken back, each ``(seq, count)``: the last ones of that chunk."""
+    """How many tasks of which chunk were taken back, each ``(seq, count)``:
+    the last ones of that chunk.
+    """
 
     runner: int
     unstarted: list[tuple[int, int]]
@@ -610,8 +634,8 @@ class RunnerRecalled(Message, tag="runner-recalled"):
 class RunnerDied(Message, tag="runner-died"):
     """A runner ended; every result it wrote came before. ``reason`` is empty where it was asked to.
 
-    ``last_seq`` names the last chunk that the host was told to give it (0: none). What the agent sent
-    later crossed with this event, and was not begun either.
+    ``last_seq`` names the last chunk that the host was told to give it (0: none). What the agent
+    sent later crossed with this event, and was not begun either.
     """
 
     runner: int
@@ -709,7 +733,8 @@ def _encode_in_parts(head: bytes, message: Wire) -> list[Buffer]:
 
 
 def sign_of_life(frame: Buffer) -> bytes:
-    """A heartbeat with the header of the message whose first frame that is: its receiver sees that it lacks the message.
+    """A heartbeat with the header of the message whose first frame that is:
+    its receiver sees that it lacks the message.
 
     Raises:
         ProtocolError: the frame is too short to have one.

@@ -1,13 +1,17 @@
 """A broker that follows another one: what workers still hold goes on where it is.
 
 Rules
-    1. Who comes back says what it has of its earlier session: a worker each lease that it holds (`Held`), a client each task
-       that it had submitted (`Submit.is_again`); and then, that this was all (`Resumed`). A worker's reports follow: they may be
-       large, and what nobody holds does not wait for them.
-    2. What a worker holds and its client asks for stays with that worker. It is not given to anybody else.
-    3. For a short time after the broker's start, what clients that are back have queued is held back: a worker may be on its
-       way that holds it. That ends when all workers are back that the earlier broker had, if it is known which.
-    4. What a worker holds and nobody asks for is taken back, and ended if it runs; results of it are dropped.
+    1. Who comes back says what it has of its earlier session: a worker each lease that it holds
+       (`Held`), a client each task that it had submitted (`Submit.is_again`); and then, that this
+       was all (`Resumed`). A worker's reports follow: they may be large,
+       and what nobody holds does not wait for them.
+    2. What a worker holds and its client asks for stays with that worker.
+       It is not given to anybody else.
+    3. For a short time after the broker's start, what clients that are back have queued is held
+       back: a worker may be on its way that holds it. That ends when all workers are back that the
+       earlier broker had, if it is known which.
+    4. What a worker holds and nobody asks for is taken back, and ended if it runs;
+       results of it are dropped.
     5. A task that may run at most once, and that no worker holds, fails: it may have run.
 
 Picture
@@ -15,9 +19,10 @@ Picture
                         └─Done─▶ found result ──Submit(is_again)──▶ Results
 
 Theory
-    Nothing has to be on disk. A client has every task of which it has no outcome, and a worker every report that no broker
-    has acknowledged; their numbers (`stable_number`) and a client's for its tasks are the same for each broker. What none
-    of them has was done, or was never begun, or its worker is gone.
+    Nothing has to be on disk. A client has every task of which it has no outcome, and a worker
+    every report that no broker has acknowledged; their numbers (`stable_number`) and a client's for
+    its tasks are the same for each broker. What none of them has was done, or was never begun,
+    or its worker is gone.
 """
 
 from __future__ import annotations
@@ -44,8 +49,9 @@ def stable_number(incarnation: bytes) -> int:
 class Recovery:
     """What one broker finds, and for how long it waits for it.
 
-    ``clients``: those that are there, by number; ``seconds``: how long tasks are held back at most; ``patience``: how long what is found waits for its client (both 0:
-    there was no other broker); ``awaited``: the numbers of the workers that the earlier broker had; None: not known.
+    ``clients``: those that are there, by number; ``seconds``: how long tasks are held back at most;
+    ``patience``: how long what is found waits for its client (both 0: there was no other broker);
+    ``awaited``: the numbers of the workers that the earlier broker had; None: not known.
     """
 
     def __init__(
@@ -95,7 +101,8 @@ class Recovery:
     def claim(
         self, client: Client, found: Found, queue: TaskQueue, message: p.Submit, now: float
     ) -> tuple[p.Results, list[Send]]:
-        """A client asks for tasks of this queue: those that workers have go on where they are. The results that there are, and failures.
+        """A client asks for tasks of this queue: those that workers have go on where they are. The
+        results that there are, and failures.
 
         All these are taken out of the message.
         """
@@ -128,7 +135,9 @@ class Recovery:
         return results, sends
 
     def give_up_doubtful(self, client: Client) -> list[Send]:
-        """Fail the queued tasks that may run at most once, and that were perhaps begun under an earlier broker."""
+        """Fail the queued tasks that may run at most once,
+        and that were perhaps begun under an earlier broker.
+        """
         sends: list[Send] = []
         for task in [client.tasks[id] for id in sorted(client.doubtful) if id in client.tasks]:
             queue = task.queue
@@ -172,7 +181,9 @@ class Recovery:
                     found.results[task.id] = status, payload, _earlier(task)
 
     def keep_end(self, client: Client, task: Task, kind: str, text: str) -> None:
-        """A task took more time or memory than it may: its client may still ask for it, and says then whether it has retries."""
+        """A task took more time or memory than it may: its client may still ask for it,
+        and says then whether it has retries.
+        """
         found = client.found
         if found is not None and found.tasks.get(task.id) is task:
             del found.tasks[task.id]
@@ -224,10 +235,11 @@ class Recovery:
         return _revoke(unwanted)
 
     def _match(self, client: Client, task: Task, now: float) -> Task | None:
-        """Let the client have this task from this worker, if it wants it or may yet ask for it; which task nobody wants now.
+        """Let the client have this task from this worker,
+        if it wants it or may yet ask for it; which task nobody wants now.
 
-        Of two workers that tell of one task, the later attempt is the one to have: the earlier one has ended somehow. If it has
-        ended with a value, nothing more is wanted.
+        Of two workers that tell of one task, the later attempt is the one to have: the earlier one
+        has ended somehow. If it has ended with a value, nothing more is wanted.
         """
         queued = client.tasks.get(task.id)
         if queued is None:
@@ -274,7 +286,9 @@ class Recovery:
         return None
 
     def _assign(self, task: Task, queue: TaskQueue) -> bool:
-        """Make the task's lease one of this queue, which it is not known to be of until a task of it is asked for."""
+        """Make the task's lease one of this queue,
+        which it is not known to be of until a task of it is asked for.
+        """
         lease = task.lease
         assert lease is not None
         known = lease.queue
@@ -313,7 +327,9 @@ class Recovery:
             self._note_due()
 
     def tick(self, now: float) -> list[Send]:
-        """Hold nothing back any more, if its time has come; wait no more for clients that are not back by now."""
+        """Hold nothing back any more, if its time has come;
+        wait no more for clients that are not back by now.
+        """
         sends: list[Send] = []
         if self._over_at is not None and (now >= self._over_at or self._awaited == set()):
             self._over_at = None

@@ -1,12 +1,13 @@
 """What waits at one worker while another has nothing to do: it is called back.
 
 Theory
-    Tasks are sent together, or ahead of a slot, because they are taken to be short. Where one is not, others wait behind it. A worker
-    sees to that among its own runners (see `agent`); here it is seen to among workers.
+    Tasks are sent together, or ahead of a slot, because they are taken to be short. Where one is
+    not, others wait behind it. A worker sees to that among its own runners (see `agent`);
+    here it is seen to among workers.
 
-    A lease is looked at when it has shown nothing for `RELIEF_SECONDS`, the longest silent first, and asked for what it has not
-    started, once until it shows something. A runner that has never shown anything does not answer that: it may be starting, and its
-    worker sees to it.
+    A lease is looked at when it has shown nothing for `RELIEF_SECONDS`, the longest silent first,
+    and asked for what it has not started, once until it shows something. A runner that has never
+    shown anything does not answer that: it may be starting, and its worker sees to it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from itertools import islice
 from achilles.core import protocol as p
 from achilles.core.tables import Lease, Places, Send
 
-RELIEF_SECONDS = (
-    0.01  # a place is free, and no work for it on its way; a worker helps itself after half of that
-)
+# A place is free, and no work for it on its way; a worker helps itself after half of that
+RELIEF_SECONDS = 0.01
 PAUSE_MAX = 0.03  # between looks that find nothing which is wanted elsewhere
 LOOKS_MAX = 64  # leases looked at in one go
 
 
 class Relief:
-    """Leases of which something may wait, and when to look at them; ``idle`` are the workers with a free slot."""
+    """Leases of which something may wait, and when to look at them;
+    ``idle`` are the workers with a free slot.
+    """
 
     def __init__(self, idle: Places) -> None:
         self._idle = idle
@@ -47,7 +49,9 @@ class Relief:
         self._shown.pop(lease, None)
 
     def plan(self, now: float) -> None:
-        """All that could be was given out: note when to look whether some of it waits beside a free slot."""
+        """All that could be was given out: note when to look whether some of it waits beside a free
+        slot.
+        """
         if self.workers < 2 or not self._idle or not self._shown:
             self.due = None
         elif self.due is None:
@@ -86,7 +90,8 @@ class Relief:
         root = client.root
         places = root.places - (not lease.in_slot)  # it would have one less
         if client.found is not None or client.is_held_back or root.is_held:
-            return False  # after a change of brokers, or too many results: it would not be given out again
+            # After a change of brokers, or too many results: it would not be given out again
+            return False
         if lease.is_lent or 0 < root.slots_max <= places:
             return False
         wanted, peer = lease.queue.options.tags, lease.worker.peer

@@ -22,10 +22,11 @@ START_SECONDS = 0.2  # a runner that has shown nothing yet is perhaps still star
 
 
 class Chunk:
-    """A lease as the worker sees it: ``open`` holds the indexes of its tasks that were not reported yet.
+    """A lease as the worker sees it: ``open`` holds the indexes of its tasks that were not reported
+    yet.
 
-    ``seq`` names it at its runner; 0 while it has none. ``given`` is how many tasks that has of it: the first ones, for what is taken
-    back was behind them.
+    ``seq`` names it at its runner; 0 while it has none. ``given`` is how many tasks that has of it:
+    the first ones, for what is taken back was behind them.
     """
 
     __slots__ = ("given", "is_lent", "open", "root", "run", "seq")
@@ -53,7 +54,8 @@ class Chunk:
 class Runner:
     """A child process, its chunks in order, and when it last got on.
 
-    ``submitted`` holds the client and the id of each task that its tasks have submitted and that has no outcome.
+    ``submitted`` holds the client and the id of each task that its tasks have submitted and that
+    has no outcome.
     """
 
     __slots__ = (
@@ -90,11 +92,12 @@ class Runner:
         self.has_begun = False  # its first task, as far as is known
         self.progress_at = 0.0
         self.recalled_at = 0.0
-        self.is_wanted = False  # the broker wants what waits there for another worker, and asked before any result was shown
+        # The broker wants what waits there for another worker,
+        # and asked before any result was shown
+        self.is_wanted = False
         self.is_retiring = False
-        self.condemned: dict[
-            tuple[int, int], str
-        ] = {}  # (seq, index) of tasks to be ended, and why
+        # (seq, index) of tasks to be ended, and why
+        self.condemned: dict[tuple[int, int], str] = {}
         self.is_killed = False
         self.fault = ""  # why it was killed, if it was its own fault
         self.fault_kind = p.CRASHED
@@ -139,12 +142,16 @@ class Runner:
         self._estimate.observe(tasks, seconds)
 
     def takes_long(self, run: p.Run) -> bool:
-        """Whether it is known here that a task like these takes so long that nothing should wait behind it on one runner."""
+        """Whether it is known here that a task like these takes so long that nothing should wait
+        behind it on one runner.
+        """
         each = self._estimate.seconds
         return each is not None and each > LONG_SECONDS and self._estimated == (run.client, run.fn)
 
     def _patience(self, chunk: Chunk) -> float:
-        """How long to wait for a result of the chunk that it runs, before others are called back."""
+        """How long to wait for a result of the chunk that it runs,
+        before others are called back.
+        """
         if not self.results:
             return START_SECONDS
         if self.is_wanted:
@@ -158,8 +165,8 @@ class Runner:
     def times_out_at(self) -> float | None:
         """When its running task has run for longer than it may; None if nothing limits it.
 
-        A runner that starts slowly takes nothing off its first task's time: that counts from when it is known to
-        run, because it was not among what was called back.
+        A runner that starts slowly takes nothing off its first task's time: that counts from when
+        it is known to run, because it was not among what was called back.
         """
         if not self.chunks or not self.chunks[0].run.timeout or self.condemned:
             return None

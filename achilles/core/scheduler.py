@@ -1,14 +1,18 @@
 """The broker's decisions: which tasks go where, and what becomes of them.
 
 Rules
-    1. A task is in exactly one place: in its queue, under exactly one lease, or resolved and forgotten.
-    2. Each task of a client is resolved once: by one `Results` entry, one `Failed`, or the client's `Cancel`.
-    3. A lease ends when each of its tasks was done, returned, or crashed; until then it takes up a place.
-    4. Only a started task is charged: for its runner's crash, or for its worker's loss. What was given
-       back, or waited behind another task, is not.
+    1. A task is in exactly one place: in its queue, under exactly one lease,
+       or resolved and forgotten.
+    2. Each task of a client is resolved once: by one `Results` entry, one `Failed`,
+       or the client's `Cancel`.
+    3. A lease ends when each of its tasks was done, returned, or crashed;
+       until then it takes up a place.
+    4. Only a started task is charged: for its runner's crash, or for its worker's loss. What was
+       given back, or waited behind another task, is not.
     5. A peer's messages can be wrong in any way that their types allow: that raises `ProtocolError`
        before anything has changed, or is counted as late.
-    6. Tasks may submit tasks: see `nesting`. Workers may have tasks of an earlier broker's: see `recovery`.
+    6. Tasks may submit tasks: see `nesting`. Workers may have tasks of an earlier broker's:
+       see `recovery`.
 
 Picture
     client ─Submit─▶ TaskQueue (one for each function) ─chunk─▶ Lease ─Run─▶ worker
@@ -16,7 +20,8 @@ Picture
                         └──────── Returned, Crashed, lost ───────┘ └─ Done ─▶ Results ─▶ client
 
 Theory
-    What becomes of tasks is decided here; where they run, in `dispatch`; what failures cost them, in `charges`.
+    What becomes of tasks is decided here; where they run, in `dispatch`;
+    what failures cost them, in `charges`.
 """
 
 from __future__ import annotations
@@ -59,7 +64,9 @@ class Change(NamedTuple):
 
 
 class Scheduler:
-    """Gives clients' tasks to workers. Sessions come by `join`, end by `leave`, speak by `receive`."""
+    """Gives clients' tasks to workers. Sessions come by `join`, end by `leave`,
+    speak by `receive`.
+    """
 
     def __init__(
         self,
@@ -72,7 +79,8 @@ class Scheduler:
         patience: float = 0.0,
         awaited: frozenset[int] | None = None,
     ) -> None:
-        """``credit``: tasks that a client may have unresolved; 0: no limit. The others: see `Budget` and `Recovery`.
+        """``credit``: tasks that a client may have unresolved; 0: no limit. The others:
+        see `Budget` and `Recovery`.
 
         ``epoch`` is another one for each broker that peers may meet.
         """
@@ -146,7 +154,9 @@ class Scheduler:
         return number if number and number not in present else next(self._numbers)
 
     def leave(self, peer: PeerId, now: float, reason: str, *, charge: bool = True) -> list[Send]:
-        """A session has ended; ``charge`` tells whether started tasks are charged for a lost worker."""
+        """A session has ended; ``charge`` tells whether started tasks are charged for a lost
+        worker.
+        """
         if worker := self._workers.pop(peer, None):
             del self._worker_by_number[worker.number]
             self._note_workers(set(), {worker.number})
@@ -217,7 +227,9 @@ class Scheduler:
         return self._from_client(client, message, now)
 
     def tick(self, now: float) -> list[Send]:
-        """Tell clients what is worth telling by now; give out what was held back for long enough, or waits beside a free slot."""
+        """Tell clients what is worth telling by now;
+        give out what was held back for long enough, or waits beside a free slot.
+        """
         sends = self._dispatcher.tick(now)
         if self._standing.next_deadline() is not None:
             self._standing.tick(now)
@@ -560,7 +572,8 @@ class Scheduler:
     def _may_have_started(self, lease: Lease) -> bool:
         """Whether the lease's first open task had perhaps begun when its worker was lost.
 
-        What was sent ahead had perhaps, too, which matters only to tasks that may run at most once (and come alone).
+        What was sent ahead had perhaps, too, which matters only to tasks that may run at most once
+        (and come alone).
         """
         return lease.in_slot or lease.queue.options.at_most_once
 
@@ -571,7 +584,8 @@ class Scheduler:
     def _worker_left(self, worker: Worker, now: float, reason: str, charge: bool) -> list[Send]:
         self._dispatcher.remove(worker)
         sends = self._nesting.worker_left(worker)
-        # The youngest first: what was sent ahead is not promoted to a slot meanwhile, and the oldest end up in front.
+        # The youngest first: what was sent ahead is not promoted to a slot meanwhile,
+        # and the oldest end up in front.
         for lease in reversed(list(worker.leases.values())):
             open_tasks = [task for task in lease.tasks if task is not None]
             lease.left = 0
@@ -680,7 +694,9 @@ class Scheduler:
 
 
 def _served(worker: Worker, number: int) -> Client | None:
-    """The client of that number, if the worker holds a lease that is its own, or made on its behalf."""
+    """The client of that number, if the worker holds a lease that is its own,
+    or made on its behalf.
+    """
     for lease in worker.leases.values():
         if lease.client.root.number == number:
             return lease.client.root

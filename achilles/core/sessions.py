@@ -1,10 +1,12 @@
 """The broker's sessions: who is who, who may say what, who is still there. Around the `Scheduler`.
 
 Rules
-    1. A session is known by its token, never by the route that its messages come on: routes change with each connection.
+    1. A session is known by its token, never by the route that its messages come on:
+       routes change with each connection.
     2. A role may send what `ALLOWED` lists for it, and nothing else.
     3. A peer that breaks the protocol loses its session, and nobody else notices.
-    4. A hello that is repeated gets the same answer; one of a peer that had got further starts a new session.
+    4. A hello that is repeated gets the same answer;
+       one of a peer that had got further starts a new session.
     5. Every session that ends, ends in the scheduler too, exactly once.
 """
 
@@ -215,8 +217,8 @@ class Sessions:
     def cut_unless(self, is_allowed: Callable[[Route, str], bool], now: float) -> list[Send]:
         """The keys were read anew: end the sessions of those who may not be what they are any more.
 
-        Their work goes back to its queues, and nobody is charged for it. Who asked for it may be among them, and has its
-        answer first; it counts the others.
+        Their work goes back to its queues, and nobody is charged for it. Who asked for it may be
+        among them, and has its answer first; it counts the others.
         """
         reason = "its key was revoked"
         cut = [one for one in self._by_token.values() if not is_allowed(one.route, one.role)]
@@ -231,7 +233,8 @@ class Sessions:
         return route in self._by_route
 
     def end_largest(self, now: float) -> list[Send]:
-        """The broker has too little memory: end the session of the client that holds most, and lets others have least.
+        """The broker has too little memory: end the session of the client that holds most,
+        and lets others have least.
 
         It may come back at once, with what it still wants, and begins with a small grant.
         """
@@ -370,7 +373,9 @@ class Sessions:
         return sends  # of a resync, which the link has answered
 
     def _drain(self, asker: Session, name: str) -> list[Send]:
-        """Have the worker that a status calls so finish what it runs, and answer who asked for it."""
+        """Have the worker that a status calls so finish what it runs,
+        and answer who asked for it.
+        """
         self.events.append(Event(asker.route, f"{asker} drains worker {name}"))
         sessions = self._by_token.values()
         workers = [

@@ -1,16 +1,21 @@
 """Which workers may get work: not those that are silent, and not those at which everything fails.
 
 Rules
-    1. A worker whose runners crash in task after task, with nothing done in between, while others get on, is a *black
-       hole*: it gets no work for `QUARANTINE_SECONDS`, twice as long each time, and those crashes are not the tasks'.
-    2. Until that is certain it rests for a moment after such a crash, so that the task goes elsewhere; after the second
-       crash of one task until it has gone there, for up to `ELSEWHERE_SECONDS`.
-    3. A worker at which an initializer fails that another worker has run is put into quarantine at once.
-    4. Nobody rests if no other worker is ready that can run the same tasks: then work goes on, however badly.
+    1. A worker whose runners crash in task after task, with nothing done in between, while others
+       get on, is a *black hole*: it gets no work for `QUARANTINE_SECONDS`, twice as long each time,
+       and those crashes are not the tasks'.
+    2. Until that is certain it rests for a moment after such a crash, so that the task goes
+       elsewhere; after the second crash of one task until it has gone there,
+       for up to `ELSEWHERE_SECONDS`.
+    3. A worker at which an initializer fails that another worker has run is put into quarantine at
+       once.
+    4. Nobody rests if no other worker is ready that can run the same tasks:
+       then work goes on, however badly.
 
 Theory
-    What fails at once is idle at once, so a broken host draws all work to it. One bad task looks like that, too, but only
-    to itself: it takes several tasks, and a worker that does well, to know that it is the host.
+    What fails at once is idle at once, so a broken host draws all work to it. One bad task looks
+    like that, too, but only to itself: it takes several tasks, and a worker that does well,
+    to know that it is the host.
 """
 
 from __future__ import annotations
@@ -88,7 +93,9 @@ class Standing:
         return False
 
     def init_failed(self, worker: Worker, client: Client, init: int, now: float) -> bool:
-        """An initializer raised there; whether that is the worker's fault, and not the initializer's."""
+        """An initializer raised there; whether that is the worker's fault,
+        and not the initializer's.
+        """
         where = client.root.initialized.get(init)
         if not where or where == {worker.number} or not self._has_deputy(worker):
             return False

@@ -12,7 +12,9 @@ from achilles.core.protocol import Status
 
 
 def labels(workers: Sequence[tuple[str, int]]) -> list[str]:
-    """What to call workers of these names and process ids, in their order: by name, and where several have one by both."""
+    """What to call workers of these names and process ids, in their order: by name,
+    and where several have one by both.
+    """
     taken = Counter(name for name, _ in workers)
     found: dict[str, None] = {}
     for name, pid in workers:

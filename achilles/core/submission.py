@@ -1,11 +1,13 @@
-"""The client's side of its tasks: what was submitted, what the broker has, what is still owed an outcome.
+"""The client's side of its tasks: what was submitted, what the broker has,
+what is still owed an outcome.
 
 Rules
     1. A task is kept, payload and all, until its outcome came: a new broker gets everything again.
-    2. The broker holds at most its credit of this client's tasks, and of their bytes; the rest wait here, in order. One
-       task may always go, alone, whatever it holds, up to what any may; one that holds more fails here.
-    3. Each task gets one outcome; what comes after it (a late result, a second one), or for a task that the broker
-       does not have, is dropped here.
+    2. The broker holds at most its credit of this client's tasks, and of their bytes; the rest wait
+       here, in order. One task may always go, alone, whatever it holds, up to what any may;
+       one that holds more fails here.
+    3. Each task gets one outcome; what comes after it (a late result, a second one), or for a task
+       that the broker does not have, is dropped here.
     4. What an earlier broker had is marked as such: workers may hold it.
     5. A blob is sent before the first task that names it, once a session.
 
@@ -50,7 +52,9 @@ class _Blob:
 
 
 class Submission:
-    """One client's unresolved tasks. Sessions with a broker begin by `connect` and end by `disconnect`."""
+    """One client's unresolved tasks. Sessions with a broker begin by `connect` and end by
+    `disconnect`.
+    """
 
     def __init__(self) -> None:
         self._tasks: dict[int, tuple[Group, p.Payload]] = {}
@@ -348,7 +352,9 @@ class Submission:
         return Send("user", p.Failed(id, p.OVERSIZED, [f"{size} {self._argument_max}"]))
 
     def _make_room(self, group: Group, blob_bytes: int) -> tuple[list[Send], float]:
-        """Have the broker forget what nobody needs, if a group's blobs find no room else; how many bytes are left for tasks."""
+        """Have the broker forget what nobody needs, if a group's blobs find no room else;
+        how many bytes are left for tasks.
+        """
         if not self._bytes_max:
             return [], inf
         _, new = self._sizes_of_blobs(group)
@@ -369,7 +375,9 @@ class Submission:
         return list(forgets), self._bytes_max - self._bytes - new
 
     def _sizes_of_blobs(self, group: Group) -> tuple[int, int]:
-        """The bytes of what a group's tasks share, and of that of it which the broker does not have."""
+        """The bytes of what a group's tasks share,
+        and of that of it which the broker does not have.
+        """
         shared = new = 0
         for blob in group.needs:
             size = self._blobs[blob].size
@@ -405,7 +413,9 @@ class Submission:
         return [Send("broker", p.Forget(0, blobs)) for blobs in _runs(sent)]
 
     def _drop_idle(self) -> list[int]:
-        """Drop large blobs that no task names: those not to be kept, and the oldest beyond the bound."""
+        """Drop large blobs that no task names: those not to be kept,
+        and the oldest beyond the bound.
+        """
         dropped = []
         while self._idle:
             blob = next(iter(self._idle))
@@ -417,7 +427,9 @@ class Submission:
         return dropped
 
     def _forget_blob(self, blob: int) -> None:
-        """Drop a blob that no task names; whether the broker has it is for the caller to tell it."""
+        """Drop a blob that no task names; whether the broker has it is for the caller to tell
+        it.
+        """
         entry = self._blobs.pop(blob)
         if blob in self._sent_blobs:
             self._bytes -= entry.size

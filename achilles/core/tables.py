@@ -1,11 +1,14 @@
 """What the scheduler keeps: tasks in their queues, clients, workers, and leases.
 
 Rules
-    1. A task knows its queue while somebody waits for its result, and its lease while it is at a worker.
-    2. A queue's tasks are in the order in which they came; one that is put back stands among the first again, by its age.
-    3. A client's queues stand in the order of their oldest tasks, so that the oldest of all goes first.
-    4. A task that submits tasks is a client as well, a nested one: of the *root*, the client that all is done for in the
-       end. What they hold is counted there.
+    1. A task knows its queue while somebody waits for its result,
+       and its lease while it is at a worker.
+    2. A queue's tasks are in the order in which they came;
+       one that is put back stands among the first again, by its age.
+    3. A client's queues stand in the order of their oldest tasks,
+       so that the oldest of all goes first.
+    4. A task that submits tasks is a client as well, a nested one: of the *root*, the client that
+       all is done for in the end. What they hold is counted there.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ STRAYS_MAX = 2  # answers that a worker may give for leases that it does not hol
 PeerId: TypeAlias = Hashable
 Rank: TypeAlias = "tuple[int, int]"
 Tags: TypeAlias = "tuple[str, ...]"
-# Workers by what they offer, who was served last at the end. The first is taken again and again, and what was taken put back:
-# a plain dict passes over all that was taken before to find it.
+# Workers by what they offer, who was served last at the end. The first is taken again and again,
+# and what was taken put back: a plain dict passes over all that was taken before to find it.
 Places: TypeAlias = "dict[frozenset[str], OrderedDict[PeerId, Worker]]"
 
 READY, SUSPECT, DRAINING = "ready", "suspect", "draining"
@@ -64,10 +67,11 @@ class Blame:
 
 
 class Task(msgspec.Struct, eq=False, gc=False):
-    """One call. ``queue`` is None once nobody waits for its result; ``lease`` is None while it is queued.
+    """One call. ``queue`` is None once nobody waits for its result;
+    ``lease`` is None while it is queued.
 
-    A struct, because there may be millions: it is made in a third of the time, and the garbage collector passes it over.
-    What it refers to lets go of it when it is resolved.
+    A struct, because there may be millions: it is made in a third of the time, and the garbage
+    collector passes it over. What it refers to lets go of it when it is resolved.
     """
 
     id: int
@@ -80,8 +84,8 @@ class Task(msgspec.Struct, eq=False, gc=False):
 class TaskQueue:
     """A client's tasks of one group, oldest first. ``live`` counts those that are not cancelled.
 
-    One that was put back stands in front again, and may be younger than another that had been: whoever takes the first
-    away has the client `enqueue` it.
+    One that was put back stands in front again, and may be younger than another that had been:
+    whoever takes the first away has the client `enqueue` it.
     """
 
     __slots__ = (
@@ -123,15 +127,18 @@ class TaskQueue:
         return 1 if is_alone else self.group.chunk_max
 
     def may_wait(self, slots: int) -> bool:
-        """Whether a chunk may be sent ahead, behind one that runs, where ``slots`` slots share what is queued.
+        """Whether a chunk may be sent ahead, behind one that runs,
+        where ``slots`` slots share what is queued.
 
-        What takes long may if something is left for each slot then: near the end it goes to whichever is free first.
+        What takes long may if something is left for each slot then:
+        near the end it goes to whichever is free first.
         """
         if self.does_lend:
             return False
         estimate = self.estimate
         if estimate.seconds is None:
-            # One task may, or a client that came later would never start where others keep every slot busy.
+            # One task may, or a client that came later would never start where others keep every
+            # slot busy.
             return not self.leases
         if estimate.is_short:
             return True
@@ -146,7 +153,9 @@ class TaskQueue:
         return tasks[0] if tasks else None
 
     def forget_unwanted(self) -> None:
-        """Drop what was cancelled, where that is most of what is kept: a head that cannot start keeps all behind it here."""
+        """Drop what was cancelled, where that is most of what is kept:
+        a head that cannot start keeps all behind it here.
+        """
         if len(self.tasks) > 2 * self.live + UNWANTED_MAX:
             self.tasks = deque(task for task in self.tasks if task.queue is not None)
 
@@ -170,8 +179,9 @@ class TaskQueue:
 class Found:
     """What workers hold of a client's that it has not asked for, after a change of brokers.
 
-    ``tasks`` run, or wait to; of ``results`` each is a status, a payload, and how many attempts there had been before; ``ended`` are those
-    that took more time or memory than they may: a kind, a text, and the same number; ``letters`` are for a client that is not back.
+    ``tasks`` run, or wait to; of ``results`` each is a status, a payload, and how many attempts
+    there had been before; ``ended`` are those that took more time or memory than they may: a kind,
+    a text, and the same number; ``letters`` are for a client that is not back.
     """
 
     __slots__ = ("ended", "letters", "results", "tasks")
@@ -184,7 +194,9 @@ class Found:
 
 
 class Client:
-    """A client's session: its tasks, its queues, and the places that it and its nested clients hold."""
+    """A client's session: its tasks, its queues,
+    and the places that it and its nested clients hold.
+    """
 
     def __init__(self, peer: PeerId, number: int, hello: p.ClientHello) -> None:
         self.peer = peer
@@ -226,7 +238,9 @@ class Client:
 
     @property
     def urgency(self) -> tuple[int, int]:
-        """Of one root's clients the highest goes first: the deepest, so that few tasks wait for others, then the newest."""
+        """Of one root's clients the highest goes first: the deepest,
+        so that few tasks wait for others, then the newest.
+        """
         return (0, 0) if self.parent is None else (self.parent.depth + 1, self.parent.number)
 
     def open_queue(self, group: p.Group) -> TaskQueue:
@@ -241,7 +255,8 @@ class Client:
         if not group.fn:
             queue = self.queues[group] = TaskQueue(self, group)
             return queue
-        # With other arguments that are sent once, or other options, the function takes as long, for all that is known.
+        # With other arguments that are sent once, or other options, the function takes as long,
+        # for all that is known.
         key = (group.fn, (group.options or p.PLAIN).is_bundle)
         queue = self.queues[group] = TaskQueue(self, group, self._estimates.get(key))
         self._estimates[key] = queue.estimate
@@ -252,7 +267,9 @@ class Client:
         return Send(self.peer, message)
 
     def owner(self, blob: int, group: p.Group) -> Client:
-        """Whose blob a group means by that number: an initializer is the root's, for it runs once a runner."""
+        """Whose blob a group means by that number: an initializer is the root's,
+        for it runs once a runner.
+        """
         return self.root if blob == group.init else self
 
     @property
@@ -262,7 +279,8 @@ class Client:
 
     @property
     def has_all_its_slots(self) -> bool:
-        """Whether one more lease could make more of its tasks run at once than it wants, or than it takes results of.
+        """Whether one more lease could make more of its tasks run at once than it wants,
+        or than it takes results of.
 
         One in advance counts: it runs as soon as the worker has a free runner, which may be now.
         """
@@ -291,7 +309,9 @@ class Client:
             heapq.heappush(order, (rank, self._entries, queue))
 
     def unwant(self, blobs: Iterable[int]) -> None:
-        """The client has forgotten these blobs; until they are dropped here, they are not its burden."""
+        """The client has forgotten these blobs; until they are dropped here,
+        they are not its burden.
+        """
         for blob in self.blobs.keys() & set(blobs) - self.unwanted:
             self.bytes -= p.size_of(self.blobs[blob])
             self.unwanted.add(blob)
@@ -303,7 +323,8 @@ class Client:
     def check_invariants(self, held: dict[int, int], leases: list[Lease]) -> None:
         """Assert that nothing is miscounted.
 
-        ``held``: by task, how often workers hold it; ``leases``: its own and, if it is a root, those made on its behalf.
+        ``held``: by task, how often workers hold it; ``leases``: its own and,
+        if it is a root, those made on its behalf.
         """
         queued = [
             task for queue in self.queues.values() for task in queue.tasks if task.queue is not None
@@ -320,7 +341,9 @@ class Client:
 
 
 def _first(order: list[tuple[Rank, int, TaskQueue]]) -> tuple[Rank, TaskQueue] | None:
-    """The queue of the highest rank, and its rank; entries that are out of date are put right on the way."""
+    """The queue of the highest rank, and its rank;
+    entries that are out of date are put right on the way.
+    """
     while order:
         entry, number, queue = order[0]
         if entry != queue.entry:
@@ -370,7 +393,8 @@ class Worker:
         self.strays = 0  # answers for leases that it does not hold
 
     def note_stray(self) -> None:
-        """It has answered for a lease that it does not hold. None of ours does; a forger would try often.
+        """It has answered for a lease that it does not hold. None of ours does;
+        a forger would try often.
 
         Raises:
             ProtocolError: it has done so too often.
@@ -394,9 +418,11 @@ class Worker:
 
 
 class Lease:
-    """A chunk at a worker; a task's entry becomes None when it is accounted for, ``left`` counts the others.
+    """A chunk at a worker; a task's entry becomes None when it is accounted for,
+    ``left`` counts the others.
 
-    It ``is_stuck`` when something came back that had waited at its worker, perhaps behind it, and it has shown nothing for long.
+    It ``is_stuck`` when something came back that had waited at its worker, perhaps behind it, and
+    it has shown nothing for long.
     """
 
     __slots__ = (

@@ -1,10 +1,12 @@
 """Why tasks wait: what a broker says of each, and when a client tells its user.
 
 Rules
-    1. That every slot is taken is no news: slots become free. News is what no other task's end will change: nobody
-       connected may run the task, or the broker is silent.
-    2. A client asks about its own tasks while it has some, now and then; an administrator about any.
-    3. A condition is told of when it has lasted for `WARN_SECONDS`, and again every `REPEAT_SECONDS`.
+    1. That every slot is taken is no news: slots become free. News is what no other task's end will
+       change: nobody connected may run the task, or the broker is silent.
+    2. A client asks about its own tasks while it has some, now and then;
+       an administrator about any.
+    3. A condition is told of when it has lasted for `WARN_SECONDS`,
+       and again every `REPEAT_SECONDS`.
 
 That tasks wait for tasks of their own blocks nobody: they lend their slots (see `nesting`).
 """
@@ -46,7 +48,9 @@ def answer(
     workers: Collection[Worker],
     now: float,
 ) -> list[Waiting]:
-    """What the request wants to know: about one task, which is for administrators, or about all that nobody may run."""
+    """What the request wants to know: about one task, which is for administrators,
+    or about all that nobody may run.
+    """
     if asker.role != "admin":
         return stuck([client for client in clients if client.root is asker], workers)
     if not request.task:
@@ -204,7 +208,9 @@ def advice(waiting: Waiting, address: str) -> str:
 
 
 class Curiosity:
-    """When a client asks: soon after its tasks have begun to wait, then now and then until all have their outcome."""
+    """When a client asks: soon after its tasks have begun to wait,
+    then now and then until all have their outcome.
+    """
 
     def __init__(self) -> None:
         self._ask_at: float | None = None
@@ -230,7 +236,9 @@ class Conditions:
         self._due: dict[Hashable, float] = {}
 
     def observe(self, holds: Mapping[K, float], now: float) -> list[K]:
-        """Those that are due; ``holds`` has all that hold, with since when, as it is known now. What ends is forgotten."""
+        """Those that are due; ``holds`` has all that hold, with since when,
+        as it is known now. What ends is forgotten.
+        """
         self._due = {key: at for key, at in self._due.items() if key in holds}
         due = []
         for key, since in holds.items():

@@ -1,10 +1,10 @@
 """The broker's account of who came, who was refused and who left: one line an event.
 
 Rules
-    1. Payloads, keys and tokens are in none of them; a user is named by role and fingerprint. What names and reasons of
-       peers hold is escaped where the line is written (`cli.settings`).
-    2. What somebody can cause any number of times is counted: one line for each source and minute, and the next one says how
-       many more there were.
+    1. Payloads, keys and tokens are in none of them; a user is named by role and fingerprint. What
+       names and reasons of peers hold is escaped where the line is written (`cli.settings`).
+    2. What somebody can cause any number of times is counted: one line for each source and minute,
+       and the next one says how many more there were.
 """
 
 from __future__ import annotations

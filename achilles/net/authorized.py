@@ -101,7 +101,8 @@ def export(base: Path, role: str, name: str) -> Exported:
 
 
 def revoke(base: Path, which: str) -> list[Entry]:
-    """Take the keys of that name or fingerprint (or its beginning) off the list; what was taken off.
+    """Take the keys of that name or fingerprint (or its beginning) off the list;
+    what was taken off.
 
     Raises:
         AchillesError: there is none, or it is the user's own.

@@ -38,13 +38,15 @@ class Broker:
     """Serves clients and workers on sockets that are bound already.
 
     Args:
-        sockets: each with the roles that its users have at present: who is not in the mapping has none.
+        sockets: each with the roles that its users have at present:
+            who is not in the mapping has none.
         gatekeeper: the ZAP handler.
         credit: tasks that a client may have unresolved.
         limits: what else peers may have.
         reload: reads the keys anew; then those sessions are cut whose key is gone.
         awaited: the numbers of the workers that the last broker had; None: not known.
-        on_workers: is told the numbers of workers that are new and of those that are gone, before any of the new gets work.
+        on_workers: is told the numbers of workers that are new and of those that are gone,
+            before any of the new gets work.
     """
 
     def __init__(

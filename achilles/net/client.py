@@ -57,7 +57,9 @@ def connection(
 ) -> Connection:
     """A connection, not yet started, to the broker at ``address``.
 
-    ``results``: what those may name beside plain data; None: everything. ``prints``: what its tasks print is printed here, else dropped. Its key is this user's, which is in ``home``, or that of the ``join`` file.
+    ``results``: what those may name beside plain data; None: everything. ``prints``: what its tasks
+    print is printed here, else dropped. Its key is this user's,
+    which is in ``home``, or that of the ``join`` file.
 
     Raises:
         ConfigError: ``address`` is no endpoint, or the join file is not in order.
@@ -83,7 +85,8 @@ def connection(
 class Connection:
     """A client's session with the broker at ``address``, in a thread of this process.
 
-    It seals with the ``code`` key. None is for measurements against workers without one. ``is_local``: the broker is on this host.
+    It seals with the ``code`` key. None is for measurements against workers without one.
+    ``is_local``: the broker is on this host.
     """
 
     def __init__(
@@ -213,7 +216,9 @@ class Connection:
         self.call(cancel_soon)
 
     def kill(self, make_error: Callable[[], BaseException]) -> None:
-        """Fail what is unresolved, as soon as the broker has told what runs of it, which is ended where it runs."""
+        """Fail what is unresolved, as soon as the broker has told what runs of it,
+        which is ended where it runs.
+        """
 
         def kill_soon() -> None:
             self._killing = make_error

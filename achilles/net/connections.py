@@ -1,14 +1,18 @@
-"""The connections of a ROUTER, with or without a session on them: how many, for how long, and what they have sent.
+"""The connections of a ROUTER, with or without a session on them: how many, for how long,
+and what they have sent.
 
 Rules
-    1. Those of which nothing has come out yet, be it that they have shown no key, are few: one too many ends the oldest.
-       Processes of this user, which come over ipc, are no strangers: hundreds that start together are let in.
-    2. One on which no session begins, or goes on, is ended after a while; it may shake hands for as long again.
-    3. What libzmq has received and we have not is memory that no limit of its own bounds: a message of endless frames is
-       handed on only when it is whole. So the bytes of each connection are compared with those that came out of it.
+    1. Those of which nothing has come out yet, be it that they have shown no key, are few: one too
+       many ends the oldest. Processes of this user, which come over ipc, are no strangers: hundreds
+       that start together are let in.
+    2. One on which no session begins, or goes on, is ended after a while;
+       it may shake hands for as long again.
+    3. What libzmq has received and we have not is memory that no limit of its own bounds: a message
+       of endless frames is handed on only when it is whole. So the bytes of each connection are
+       compared with those that came out of it.
 
-libzmq does not tell all this. Its monitor tells descriptors, the kernel what came in on them; and a descriptor that is shut
-down, by a copy of it, ends like any other connection (research: M12, M21).
+libzmq does not tell all this. Its monitor tells descriptors, the kernel what came in on them; and a
+descriptor that is shut down, by a copy of it, ends like any other connection (research: M12, M21).
 """
 
 from __future__ import annotations
@@ -66,7 +70,9 @@ class Connection:
 
 
 class Connections:
-    """All connections of one ROUTER. ``unauthenticated_max`` and ``patience`` (seconds without a session) can be set."""
+    """All connections of one ROUTER. ``unauthenticated_max`` and ``patience`` (seconds without a
+    session) can be set.
+    """
 
     def __init__(self) -> None:
         self.unauthenticated_max = 2048
@@ -74,9 +80,8 @@ class Connections:
         self.dropped = 0  # for one of these limits
         self.on_refused: Callable[[str, str], object] | None = None  # called with source and reason
         self.by_fd: dict[int, Connection] = {}
-        self._strangers: dict[
-            int, Connection
-        ] = {}  # those that have said nothing yet, oldest first
+        # Those that have said nothing yet, oldest first
+        self._strangers: dict[int, Connection] = {}
         self._checks: deque[tuple[float, Connection]] = deque()
         self._checked_at = 0.0
         self._lenient_until = 0.0
@@ -109,7 +114,9 @@ class Connections:
             connection.is_gone = True
 
     def failed(self) -> None:
-        """Somebody did not even shake hands as it must; whose key is refused, the ZAP handler knows."""
+        """Somebody did not even shake hands as it must; whose key is refused,
+        the ZAP handler knows.
+        """
         if self.on_refused is not None:
             self.on_refused(
                 "somebody", "the connection is not encrypted, or speaks not as ZeroMQ does"
@@ -142,7 +149,9 @@ class Connections:
                 connection.cut()
 
     def hoarder(self, least: int) -> Connection | None:
-        """The one of which most came in and did not come out, if that is ``least`` bytes and more."""
+        """The one of which most came in and did not come out,
+        if that is ``least`` bytes and more.
+        """
         worst: Connection | None = None
         for connection in self.by_fd.values():
             backlog = connection.backlog() or 0
@@ -151,7 +160,9 @@ class Connections:
         return worst
 
     def silent(self, now: float, seconds: float) -> list[Connection]:
-        """Those of which the kernel does not tell what came in, and out of which nothing came for so long, or ever."""
+        """Those of which the kernel does not tell what came in,
+        and out of which nothing came for so long, or ever.
+        """
         return [
             connection
             for connection in self.by_fd.values()

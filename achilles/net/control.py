@@ -70,7 +70,9 @@ class Asking:
         raise self._peer.problem()
 
     def sees_the_end(self, timeout: float) -> bool:
-        """Whether the broker closes the connection within ``timeout`` seconds, as one that ends does last."""
+        """Whether the broker closes the connection within ``timeout`` seconds,
+        as one that ends does last.
+        """
         self._peer.send([p.Goodbye("done")])  # it waits for those who have a session
         deadline = monotonic() + timeout
         while not self._peer.was_cut_off and (now := monotonic()) < deadline:

@@ -1,10 +1,14 @@
 """The only place where a ZeroMQ socket is made.
 
 Rules
-    1. Options are set before bind and connect: libzmq copies them there, and CURVE set later protects nothing.
-    2. CURVE on every TCP socket, with a ZAP domain, enforced: libzmq lets everybody in if one of these is missing.
-    3. No routing ids of our own, no handover: a reconnected peer with a known id can be silently deaf for ever.
-    4. Nothing waits: linger 0, sends without blocking, and a monitor that tells what befell a connection.
+    1. Options are set before bind and connect: libzmq copies them there,
+       and CURVE set later protects nothing.
+    2. CURVE on every TCP socket, with a ZAP domain, enforced:
+       libzmq lets everybody in if one of these is missing.
+    3. No routing ids of our own, no handover:
+       a reconnected peer with a known id can be silently deaf for ever.
+    4. Nothing waits: linger 0, sends without blocking,
+       and a monitor that tells what befell a connection.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ from achilles.errors import (
 from achilles.runtime.shared import note_limits
 
 MAXMSGSIZE = 16 * 1024 * 1024
-RECONNECT_MAX = 2.0  # seconds between two attempts to reach a broker that is away: it is found that soon when it is back
+# Seconds between two attempts to reach a broker that is away: it is found that soon when it is back
+RECONNECT_MAX = 2.0
 IPC_PATH_MAX = 103 if sys.platform == "darwin" else 107
 LOCAL_USER = "local"  # the ZAP user of a peer on an ipc socket, whom the file system has let in
 
@@ -208,8 +213,9 @@ def bind_router(
 ) -> Bound:
     """A ROUTER on a TCP endpoint (with CURVE), on an ipc path (behind file permissions), or both.
 
-    A ZAP handler must be running in the context: ``domain`` makes libzmq ask it about everybody. The caller must hold
-    the directory of the ipc path (`net.private.BrokerLock`): libzmq lets a second socket steal it without a word.
+    A ZAP handler must be running in the context: ``domain`` makes libzmq ask it about everybody.
+    The caller must hold the directory of the ipc path (`net.private.BrokerLock`): libzmq lets a
+    second socket steal it without a word.
 
     Raises:
         InsecureBindError: TCP without keys.
@@ -272,7 +278,8 @@ def dial_dealer(
     keys: CurveKeys | None,
     pid: int = 0,
 ) -> Dialed:
-    """A DEALER that connects to ``endpoint``; TCP needs keys. ``pid``: the broker, where it is known to run on this host.
+    """A DEALER that connects to ``endpoint``; TCP needs keys. ``pid``: the broker,
+    where it is known to run on this host.
 
     Raises:
         InsecureBindError: TCP without keys.
@@ -301,7 +308,9 @@ def dial_as_intruder(
     keys: CurveKeys | None,
     events: int,
 ) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-    """A DEALER that should not be let in, keys or none, and the monitor that tells whether it was; it says nothing."""
+    """A DEALER that should not be let in, keys or none,
+    and the monitor that tells whether it was; it says nothing.
+    """
     socket = context.socket(zmq.DEALER)
     _prepare(socket)
     _take_keys(socket, endpoint, keys)
@@ -417,8 +426,8 @@ class Watch:
 class Gatekeeper:
     """The ZAP handler: answers libzmq's question who may connect, from the broker's own loop.
 
-    ``users`` maps a domain to the users of its public keys; whoever is in none is refused. On ipc sockets the file
-    system has decided already.
+    ``users`` maps a domain to the users of its public keys; whoever is in none is refused. On ipc
+    sockets the file system has decided already.
     """
 
     def __init__(
@@ -431,9 +440,8 @@ class Gatekeeper:
         self.socket.bind("inproc://zeromq.zap.01")
         self.users = users  # replaced as a whole when keys come and go
         self.refused = 0
-        self.on_refused: Callable[[str, str], object] | None = (
-            None  # called with address and reason
-        )
+        # Called with address and reason
+        self.on_refused: Callable[[str, str], object] | None = None
 
     @property
     def has_input(self) -> bool:
@@ -474,7 +482,9 @@ class Gatekeeper:
 
 
 def _is_own_process(address: bytes) -> bool:
-    """Whether a ZAP address is that of an ipc peer of this user: host:uid:gid:pid, or empty where that is unknown."""
+    """Whether a ZAP address is that of an ipc peer of this user: host:uid:gid:pid,
+    or empty where that is unknown.
+    """
     match = re.fullmatch(rb"[^:]*:(\d+):\d+:\d+", address)
     return not address if match is None else int(match[1]) == os.getuid()
 

@@ -1,14 +1,19 @@
-"""The frames of a message as libzmq takes them: all of them are made before the first is sent, and large ones are not copied.
+"""The frames of a message as libzmq takes them: all of them are made before the first is sent,
+and large ones are not copied.
 
 Rules
-    1. Nothing here fails for want of descriptors, threads or memory: what cannot be shared with libzmq is copied, and what cannot
-       even be copied is as good as lost, for the link to send again.
-    2. A message is whole or not begun. libzmq would take the next one for the rest of one that ended halfway.
+    1. Nothing here fails for want of descriptors, threads or memory: what cannot be shared with
+       libzmq is copied, and what cannot even be copied is as good as lost,
+       for the link to send again.
+    2. A message is whole or not begun. libzmq would take the next one for the rest of one that
+       ended halfway.
 
-Who shares memory with libzmq has to hear when it is done with it. pyzmq has a thread for that, its collector, with a context, hence
-two threads more and seven descriptors, and begins it when the first frame is shared. When libzmq gets none of these for a new context, it
-ends the process. So they are asked for here before: too many of them, which are given back at once. They are not had in advance, because few processes
-need them. A client on the broker's host, whose large payloads pass as references (`net.near`), does not before these cannot be had.
+Who shares memory with libzmq has to hear when it is done with it. pyzmq has a thread for that, its
+collector, with a context, hence two threads more and seven descriptors, and begins it when the
+first frame is shared. When libzmq gets none of these for a new context, it ends the process. So
+they are asked for here before: too many of them, which are given back at once. They are not had in
+advance, because few processes need them. A client on the broker's host, whose large payloads pass
+as references (`net.near`), does not before these cannot be had.
 """
 
 from __future__ import annotations
@@ -26,9 +31,8 @@ from zmq.utils import garbage  # which pyzmq would import when there may be no d
 from achilles.core.protocol import Buffer
 
 SHARED_MIN = int(zmq.COPY_THRESHOLD)  # bytes; to copy less takes less time (pyzmq's own measure)
-DESCRIPTORS = (
-    16  # a context takes five of them, a socket one, and a monitored one that is connected four
-)
+# A context takes five of them, a socket one, and a monitored one that is connected four
+DESCRIPTORS = 16
 THREADS = 6  # a context takes two, and the collector one
 RETRY_SECONDS = 1.0  # after there were too few
 
@@ -38,7 +42,8 @@ _retry_at = -math.inf
 
 
 def prepared(frames: Sequence[Buffer]) -> list[zmq.Frame] | None:
-    """The frames to be sent, those of `SHARED_MIN` bytes and more not copied: they must not change while they are under way.
+    """The frames to be sent, those of `SHARED_MIN` bytes and more not copied:
+    they must not change while they are under way.
 
     None: there is no memory for it.
     """

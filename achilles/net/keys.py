@@ -7,8 +7,9 @@
     $ACHILLES_HOME/run/*.ipc          its sockets for peers on this host
     $ACHILLES_HOME/run/broker.lock    held while it runs
 
-The broker neither reads nor makes the code key: it is in no file that the broker writes, and the join files that are sent to
-other hosts get it from ``achilles keys export``. Nothing loose is used (`net.private`), and secrets appear in no text, log or ``repr``.
+The broker neither reads nor makes the code key: it is in no file that the broker writes, and the
+join files that are sent to other hosts get it from ``achilles keys export``. Nothing loose is used
+(`net.private`), and secrets appear in no text, log or ``repr``.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ class _CodeFile(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Join(msgspec.Struct, forbid_unknown_fields=True):
-    """What a peer of one role needs to find and meet a broker. Users type ``address``, never ``worker_address``."""
+    """What a peer of one role needs to find and meet a broker.
+    Users type ``address``, never ``worker_address``.
+    """
 
     role: str
     address: str
@@ -127,7 +130,8 @@ class Join(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def run_directory(base: Path) -> Path:
-    """Where a broker's sockets are: ``run`` in its home, or a short private one where that path is none for a socket.
+    """Where a broker's sockets are: ``run`` in its home,
+    or a short private one where that path is none for a socket.
 
     Raises:
         KeyFileError: it is not private, or cannot be made.
@@ -279,7 +283,8 @@ def write_joins(
     far_worker_address: str = "",
     pid: int | None = None,
 ) -> None:
-    """Write the running broker's join files; ``pid`` is the process that users know, by default this one.
+    """Write the running broker's join files; ``pid`` is the process that users know,
+    by default this one.
 
     Raises:
         KeyFileError: a directory is loose, or cannot be written to.

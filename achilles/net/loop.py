@@ -16,10 +16,11 @@ POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)  # plain: arithmetic on pyzm
 class SocketLoop(Loop):
     """A `Loop` that waits for ZeroMQ sockets, too.
 
-    libzmq's own poll does the waiting. A socket's descriptor only tells of changes, and any call on the socket can
-    use a change up: whoever waits for the descriptor must ask the socket before each wait and after each message,
-    and each question costs more in Python than `zmq_poll` as a whole. But while a socket lies idle beside pipes, there is
-    nothing to ask: where some were told of (`has_pipes`), its descriptor is waited for as any other, until it tells of something, or
+    libzmq's own poll does the waiting. A socket's descriptor only tells of changes, and any call on
+    the socket can use a change up: whoever waits for the descriptor must ask the socket before each
+    wait and after each message, and each question costs more in Python than `zmq_poll` as a whole.
+    But while a socket lies idle beside pipes, there is nothing to ask: where some were told of
+    (`has_pipes`), its descriptor is waited for as any other, until it tells of something, or
     somebody uses a socket (`uses_sockets`).
     """
 
@@ -33,7 +34,9 @@ class SocketLoop(Loop):
     def watch(
         self, socket: zmq.Socket[bytes], callback: Callable[[], object], *, write: bool = False
     ) -> None:
-        """Call ``callback`` when ``socket`` has a message (or takes one, with ``write``); again to change that."""
+        """Call ``callback`` when ``socket`` has a message (or takes one, with ``write``);
+        again to change that.
+        """
         self.unwatch(socket)
         self._callbacks_by_socket[socket] = callback
         self._items.insert(0, (socket, POLLIN | POLLOUT if write else POLLIN))
@@ -48,7 +51,9 @@ class SocketLoop(Loop):
             super().unregister(socket.FD)
 
     def has_pipes(self, more: int) -> None:
-        """There are so many more pipes, through which messages go instead of through sockets; or fewer."""
+        """There are so many more pipes, through which messages go instead of through sockets;
+        or fewer.
+        """
         had_some = self.pipes > 0
         self.pipes += more
         for socket in self._callbacks_by_socket if had_some != (self.pipes > 0) else ():

@@ -1,4 +1,6 @@
-"""The memory of brokers and workers: what of it is kept for the next large message, and who has to go when the broker's is too much."""
+"""The memory of brokers and workers: what of it is kept for the next large message, and who has to
+go when the broker's is too much.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class MemoryWatch:
-    """Looks at the memory of this process, and ends whoever has most of it while it is more than ``limit`` bytes (0: any).
+    """Looks at the memory of this process, and ends whoever has most of it while it is more than
+    ``limit`` bytes (0: any).
 
     ``end_largest(now)`` ends the session that holds most; whether there was one.
     """
@@ -76,9 +79,11 @@ class MemoryWatch:
 
 
 class Leftovers:
-    """Has the C library keep the memory of large messages for the next ones; it would give each back at once, and take new.
+    """Has the C library keep the memory of large messages for the next ones;
+    it would give each back at once, and take new.
 
-    New memory for 64 MiB takes 25 ms. What is free is given back when no large message has come for a while.
+    New memory for 64 MiB takes 25 ms. What is free is given back when no large message has come for
+    a while.
     """
 
     def __init__(self) -> None:
@@ -91,14 +96,18 @@ class Leftovers:
             mallopt(_TRIM_THRESHOLD, KEPT)
 
     def look(self, now: float, large_at: float) -> None:
-        """Give it back, if it is time; ``large_at`` is when the last large message came, or something was let go of."""
+        """Give it back, if it is time; ``large_at`` is when the last large message came,
+        or something was let go of.
+        """
         if self._looked_at < large_at <= now - CALM_SECONDS:
             self._looked_at = now
             _trim()
 
 
 def in_use() -> int:
-    """The bytes that this process has, in memory of its own or as large payloads to be handed on; 0 where that is not known."""
+    """The bytes that this process has, in memory of its own or as large payloads to be handed on;
+    0 where that is not known.
+    """
     try:
         with open("/proc/self/statm", "rb") as file:
             resident, shared = (int(number) * _PAGE for number in file.read().split()[1:3])

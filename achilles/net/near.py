@@ -1,19 +1,25 @@
-"""Large payloads between processes of one user on one host: what travels is where the memory is, not what is in it.
+"""Large payloads between processes of one user on one host:
+what travels is where the memory is, not what is in it.
 
-A message for such a peer is *folded*: runs of frames that are all of a piece of final memory (`achilles.runtime.shared`) are left out,
-and a frame before all others says which process has that memory, as which descriptor. The peer *unfolds* it: it opens that
-descriptor through ``/proc``, sees that the memory is the one that was meant and can change no more, and maps it.
+A message for such a peer is *folded*: runs of frames that are all of a piece of final memory
+(`achilles.runtime.shared`) are left out, and a frame before all others says which process has that
+memory, as which descriptor. The peer *unfolds* it: it opens that descriptor through ``/proc``, sees
+that the memory is the one that was meant and can change no more, and maps it.
 
 Rules
-    1. Only over ipc, whose sockets lie in a directory of the user's alone. Who can fold is who could read our memory anyway.
-    2. The sender has the memory until the message is acknowledged (`core.link`), so that the receiver finds it.
-    3. A message that cannot be unfolded is as good as lost. Its receiver asks for it again at once, as the link does where a
-       message is missing, after it has said that it unfolds no more (`REFUSAL`): whatever the reason is, no descriptors left,
-       no ``/proc``, or a peer in another container, from then on all comes in full on that connection.
+    1. Only over ipc, whose sockets lie in a directory of the user's alone. Who can fold is who
+       could read our memory anyway.
+    2. The sender has the memory until the message is acknowledged
+       (`core.link`), so that the receiver finds it.
+    3. A message that cannot be unfolded is as good as lost. Its receiver asks for it again at once,
+       as the link does where a message is missing, after it has said that it unfolds no more
+       (`REFUSAL`): whatever the reason is, no descriptors left, no ``/proc``, or a peer in another
+       container, from then on all comes in full on that connection.
 
 A folded message's first frame, before those that were not left out::
 
-    "am", <I pid, H pieces>, for each piece <I frames before it, i descriptor, Q inode, I frames in it>, for each of these <I size>
+    "am", <I pid, H pieces>, for each piece <I frames before it, i descriptor, Q inode, I frames in
+    it>, for each of these <I size>
 """
 
 from __future__ import annotations
@@ -31,7 +37,8 @@ from achilles.runtime.shared import Mapping, adopt, copy, store, whole
 MAGIC = b"am"
 REFUSAL = b"an"
 PIECES_MAX = 0xFFFF
-# What is smaller is sooner copied four times, into sockets and out of them, than put where it can be referred to (measured).
+# What is smaller is sooner copied four times, into sockets and out of them,
+# than put where it can be referred to (measured).
 STORE_MIN = 512 * 1024
 
 KINDS = frozenset({MAGIC, REFUSAL})  # of messages that are for this module, by how they begin
@@ -41,13 +48,17 @@ _PIECE = Struct("<IiQI")
 
 
 def store_near(parts: Sequence[Buffer], room: int) -> bytes | memoryview:
-    """A copy of the parts, one behind the other, with so much room behind it; if they are large, where `fold` can leave it out."""
+    """A copy of the parts, one behind the other, with so much room behind it; if they are large,
+    where `fold` can leave it out.
+    """
     is_large = sum(memoryview(part).nbytes for part in parts) >= STORE_MIN
     return store(parts, room) if is_large else copy(parts)
 
 
 def fold(frames: Sequence[Buffer]) -> Sequence[Buffer]:
-    """The message as it travels to a peer on this host; the same where there is nothing to be left out."""
+    """The message as it travels to a peer on this host;
+    the same where there is nothing to be left out.
+    """
     pieces: list[bytes] = []
     kept: list[Buffer] = []
     at = 0

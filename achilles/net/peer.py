@@ -1,4 +1,6 @@
-"""A connection to the broker, from a client or a worker: the socket, its renewal, and the session on it."""
+"""A connection to the broker, from a client or a worker: the socket, its renewal,
+and the session on it.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,8 @@ from achilles.net.transport import DealerPort
 BACKOFF_FIRST, BACKOFF_MAX = 0.1, RECONNECT_MAX
 ACKNOWLEDGED_BYTES = 2 << 20  # after so many in large messages the broker is told at once
 WELCOME_SECONDS = 5.0  # a socket on which a session was called for in vain for so long is replaced
-SILENCE_SECONDS = (
-    6.0  # a socket of a session on which nothing was heard for so long is replaced, too
-)
+# A socket of a session on which nothing was heard for so long is replaced, too
+SILENCE_SECONDS = 6.0
 
 Dial = Callable[[], Dialed]
 
@@ -44,13 +45,15 @@ _LOG = logging.getLogger("achilles.net")
 _ABOUT_SESSIONS = (p.Welcome, p.Gone, p.Refused)
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
-# By process; none is let go of in a fork, where it is the parent's. Not the program's own, which `zmq.Context.instance()` would be: to
-# end that one would wait for our sockets.
+# By process; none is let go of in a fork, where it is the parent's. Not the program's own, which
+# `zmq.Context.instance()` would be: to end that one would wait for our sockets.
 _contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}
 
 
 def _certainty(problem: BrokerUnreachableError | None) -> int:
-    """How much it was told, rather than guessed from a connection that ended: what is less may only follow from it."""
+    """How much it was told, rather than guessed from a connection that ended:
+    what is less may only follow from it.
+    """
     if isinstance(problem, KeyRefusedError | EncryptionMismatchError):
         return 3
     if isinstance(problem, WrongBrokerError):
@@ -59,7 +62,9 @@ def _certainty(problem: BrokerUnreachableError | None) -> int:
 
 
 def dialer_to(join: Join) -> Dial:
-    """What makes sockets to the broker that ``join`` tells of; it raises a BrokerUnreachableError if there can be none now."""
+    """What makes sockets to the broker that ``join`` tells of;
+    it raises a BrokerUnreachableError if there can be none now.
+    """
 
     def dial() -> Dialed:
         endpoint = join.endpoint()
@@ -94,8 +99,8 @@ def _context() -> zmq.Context[zmq.Socket[bytes]]:
 class Peer:
     """Keeps a session with a broker over as many sockets as that takes; ``dial`` makes one.
 
-    ``on_message(message, now)`` is called with what the broker sent, and with what befell the session: `Welcome`,
-    `Gone`, `Refused`. ``hands_on``: its large payloads are for other processes.
+    ``on_message(message, now)`` is called with what the broker sent, and with what befell the
+    session: `Welcome`, `Gone`, `Refused`. ``hands_on``: its large payloads are for other processes.
 
     Raises:
         BrokerUnreachableError: no socket can be made.
@@ -138,7 +143,9 @@ class Peer:
         return self._dialer.is_settled
 
     def is_deaf(self, now: float) -> bool:
-        """Whether nothing has been heard for so long that nobody is thought to be there, on whichever socket."""
+        """Whether nothing has been heard for so long that nobody is thought to be there,
+        on whichever socket.
+        """
         heard_at = self._dialer.heard_at or self._since
         return now > max(heard_at, self._busy_until) + SILENCE_SECONDS
 
@@ -152,7 +159,9 @@ class Peer:
         return messages
 
     def silent_for(self, now: float) -> float:
-        """Seconds since the broker's last sign of life, or since the first call; 0 while a large message may be under way."""
+        """Seconds since the broker's last sign of life, or since the first call;
+        0 while a large message may be under way.
+        """
         heard_at = self._dialer.heard_at
         return max(0.0, now - (self._since if heard_at is None else heard_at))
 
@@ -163,11 +172,15 @@ class Peer:
         )
 
     def send(self, messages: Iterable[p.Wire]) -> None:
-        """Send messages of the session; without one they are dropped (the cores have what matters)."""
+        """Send messages of the session; without one they are dropped
+        (the cores have what matters).
+        """
         self._transmit(self._dialer.send(messages))
 
     def tick(self, now: float) -> float:
-        """Heartbeats, repeated hellos, and new sockets in place of dead ones; when to call this again."""
+        """Heartbeats, repeated hellos, and new sockets in place of dead ones;
+        when to call this again.
+        """
         if now >= self._due:
             self._due = self._tick(now)
         return self._due
@@ -275,7 +288,9 @@ class Peer:
         self._port.close()
 
     def _note(self, event: WatchEvent, now: float) -> None:
-        """Remember what is wrong: not what only follows from it, as long as nothing has gone better."""
+        """Remember what is wrong: not what only follows from it,
+        as long as nothing has gone better.
+        """
         if event.is_connected or _certainty(event.problem) >= _certainty(self._problem):
             self._problem = event.problem
         if event.is_dead and self._redial_at is None:
@@ -288,7 +303,8 @@ class Peer:
         return pause
 
     def _dead_at(self) -> float:
-        """When to take the connection for dead: TCP does not tell of a peer that vanished, nor of a length that was garbled.
+        """When to take the connection for dead: TCP does not tell of a peer that vanished,
+        nor of a length that was garbled.
 
         While large messages are under way, in either direction, nothing else can be heard.
         """

@@ -1,21 +1,26 @@
-"""Two pipes beside a ZeroMQ connection between processes of one user on one host, for all that travels on it.
+"""Two pipes beside a ZeroMQ connection between processes of one user on one host,
+for all that travels on it.
 
-libzmq has a thread of its own at each end, so a message over ipc wakes three threads; one in a pipe wakes one. Over a broker
-and back that is eight wake-ups less.
+libzmq has a thread of its own at each end, so a message over ipc wakes three threads; one in a pipe
+wakes one. Over a broker and back that is eight wake-ups less.
 
-Who has dialed makes both pipes and *offers* them, in a message that says which process has them as which descriptors; the other
-side sees that they are the pipes that are meant, opens them through ``/proc``, and *accepts*. From there on it writes to its pipe, and
-the first side, as soon as it has the acceptance, says that it *switches* and does so, too. Each of these is the last message of its side over
-the connection, and before it nobody reads the pipe behind it: so nothing is lost, and no order.
+Who has dialed makes both pipes and *offers* them, in a message that says which process has them as
+which descriptors; the other side sees that they are the pipes that are meant, opens them through
+``/proc``, and *accepts*. From there on it writes to its pipe, and the first side, as soon as it has
+the acceptance, says that it *switches* and does so, too. Each of these is the last message of its
+side over the connection, and before it nobody reads the pipe behind it: so nothing is lost,
+and no order.
 
 Rules
-    1. Only over ipc, whose sockets lie in a directory of the user's alone (as in `achilles.net.near`). The connection stays, and is
-       what tells who is there: where it ends, the pipes do.
-    2. Nothing depends on them. Where they cannot be made or opened, or end, all goes over the connection. What was in pipes that end is
-       as good as lost: the link sends it again. Connections are worth more than pipes: these leave descriptors to those, and the
-       memory that a user's pipes may have to others.
-    3. Who writes to a pipe keeps it open for reading, too: a program may have SIGPIPE end it. That nobody reads any more,
-       the other pipe tells by its end.
+    1. Only over ipc, whose sockets lie in a directory of the user's alone (as in
+       `achilles.net.near`). The connection stays, and is what tells who is there:
+       where it ends, the pipes do.
+    2. Nothing depends on them. Where they cannot be made or opened, or end, all goes over the
+       connection. What was in pipes that end is as good as lost: the link sends it again.
+       Connections are worth more than pipes: these leave descriptors to those, and the memory that
+       a user's pipes may have to others.
+    3. Who writes to a pipe keeps it open for reading, too: a program may have SIGPIPE end it. That
+       nobody reads any more, the other pipe tells by its end.
 
 A message in a pipe: <I frames>, for each of them <I size>, and the frames.
 """
@@ -61,7 +66,9 @@ _ALONE = Struct("<II")  # before a frame that is a whole message
 
 
 class Ends(NamedTuple):
-    """Descriptors of two pipes: to be read, to be written, and what is only kept (see the rules)."""
+    """Descriptors of two pipes: to be read, to be written, and what is only kept
+    (see the rules).
+    """
 
     read: int
     write: int
@@ -69,7 +76,9 @@ class Ends(NamedTuple):
 
 
 class Offered(NamedTuple):
-    """Two new pipes: our ends of them, the one that the other side will write to, the message that offers them, and its number."""
+    """Two new pipes: our ends of them, the one that the other side will write to,
+    the message that offers them, and its number.
+    """
 
     ends: Ends
     theirs: int
@@ -146,7 +155,9 @@ def _offered(frame: Buffer) -> tuple[bytes, int, int, int, int, int]:
 
 
 def _leave_room(fd: int, numbers_max: int) -> None:
-    """Descriptors have the lowest number that is free; connections and the program need some, too."""
+    """Descriptors have the lowest number that is free;
+    connections and the program need some, too.
+    """
     if fd >= numbers_max:
         raise OSError(errno.EMFILE, "there are not many descriptors left")
 
@@ -166,9 +177,10 @@ def _open(pid: int, fd: int, inode: int, mode: int) -> int:
 class Pipes:
     """One side of two pipes in a loop. It is read from `begin` on.
 
-    ``on_frames(frames)`` is called for each message; none may have more frames than the codec takes, nor one of more than
-    ``frame_max`` bytes. ``on_end(error)`` is called once, when the other side has ended them or (then with the error) what came is no
-    message of ours; they are closed by then. ``theirs`` is kept for the other side until `begin`.
+    ``on_frames(frames)`` is called for each message; none may have more frames than the codec
+    takes, nor one of more than ``frame_max`` bytes. ``on_end(error)`` is called once, when the
+    other side has ended them or (then with the error) what came is no message of ours; they are
+    closed by then. ``theirs`` is kept for the other side until `begin`.
     """
 
     def __init__(
@@ -325,7 +337,8 @@ class Pipes:
         return True
 
     def _take_other(self, data: bytes, at: int, count: int, messages: list[list[Buffer]]) -> int:
-        """A message of several frames, or one that is not whole: where the next one begins, or 0 where more has to come first.
+        """A message of several frames, or one that is not whole: where the next one begins, or 0
+        where more has to come first.
 
         If it is large, its frames are read to where they stay from here on.
         """

@@ -1,6 +1,7 @@
 """Directories, files and locks that belong to this user alone.
 
-Nothing loose is used: what has another owner, is a link, or is open to others is refused, with the command that fixes it.
+Nothing loose is used: what has another owner, is a link, or is open to others is refused,
+with the command that fixes it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def read_private(path: Path, size_max: int = FILE_MAX) -> bytes:
 
 
 def write_private(path: Path, data: bytes, *, replace: bool) -> None:
-    """Write a file for this user alone, whole or not at all; without ``replace``, one that is there stands.
+    """Write a file for this user alone, whole or not at all;
+    without ``replace``, one that is there stands.
 
     Raises:
         KeyFileError: it cannot be written.
@@ -113,10 +115,13 @@ def write_private(path: Path, data: bytes, *, replace: bool) -> None:
 
 
 class BrokerLock:
-    """Holds a run directory for one broker; a second would take its sockets and join files without a word."""
+    """Holds a run directory for one broker; a second would take its sockets and join files without
+    a word.
+    """
 
     def __init__(self, path: Path, pid: int | None = None) -> None:
-        """Take the lock; a dead broker's is free, or is soon. ``pid``: the process that users know, by default this one.
+        """Take the lock; a dead broker's is free, or is soon.
+        ``pid``: the process that users know, by default this one.
 
         Raises:
             ConfigError: another broker holds it, or it cannot be made.

@@ -1,8 +1,9 @@
 """A broker's attack on its own ports, before it tells anybody where they are.
 
-Each TCP port is tried as strangers would try it: without security, with a key that nobody knows, with the keys of other
-roles, and with a frame that is larger than any may be. All at once, over the network, against the broker's own loop. Only
-the refusal that belongs to an attempt counts: a port that cannot be reached proves nothing.
+Each TCP port is tried as strangers would try it: without security, with a key that nobody knows,
+with the keys of other roles, and with a frame that is larger than any may be. All at once, over the
+network, against the broker's own loop. Only the refusal that belongs to an attempt counts: a port
+that cannot be reached proves nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from achilles.errors import SelfAttackError
 from achilles.net.endpoint import MAXMSGSIZE, CurveKeys, Endpoint, dial_as_intruder
 from achilles.net.loop import SocketLoop
 
-TIMEOUT = 20.0  # for all attempts together; they take some 20 ms, and on a machine that is busy with other things much longer
+# For all attempts together; they take some 20 ms,
+# and on a machine that is busy with other things much longer
+TIMEOUT = 20.0
 
 _EVENT = struct.Struct("=HI")
 _REFUSED_KEY, _REFUSED_MECHANISM = (
@@ -29,7 +32,8 @@ _REFUSED_KEY, _REFUSED_MECHANISM = (
 )
 _LET_IN = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 
-# ZMTP 3.0: signature, version, mechanism, as-server, filler; then a command that says how long it will be.
+# ZMTP 3.0: signature, version, mechanism, as-server, filler;
+# then a command that says how long it will be.
 _MECHANISM = b"CURVE".ljust(20, b"\0")
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + _MECHANISM + bytes(32)
 _COMMAND = struct.Struct(">BQ")
@@ -89,7 +93,8 @@ def attack(
     frame_max: int = MAXMSGSIZE,
     timeout: float = TIMEOUT,
 ) -> None:
-    """Try every door in every way; ``step`` lets the broker do its part, for at most so many seconds.
+    """Try every door in every way; ``step`` lets the broker do its part,
+    for at most so many seconds.
 
     Raises:
         SelfAttackError: one was let in, or was not refused within ``timeout`` seconds.

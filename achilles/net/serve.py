@@ -48,7 +48,8 @@ _DOORS = {CLIENTS: ("clients.ipc", (CLIENT, ADMIN)), WORKERS: ("workers.ipc", (W
 class Addresses(NamedTuple):
     """Where a broker listens; ``ipc`` and ``worker_ipc`` are None if it does so over TCP alone.
 
-    ``far_clients`` and ``far_workers`` are the same as ``clients`` and ``workers`` from other hosts.
+    ``far_clients`` and ``far_workers`` are the same as ``clients`` and ``workers`` from other
+    hosts.
     """
 
     clients: Endpoint
@@ -74,8 +75,9 @@ def serve(
 ) -> int:
     """Run a broker until ``is_stopping()`` or a shutdown; how many tasks had no result then.
 
-    Workers meet it on a port of its own, which their join file names: users never type it. ``advertise`` is what
-    other hosts call this one. ``serving``: what a supervisor tells, and is told.
+    Workers meet it on a port of its own, which their join file names: users never type it.
+    ``advertise`` is what other hosts call this one. ``serving``: what a supervisor tells,
+    and is told.
 
     Raises:
         InsecureBindError: other machines could reach the endpoint, and its keys are not in order.
@@ -162,7 +164,9 @@ def _users(home: Path) -> dict[str, dict[bytes, str]]:
 
 
 def _roles(home: Path, domain: str) -> Roles:
-    """The roles of those whom the transport has authenticated, by the user that the gatekeeper made of their key."""
+    """The roles of those whom the transport has authenticated,
+    by the user that the gatekeeper made of their key.
+    """
     _, roles = _DOORS[domain]
     found = {entry.user: frozenset({entry.role}) for entry in authorized.entries(home)}
     return {LOCAL_USER: frozenset(roles)} | {
@@ -237,10 +241,11 @@ def _bind_soon(bind: Callable[[], Bound], deadline: float) -> Bound:
 
 
 def _worker_ports(home: Path, tcp: Endpoint, clients: Endpoint | None) -> list[int]:
-    """The ports for workers to be tried in turn, so that they find the next broker where they have left this one.
+    """The ports for workers to be tried in turn,
+    so that they find the next broker where they have left this one.
 
-    First the one of a broker that was killed here, then the next to the clients', then, where no firewall has to know it,
-    any free one.
+    First the one of a broker that was killed here, then the next to the clients', then, where no
+    firewall has to know it, any free one.
     """
     ports = [tcp.port + 1] if 0 < tcp.port < 65535 else []
     try:

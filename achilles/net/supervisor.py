@@ -1,14 +1,16 @@
 """The broker's parent, which starts the process that serves anew when that dies.
 
 Rules
-    1. The parent has no socket, reads nothing that a peer sent, and keeps what the next process has to know: where the first
-       one listened, and which workers there are.
-    2. Whatever ends the serving process but its own wish, another one takes its place; `RESTARTS_MAX` times in
-       `RESTARTS_SECONDS`, then the parent gives up. A process that never listened is not started again.
-    3. Signals that ask for an end are passed on. The kernel ends the serving process when its parent is gone.
+    1. The parent has no socket, reads nothing that a peer sent, and keeps what the next process has
+       to know: where the first one listened, and which workers there are.
+    2. Whatever ends the serving process but its own wish, another one takes its place;
+       `RESTARTS_MAX` times in `RESTARTS_SECONDS`, then the parent gives up. A process that never
+       listened is not started again.
+    3. Signals that ask for an end are passed on.
+       The kernel ends the serving process when its parent is gone.
 
-Why two processes: a peer with a key can make libzmq abort, and a bug of ours can; what clients and workers have is enough
-for the next process to go on (``core.recovery``), if there is one.
+Why two processes: a peer with a key can make libzmq abort, and a bug of ours can; what clients and
+workers have is enough for the next process to go on (``core.recovery``), if there is one.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ class Stop(Protocol):
 class Serving:
     """In the serving process: what it is told, and how it reports.
 
-    ``port`` is where the one before listened (0: there was none), ``workers`` the numbers of those that it had (None: not
-    known), ``pid`` is the parent's: the one that users know.
+    ``port`` is where the one before listened (0: there was none), ``workers`` the numbers of those
+    that it had (None: not known), ``pid`` is the parent's: the one that users know.
     """
 
     def __init__(self, pid: int, port: int, workers: frozenset[int] | None, notes: int) -> None:
@@ -66,7 +68,9 @@ class Serving:
         self._tell({"port": port})
 
     def is_over(self) -> None:
-        """It ends because it was asked to, whatever its exit code will be: what it said last may find no room."""
+        """It ends because it was asked to, whatever its exit code will be:
+        what it said last may find no room.
+        """
         self._tell({"over": True})
 
     def has_workers(self, new: set[int], gone: set[int]) -> None:
@@ -96,7 +100,8 @@ class Supervisor:
         self._is_over = False
 
     def start(self) -> Serving:
-        """Fork. Returns in each serving process; the parent exits from here, with the last one's exit code.
+        """Fork. Returns in each serving process; the parent exits from here,
+        with the last one's exit code.
 
         Raises:
             SystemExit: in the parent.

@@ -3,15 +3,17 @@
 Rules
     1. A socket is used by the loop's thread alone.
     2. Nothing here blocks, and nothing here is trusted to arrive: see ``core.link``.
-    3. A message is handed on as soon as it is read, one for each time that a socket is found ready, so that none
-       waits for others to be read, and no socket for another.
-    4. A routing id says where to send an answer, never who asks: ZeroMQ lets a peer take the id of one that has just gone.
-       Connection and user are those that libzmq attaches to each message.
-    5. A message has at most `FRAMES_MAX` frames. What goes on beyond that is handed on as far as it was read, for the
-       codec to refuse, and the rest is read and dropped, a little at a time.
+    3. A message is handed on as soon as it is read, one for each time that a socket is found ready,
+       so that none waits for others to be read, and no socket for another.
+    4. A routing id says where to send an answer, never who asks: ZeroMQ lets a peer take the id of
+       one that has just gone. Connection and user are those that libzmq attaches to each message.
+    5. A message has at most `FRAMES_MAX` frames. What goes on beyond that is handed on as far as it
+       was read, for the codec to refuse, and the rest is read and dropped, a little at a time.
     6. To and from a peer of this host large payloads pass as references; see ``net.near``.
-    7. A message is sent whole or not at all, whatever this process has run out of; see ``net.frames``.
-    8. To and from a peer of this host everything goes through pipes, where there can be some; see ``net.pipes``.
+    7. A message is sent whole or not at all, whatever this process has run out of;
+       see ``net.frames``.
+    8. To and from a peer of this host everything goes through pipes, where there can be some;
+       see ``net.pipes``.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from achilles.net.pipes import Pipes
 OUTBOX_MAX = 10_000
 DROPPED_AT_ONCE = 1000  # frames, while other sockets wait
 UNKNOWN_FD = -1
-KIND = 2  # bytes with which a message begins, by which those for the codec and those for us are told apart
+# Bytes with which a message begins, by which those for the codec and those for us are told apart
+KIND = 2
 
 # Plain integers: arithmetic on pyzmq's enums costs more than the calls that it is for.
 NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
@@ -64,10 +67,12 @@ _LOG = logging.getLogger("achilles.net")
 
 
 class DealerPort:
-    """A DEALER in a loop. What it sends while there is no connection is dropped: the link sends it again.
+    """A DEALER in a loop. What it sends while there is no connection is dropped:
+    the link sends it again.
 
-    ``on_frames(frames)`` is called for each message. ``is_local``: it is connected over ipc. Then `fold` does
-    something, unless ``folds`` is set to False, and so does `offer_pipes`; ``hands_on``: what comes may be folded again.
+    ``on_frames(frames)`` is called for each message. ``is_local``: it is connected over ipc. Then
+    `fold` does something, unless ``folds`` is set to False, and so does `offer_pipes`;
+    ``hands_on``: what comes may be folded again.
     ``on_pipes_lost()``: what was in pipes may not have arrived.
     """
 
@@ -99,7 +104,9 @@ class DealerPort:
         return near.fold(frames) if self.folds else frames
 
     def offer_pipes(self) -> None:
-        """A connection was made: have all that follows go through pipes, if it is a local one and there can be some."""
+        """A connection was made: have all that follows go through pipes,
+        if it is a local one and there can be some.
+        """
         self._drop_pipes()
         if not self._is_local or not pipes.IS_AVAILABLE:
             return
@@ -120,7 +127,9 @@ class DealerPort:
         self._drop_pipes()
 
     def _take_answer(self, kind: bytes, frame: Buffer) -> None:
-        """What became of the pipes that were offered; an earlier connection's answer may come late."""
+        """What became of the pipes that were offered;
+        an earlier connection's answer may come late.
+        """
         offer = self._offer
         if offer is None or pipes.answered(frame) != self._offered:
             return
@@ -216,10 +225,12 @@ class DealerPort:
 
 
 class Route:
-    """A peer's connection to a ROUTER, as long as it lasts, and the user that the transport has authenticated there.
+    """A peer's connection to a ROUTER, as long as it lasts,
+    and the user that the transport has authenticated there.
 
-    An empty ``user`` is one whom nothing vouches for; ``fd`` is the connection's descriptor, where libzmq tells it. If it
-    ``is_local``, it came over ipc; then `fold` does something, unless ``folds`` is set to False.
+    An empty ``user`` is one whom nothing vouches for; ``fd`` is the connection's descriptor, where
+    libzmq tells it. If it ``is_local``, it came over ipc; then `fold` does something,
+    unless ``folds`` is set to False.
     """
 
     __slots__ = ("connection", "fd", "folds", "identity", "is_local", "pipes", "port", "user")
@@ -242,7 +253,8 @@ class Route:
 class RouterPort:
     """A ROUTER in a loop.
 
-    ``on_frames(route, frames)`` is called for each message, ``on_closed(route)`` when a route's connection has ended.
+    ``on_frames(route, frames)`` is called for each message,
+    ``on_closed(route)`` when a route's connection has ended.
     """
 
     def __init__(
@@ -268,7 +280,8 @@ class RouterPort:
         self._monitor = socket.get_monitor_socket(_ACCEPTED | _DISCONNECTED | sum(_FAILED))
         loop.watch(socket, self._receive)
         loop.register(self._monitor.FD, self._look_for_closed)
-        self._look_for_closed()  # a descriptor signals only to a reader that has found its socket empty
+        # A descriptor signals only to a reader that has found its socket empty
+        self._look_for_closed()
 
     def send(self, route: Route, frames: Sequence[Buffer]) -> None:
         """Send, or keep for later; to a route that is gone, drop."""
@@ -311,7 +324,8 @@ class RouterPort:
         self._socket.close(0)
 
     def _send_to(self, route: Route, frames: Sequence[Buffer]) -> bool:
-        """Send without blocking; False if the route's connection does not take it now. For want of memory it may be lost.
+        """Send without blocking; False if the route's connection does not take it now.
+        For want of memory it may be lost.
 
         Raises:
             zmq.ZMQError: the route is gone.
@@ -371,7 +385,9 @@ class RouterPort:
             self._on_frames(route, frames)
 
     def _accept_pipes(self, route: Route, frames: list[Buffer]) -> list[Buffer]:
-        """From here on all goes through these pipes, if they can be had; what is for the codec to refuse."""
+        """From here on all goes through these pipes, if they can be had;
+        what is for the codec to refuse.
+        """
         self._drop_pipes(route)
         try:
             number = pipes.number_of(frames[0])
@@ -426,7 +442,8 @@ class RouterPort:
         route = self._routes.get(identity)
         if route is not None and route.fd == fd and route.user == user:
             return route
-        self._look_for_closed()  # before a number that is free again is taken for the former connection's
+        # Before a number that is free again is taken for the former connection's
+        self._look_for_closed()
         if identity in self._routes:
             self._end(self._routes[identity])
         if fd in self._route_by_fd:
@@ -468,7 +485,9 @@ class RouterPort:
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
-    """Send without blocking; False if the socket does not take it now. For want of memory it may be lost."""
+    """Send without blocking; False if the socket does not take it now.
+    For want of memory it may be lost.
+    """
     try:
         if len(frames) == 1:
             _send_one(socket, frames[0], NOBLOCK)
@@ -519,7 +538,9 @@ def _unfold(
 
 
 def _receive_rest(socket: zmq.Socket[bytes], frames: list[Buffer]) -> bool:
-    """The remaining frames of a message, none of them copied; whether there are more than a message can have."""
+    """The remaining frames of a message, none of them copied;
+    whether there are more than a message can have.
+    """
     for _ in range(FRAMES_MAX):
         frame: Any = socket.recv(NOBLOCK, copy=False)
         frames.append(memoryview(frame))

@@ -1,4 +1,6 @@
-"""The worker's shell: a session with the broker, the agent's core, and the host of the runners. No user code."""
+"""The worker's shell: a session with the broker, the agent's core, and the host of the runners.
+No user code.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class Worker:
 
     Args:
         dial: makes a socket to the broker's endpoint for workers.
-        code: the code key: its runners run what clients have sealed with it, and nothing else. None is for measurements.
+        code: the code key: its runners run what clients have sealed with it, and nothing else.
+            None is for measurements.
         name: what the worker is called in status and errors.
         memory_limit: bytes that a runner may have for itself; None: any number.
         captures: what tasks print goes to their client, instead of where our own output goes.
@@ -103,11 +106,12 @@ class Worker:
     ) -> int:
         """Work until the broker ends the session, or a drain is over; how many tasks were given up.
 
-        ``wanted_end()``: 0 to go on, 1 to drain, 2 to end now. ``on_draining(running)`` is called when it takes no more
-        tasks, with how many run. What has ended it is in ``ended_by`` then.
+        ``wanted_end()``: 0 to go on, 1 to drain, 2 to end now. ``on_draining(running)`` is called
+        when it takes no more tasks, with how many run. What has ended it is in ``ended_by`` then.
 
         Raises:
-            BrokerUnreachableError: no session within ``connect_timeout`` seconds, or the broker refused or revoked it.
+            BrokerUnreachableError: no session within ``connect_timeout`` seconds,
+                or the broker refused or revoked it.
         """
         self._on_joined = on_joined
         is_draining = False
@@ -247,7 +251,9 @@ class Worker:
                 self._sends += self._agent.receive(p.RunnerGrown(number, text), now)
 
     def _hold_unsent(self, now: float) -> None:
-        """What was meant for the last session's broker is not for this one, before it has heard what it is about."""
+        """What was meant for the last session's broker is not for this one,
+        before it has heard what it is about.
+        """
         unsent = [message for to, message in self._sends if to == "broker"]
         self._agent.hold(unsent, now)  # type: ignore[arg-type]
         self._sends = deque(send for send in self._sends if send.to != "broker")
@@ -274,7 +280,9 @@ class Worker:
             self._leave(now, has_sent=bool(outgoing))
 
     def _leave(self, now: float, *, has_sent: bool) -> None:
-        """A drain is over: say so and end, when the broker has all reports. They may be large, and a closed socket drops them."""
+        """A drain is over: say so and end, when the broker has all reports. They may be large,
+        and a closed socket drops them.
+        """
         peer = self._peer
         if self._farewell is None or peer.is_settled or peer.is_deaf(now):
             peer.send([] if self._farewell is None else [self._farewell])

@@ -1,16 +1,21 @@
-"""An allow-list for results: what they may hold is named, so that a worker's key is no code on the client's machine.
+"""An allow-list for results: what they may hold is named,
+so that a worker's key is no code on the client's machine.
 
 Unpickling calls what the pickle names. With the list it may name:
 
-- the plain types of Python and of a few modules of data (`PLAIN`), and the exceptions of Python and of achilles;
+- the plain types of Python and of a few modules of data
+  (`PLAIN`), and the exceptions of Python and of achilles;
 - for ``"numpy"``: arrays, data types and scalars;
-- for a module or package, ``"mypackage.types"``: the classes that are defined in it. Whoever lists it trusts their constructors;
+- for a module or package, ``"mypackage.types"``: the classes that are defined in it. Whoever lists
+  it trusts their constructors;
 - for ``"mypackage.types.make"``: just that.
 
-What makes code of data (`MAKERS`, and all else of builtins) is never allowed, listed or not: whoever has that has everything. So
-functions and classes of the program itself, which travel by value, are in no result then.
+What makes code of data (`MAKERS`, and all else of builtins) is never allowed, listed or not:
+whoever has that has everything. So functions and classes of the program itself, which travel by
+value, are in no result then.
 
-Everything else fails the task's future with a `ResultUnpickleError` that names it, before it is even imported.
+Everything else fails the task's future with a `ResultUnpickleError` that names it,
+before it is even imported.
 """
 
 from __future__ import annotations
@@ -77,7 +82,9 @@ class Allowed:
         return _Unpickler(self, data, buffers).load()
 
     def permits(self, module: str, name: str) -> bool:
-        """Whether the text of a name does not rule it out; classes of a listed module are still to be looked at."""
+        """Whether the text of a name does not rule it out;
+        classes of a listed module are still to be looked at.
+        """
         full = f"{module}.{name}"
         if name in PLAIN.get(module, ()):
             return True

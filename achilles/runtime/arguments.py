@@ -1,28 +1,35 @@
-"""Large parts of calls that travel once, however many calls they are in, and are referred to by number.
+"""Large parts of calls that travel once, however many calls they are in,
+and are referred to by number.
 
 Rules
-    1. What a task gets is the value at the call of `submit`. So ``bytes`` and ``str`` are known again by their identity
-       (and kept alive while they are known); what can be written to (NumPy's arrays and the like) by its place and size
-       in memory, and then its bytes are compared with those that were sent, unless the kernel knows that none was
-       written since (`achilles.runtime.written`).
-    2. Only what has `SHARE_MIN` bytes or more is looked at. Buffers come by themselves, from wherever they are in the
-       arguments (pickle protocol 5); bytes and str are looked for near the top of them, once a large pickle was seen.
+    1. What a task gets is the value at the call of `submit`. So ``bytes`` and ``str`` are known
+       again by their identity (and kept alive while they are known); what can be written to
+       (NumPy's arrays and the like) by its place and size in memory, and then its bytes are
+       compared with those that were sent, unless the kernel knows that none was written since
+       (`achilles.runtime.written`).
+    2. Only what has `SHARE_MIN` bytes or more is looked at. Buffers come by themselves, from
+       wherever they are in the arguments (pickle protocol 5); bytes and str are looked for near the
+       top of them, once a large pickle was seen.
     3. A number stands for the same bytes for ever.
-    4. What was given once is kept no longer than its tasks are unresolved; what was given again is kept after that, up
-       to ``bytes_kept``, the latest uses first.
+    4. What was given once is kept no longer than its tasks are unresolved; what was given again is
+       kept after that, up to ``bytes_kept``, the latest uses first.
     5. Each task has the bytes for itself, to write to; see `achilles.runtime.shared.fresh`.
 
-Why compare: the copy that was sent is there anyway, and comparing runs at the speed of memory. For 64 MiB, memcmp takes 4.4 ms,
-SHA-256 56 ms, BLAKE2b 99 ms, and another copy into a memfd 14 to 30 ms; what has changed is known at its first page. But 200
-calls with one array are 200 comparisons, so memory is watched: what is very large from its first call on, for as long as that runs,
-the rest once it was found equal. What was found changed is not watched until it is found equal, so that whoever writes to an array
-between any two calls pays for that once.
+Why compare: the copy that was sent is there anyway, and comparing runs at the speed of memory. For
+64 MiB, memcmp takes 4.4 ms, SHA-256 56 ms, BLAKE2b 99 ms, and another copy into a memfd 14 to 30
+ms; what has changed is known at its first page. But 200 calls with one array are 200 comparisons,
+so memory is watched: what is very large from its first call on, for as long as that runs, the rest
+once it was found equal. What was found changed is not watched until it is found equal, so that
+whoever writes to an array between any two calls pays for that once.
 
-A payload that refers to others (all of the same call's function and arguments share one count of numbers)::
+A payload that refers to others (all of the same call's function and arguments share one count of
+numbers)::
 
-    03, <I n>, (n+1) times <Q size>, n times <Q number>, the pickle, then those buffers whose number is 0, each aligned to 64
+    03, <I n>, (n+1) times <Q size>, n times <Q number>, the pickle,
+    then those buffers whose number is 0, each aligned to 64
 
-A number that is not 0 is that of the buffer, which is not here. Persistent ids of the pickle are ``(kind, number)``.
+A number that is not 0 is that of the buffer, which is not here.
+Persistent ids of the pickle are ``(kind, number)``.
 """
 
 from __future__ import annotations
@@ -106,7 +113,9 @@ class Attached:
 def join_attached(
     payload: bytes | memoryview | Attached, function: bytes | Attached
 ) -> tuple[bytes | memoryview, bytes | Attached, tuple[int, ...]]:
-    """A call's payload and function, with what both refer to attached to the function; and its numbers, in order."""
+    """A call's payload and function, with what both refer to attached to the function;
+    and its numbers, in order.
+    """
     both: dict[int, Shared] = {}
     for one in (payload, function):
         if isinstance(one, Attached):
@@ -121,7 +130,9 @@ def join_attached(
 
 
 class _Entry:
-    """What was sent of one place in memory, or of one object (which it keeps alive, to know it by its identity)."""
+    """What was sent of one place in memory, or of one object
+    (which it keeps alive, to know it by its identity).
+    """
 
     __slots__ = ("__weakref__", "kept", "number", "obj", "reference", "sample", "watch")
 
@@ -160,8 +171,9 @@ class _Entry:
 class ArgumentTable:
     """What large parts the calls of one executor have. Threads may share it.
 
-    ``store`` makes the copies of them: in memory that can be handed on (`shared.store`), or not (`shared.copy`).
-    ``is_far``: the calls are for other machines. ``is_sealed``: there is to be room for a seal behind what is stored.
+    ``store`` makes the copies of them: in memory that can be handed on (`shared.store`), or not
+    (`shared.copy`). ``is_far``: the calls are for other machines. ``is_sealed``: there is to be
+    room for a seal behind what is stored.
     """
 
     def __init__(
@@ -198,7 +210,8 @@ class ArgumentTable:
         return self._store(parts, self._rooms[0])
 
     def encode(self, obj: object) -> Encoded | Attached:
-        """A payload of ``obj``, as `achilles.runtime.serialize.encode` makes it, or one that refers to others.
+        """A payload of ``obj``, as `achilles.runtime.serialize.encode` makes it,
+        or one that refers to others.
 
         Raises:
             Exception: as `encode` does.
@@ -447,7 +460,9 @@ class _Loader(Unpickler):
 
 
 def take(kind: int, payload: Buffer, behind: int = 0) -> Any:
-    """What a task gets for the payload of something shared; ``behind`` it are so many bytes that are not of it."""
+    """What a task gets for the payload of something shared;
+    ``behind`` it are so many bytes that are not of it.
+    """
     if kind == BUFFER:
         buffer = fresh(payload)  # of memory that is mapped as a whole
         return memoryview(buffer)[: len(buffer) - behind] if behind else buffer

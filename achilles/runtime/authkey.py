@@ -1,7 +1,8 @@
-"""The key by which processes of one program recognise each other, as multiprocessing's own children have it.
+"""The key by which processes of one program recognise each other,
+as multiprocessing's own children have it.
 
-With it a task may use proxies of its program's `multiprocessing.Manager`. Few tasks do, and loading multiprocessing
-takes longer than a runner's start, so the key waits until a task loads it.
+With it a task may use proxies of its program's `multiprocessing.Manager`. Few tasks do, and loading
+multiprocessing takes longer than a runner's start, so the key waits until a task loads it.
 """
 
 from __future__ import annotations

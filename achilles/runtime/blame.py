@@ -1,7 +1,8 @@
-"""Which part of a call cannot be pickled, in words: what the pickler says seldom tells where that is.
+"""Which part of a call cannot be pickled, in words:
+what the pickler says seldom tells where that is.
 
-All of this runs only when something cannot: parts are pickled one by one until one fails alone. What a class pickles by methods
-of its own is not looked into.
+All of this runs only when something cannot: parts are pickled one by one until one fails alone.
+What a class pickles by methods of its own is not looked into.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def argument_error(
     role: str = "",
     is_far: bool = False,
 ) -> ArgumentPickleError:
-    """The error that names the argument that cannot be pickled; ``role`` is said before the function's name."""
+    """The error that names the argument that cannot be pickled;
+    ``role`` is said before the function's name.
+    """
     names = _parameter_names(fn, len(args))
     labelled: list[Part] = [
         *((f"argument {at + 1}{names[at]}", value) for at, value in enumerate(args)),
@@ -106,7 +109,9 @@ def _first_bad(parts: Iterable[Part]) -> Part | None:
 
 
 def _culprit(fn: Any) -> tuple[str, str]:
-    """What of a callable cannot be pickled (empty if that is none of its parts alone), and what to do."""
+    """What of a callable cannot be pickled (empty if that is none of its parts alone),
+    and what to do.
+    """
     if isinstance(fn, functools.partial):
         held = [
             *((f"argument {at + 1} of the partial", value) for at, value in enumerate(fn.args)),
@@ -161,7 +166,9 @@ def _held_by(fn: FunctionType) -> Iterator[Part]:
 
 
 def _place(value: object) -> str:
-    """Where in an object what cannot be pickled is, as ``.session.lock``; empty if that is not known."""
+    """Where in an object what cannot be pickled is,
+    as ``.session.lock``; empty if that is not known.
+    """
     place = ""
     for _ in range(DEPTH_MAX):
         bad = _first_bad(_members(value))

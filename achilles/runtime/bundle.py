@@ -1,11 +1,14 @@
 """Many short calls of a map as one task: what a runner does with it.
 
 Rules
-    1. Each call is as if it were alone: what it raises or cannot return is its own, and what it returned is what it was at that
-       moment, shared with no other result. Only plain immutable values wait to be pickled together.
-    2. Nothing waits behind a call that takes long: after `STUCK_SECONDS` a thread takes back what has not started, and
-       tells it in a letter, with the results so far. (It needs the GIL, as everything here; while a call holds that, it waits.)
-    3. The letter is news, no more: the task's own result says all of it again, for whoever has not got the letter.
+    1. Each call is as if it were alone: what it raises or cannot return is its own, and what it
+       returned is what it was at that moment, shared with no other result. Only plain immutable
+       values wait to be pickled together.
+    2. Nothing waits behind a call that takes long: after `STUCK_SECONDS` a thread takes back what
+       has not started, and tells it in a letter, with the results so far. (It needs the GIL, as
+       everything here; while a call holds that, it waits.)
+    3. The letter is news, no more: the task's own result says all of it again,
+       for whoever has not got the letter.
 
 A runner imports this module: what it does not need at once is imported late.
 """
@@ -42,7 +45,9 @@ os.register_at_fork(after_in_child=lambda: _forks.append(os.getpid()))
 
 
 class Bundle:
-    """Calls ``fn`` for every ``width`` arguments of ``flat``, one call after the other; ``id`` is the task's."""
+    """Calls ``fn`` for every ``width`` arguments of ``flat``, one call after the other;
+    ``id`` is the task's.
+    """
 
     __slots__ = ("fn",)
 
@@ -50,7 +55,9 @@ class Bundle:
         self.fn = fn
 
     def __call__(self, flat: Sequence[Any], width: int, id: int) -> Parts:
-        """What the calls returned, as far as they were made; None for those whose outcomes are in the dict, by index."""
+        """What the calls returned, as far as they were made;
+        None for those whose outcomes are in the dict, by index.
+        """
         waiting: deque[Any] = deque(flat if width == 1 else zip(*[iter(flat)] * width))
         count = len(waiting)
         values: list[Any] = []
@@ -123,7 +130,9 @@ def _watch(
     id: int,
     count: int,
 ) -> None:
-    """Wait for the end of a bundle; if a call of it takes too long, take back what has not started."""
+    """Wait for the end of a bundle; if a call of it takes too long,
+    take back what has not started.
+    """
     if is_over.acquire(timeout=STUCK_SECONDS):
         return
     try:

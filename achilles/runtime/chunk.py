@@ -1,4 +1,5 @@
-"""Many short calls as one task: what `achilles.Pool` sends where a call costs less than a task does.
+"""Many short calls as one task: what `achilles.Pool` sends where a call costs less than a task
+does.
 
 A runner imports this module: what it does not need at once is imported late.
 """
@@ -17,9 +18,11 @@ FOREVER = float("inf")
 
 
 class Chunk:
-    """Calls ``func`` with one item after the other: as its argument, or with ``is_star`` as its arguments.
+    """Calls ``func`` with one item after the other: as its argument,
+    or with ``is_star`` as its arguments.
 
-    After ``seconds`` it starts no further call: who made the chunk too long gives the rest out again, better cut.
+    After ``seconds`` it starts no further call:
+    who made the chunk too long gives the rest out again, better cut.
     """
 
     def __init__(
@@ -31,7 +34,9 @@ class Chunk:
         functools.update_wrapper(self, func, updated=())  # errors name the user's function
 
     def __call__(self, items: Sequence[Any]) -> tuple[list[Any], dict[int, bytes]]:
-        """What the calls returned, as far as they were made, and by index the errors of those that raised."""
+        """What the calls returned, as far as they were made,
+        and by index the errors of those that raised.
+        """
         func, is_star = self.func, self.is_star
         values: list[Any] = []
         errors: dict[int, bytes] = {}

@@ -1,14 +1,16 @@
 """Which bytes a function is sent as, and whether they were sent before.
 
 Rules
-    1. What runs is the function as it was at the call of `submit`: a redefined function, or a changed global that
-       it uses, is seen.
-    2. A function that travels by reference (importable, of no module that is the program's own) is pickled once.
-    3. One that travels by value is pickled once per *fingerprint*: all that its pickle depends on, compared by
-       identity. What can change without becoming another object (a list, an instance) has no fingerprint, and what
-       depends on it is pickled at each call. A class of the program has one if all of its methods have, and its attributes.
-    4. Functions that are likely to come again get a number, under which workers keep them. A small one that may
-       be used only once travels with its call.
+    1. What runs is the function as it was at the call of `submit`: a redefined function, or a
+       changed global that it uses, is seen.
+    2. A function that travels by reference
+       (importable, of no module that is the program's own) is pickled once.
+    3. One that travels by value is pickled once per *fingerprint*: all that its pickle depends on,
+       compared by identity. What can change without becoming another object (a list, an instance)
+       has no fingerprint, and what depends on it is pickled at each call. A class of the program
+       has one if all of its methods have, and its attributes.
+    4. Functions that are likely to come again get a number, under which workers keep them. A small
+       one that may be used only once travels with its call.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ _DESCRIPTORS = (
     type(NamedTuple("_Fields", [("one", int)]).one),  # type: ignore[attr-defined]
 )
 SLOT_NAMES = "__slotnames__"  # which copyreg puts into a class when the first instance is pickled
-# Dictionaries and the like that the language and its libraries make of a class, and leave as they are.
+# Dictionaries and the like that the language and its libraries make of a class,
+# and leave as they are.
 _MACHINERY = {
     *("__abstractmethods__", "__annotations__", "__annotations_cache__", "__dataclass_fields__"),
     *("__dataclass_params__", "__orig_bases__", "__parameters__", "__type_params__"),
@@ -103,8 +106,8 @@ class FunctionTable:
     def encode(self, fn: Callable[..., Any], shared: bool = False) -> tuple[int, Pickled]:
         """The function's number and pickle; number 0: it is to travel with its call.
 
-        ``shared`` says that many calls will use it, so that it gets a number at once. A number stands for the
-        same bytes for ever. Large parts of it may be attached.
+        ``shared`` says that many calls will use it, so that it gets a number at once. A number
+        stands for the same bytes for ever. Large parts of it may be attached.
 
         Raises:
             ArgumentPickleError: the function cannot be pickled.
@@ -118,7 +121,9 @@ class FunctionTable:
         return self._encode(fn, shared)
 
     def entry(self, fn: Callable[..., Any]) -> Entry | None:
-        """What tells whether the last answer for a function still holds; None: it holds for no other call."""
+        """What tells whether the last answer for a function still holds; None:
+        it holds for no other call.
+        """
         return self._entries.get(id(fn))
 
     def _encode(self, fn: Callable[..., Any], shared: bool) -> tuple[int, Pickled]:
@@ -240,8 +245,8 @@ class Watch(Protocol):
 class _Watch:
     """All that the pickle of one function that travels by value depends on.
 
-    Functions are held weakly, and cells and namespaces not at all: a function that is reachable from there
-    must not be kept alive by its own entry.
+    Functions are held weakly, and cells and namespaces not at all: a function that is reachable
+    from there must not be kept alive by its own entry.
     """
 
     __slots__ = (
@@ -418,7 +423,9 @@ def _watch_class(cls: type, waiting: list[Any]) -> _ClassWatch | None:
 
 
 def _classes_in(value: Any, depth: int = 2 * DEPTH_MAX) -> list[Any] | None:
-    """The program's classes and functions in annotations, or in what `dataclasses` and `typing` keep of a class; None: there may be others."""
+    """The program's classes and functions in annotations, or in what `dataclasses` and `typing`
+    keep of a class; None: there may be others.
+    """
     if _is_programs(value) or (isinstance(value, FunctionType) and not _is_importable(value)):
         return [value]
     if _is_fixed(value) or value is type(None) or isinstance(value, ForwardRef):
@@ -460,7 +467,9 @@ def _parts(value: Any) -> list[Any]:
 
 @functools.cache
 def _repr_codes() -> set[CodeType]:
-    """What a dataclass wraps its `__repr__` in, which has a set of what is being shown: it is no part of it."""
+    """What a dataclass wraps its `__repr__` in, which has a set of what is being shown:
+    it is no part of it.
+    """
     import dataclasses
     import reprlib
 
@@ -537,7 +546,9 @@ def _is_importable(value: Any) -> bool:
 
 
 def _is_by_value(module: str) -> bool:
-    """Whether the module is the program's own, or it, or a package that it is in, was registered to travel by value."""
+    """Whether the module is the program's own, or it, or a package that it is in,
+    was registered to travel by value.
+    """
     return is_own(module) or any(
         module == name or module.startswith(f"{name}.") for name in by_value_modules()
     )

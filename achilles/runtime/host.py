@@ -1,4 +1,5 @@
-"""The host's side of runners: turns commands into what a child reads, and what it writes into events.
+"""The host's side of runners: turns commands into what a child reads,
+and what it writes into events.
 
 Rules
     1. Single-threaded, and nothing blocks: what a runner does not take stays in its outbox.
@@ -42,11 +43,12 @@ Register: TypeAlias = Callable[..., None]
 class RunnerHost:
     """Starts, feeds, reads and ends runners on behalf of a loop that watches descriptors.
 
-    ``register(fd, callback, write=False)`` watches ``fd`` for reading, or for both with ``write``; it is
-    called again to change that. The callbacks gather events, which `collect` hands out.
-    ``argv`` is the program's and ``authkey`` multiprocessing's, where runners belong to one program. Those that are
-    ``is_remote`` ask their client for modules that they lack. What they print is told as events if the host ``captures`` it; without
-    a task it goes to our own stderr. Runners that get the ``code`` key run sealed calls, and no others.
+    ``register(fd, callback, write=False)`` watches ``fd`` for reading, or for both with ``write``;
+    it is called again to change that. The callbacks gather events, which `collect` hands out.
+    ``argv`` is the program's and ``authkey`` multiprocessing's, where runners belong to one
+    program. Those that are ``is_remote`` ask their client for modules that they lack. What they
+    print is told as events if the host ``captures`` it; without a task it goes to our own stderr.
+    Runners that get the ``code`` key run sealed calls, and no others.
     """
 
     def __init__(
@@ -88,7 +90,8 @@ class RunnerHost:
         self.dying: set[HostedRunner] = set()  # killed, or their channel ended, but not yet gone
         self.events: list[RunnerEvent] = []
         self.life_read, self.life = life_pipe()
-        # Where all reads go: a buffer of that size, made and given back for each, costs more than what is read.
+        # Where all reads go: a buffer of that size, made and given back for each,
+        # costs more than what is read.
         self.buffer = memoryview(bytearray(READ_MAX))
         _hosts.add(self)
 
@@ -98,8 +101,9 @@ class RunnerHost:
     def apply(self, effect: RunnerCommand) -> list[RunnerEvent]:
         """Do it. The events are all those gathered so far, the answer to `Recall` among them.
 
-        A `Kill` is answered when the process is gone, which `collect` tells some milliseconds later. Commands
-        to a runner that does not exist (any more) do nothing: its death was or will be told.
+        A `Kill` is answered when the process is gone, which `collect` tells some milliseconds
+        later. Commands to a runner that does not exist (any more) do nothing:
+        its death was or will be told.
         """
         if isinstance(effect, Spawn):
             self._spawn(effect.runner)
@@ -125,7 +129,9 @@ class RunnerHost:
         return self._take_events()
 
     def collect(self) -> list[RunnerEvent]:
-        """The events gathered since; reads the stream pipes, when that is due, and looks after the dying, too."""
+        """The events gathered since; reads the stream pipes, when that is due,
+        and looks after the dying, too.
+        """
         if self.polled:
             now = time.monotonic()
             for runner in tuple(self.polled):
@@ -144,7 +150,9 @@ class RunnerHost:
         return max(now, min(runner.poll_at for runner in self.polled))
 
     def close(self, *, timeout: float) -> None:
-        """End and reap all runners; those that are idle may exit by themselves for up to ``timeout`` seconds."""
+        """End and reap all runners; those that are idle may exit by themselves for up to
+        ``timeout`` seconds.
+        """
         deadline = time.monotonic() + timeout
         runners = tuple(self.runners.values())
         for runner in runners:

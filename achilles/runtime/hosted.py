@@ -1,11 +1,13 @@
 """One runner as its host has it: what it was given, what it owes, and how it ends.
 
 Rules
-    1. A chunk's tokens are written after its command (or with it, if the socket is full). Whoever reads a token
-       owns the task: one that comes back is a task that did not start, whatever the runner did meanwhile.
+    1. A chunk's tokens are written after its command (or with it, if the socket is full). Whoever
+       reads a token owns the task: one that comes back is a task that did not start,
+       whatever the runner did meanwhile.
     2. All that a runner wrote is read before its death is told, and its process group dies with it.
-    3. A recalled chunk's command may lie unread in the socket. Its seq must not be used again before the
-       runner is past it, so then chunks are held back until the runner has answered a ``sync``.
+    3. A recalled chunk's command may lie unread in the socket. Its seq must not be used again
+       before the runner is past it, so then chunks are held back until the runner has answered a
+       ``sync``.
 
 ``achilles.runtime.runner`` draws the channel.
 """
@@ -40,7 +42,7 @@ from achilles.runtime.side import OUTPUT
 if TYPE_CHECKING:
     from achilles.runtime.host import RunnerHost
 
-LOOK_SECONDS = 0.005  # between looks after the dying, after what a runner had no room for, and for the end of what was cut
+LOOK_SECONDS = 0.005  # between looks after the dying, and after what there was no room for
 EXIT_SECONDS = 0.5  # from the end of a runner's channel to its exit
 RETIRE_SECONDS = 5.0  # the same where it was asked to exit, and runs atexit handlers
 READS_MAX = 16
@@ -156,7 +158,7 @@ class HostedRunner:
             self.send(("load", client, blob, *sent))
 
     def unload(self, command: tuple[Any, ...]) -> None:
-        """Have it forget something, soon: a runner without work would read that only with its next chunk."""
+        """Have it forget something, soon: one without work would read that with its next chunk."""
         self.send(command)
         if not (self.chunks or self.outbox or self.is_syncing or self.is_retired):
             self.is_syncing = True
@@ -251,7 +253,7 @@ class HostedRunner:
             self.host.register(self.sock.fileno(), self.read, write=is_wanted)
 
     def recall(self, *, keeps_first: bool = False) -> Counts:
-        """Take back every task that has not started, but for the first of all where nothing has; how many of which chunk."""
+        """Take back what has not started, but the first task if none has; how many by chunk."""
         taken = self.tokens.take()
         if keeps_first and taken and not self.is_retired and self._has_started_nothing(taken):
             self.tokens.write(taken[:1])
@@ -342,7 +344,7 @@ class HostedRunner:
         self.host.events.append(FromRunner(self.number, chunk.client, OUTPUT, body))
 
     def _tell_dropped(self, chunk: HostedChunk | None) -> None:
-        """The chunk's client hears no more of this runner: say how much of its output was dropped last."""
+        """The chunk's client hears no more of this runner: say how much output was dropped last."""
         client = None if chunk is None else chunk.client
         self.owed.discard(client)
         for output in self.process.outputs:
@@ -463,7 +465,7 @@ class HostedRunner:
         return data[at:]
 
     def _tell(self, results: list[Result]) -> None:
-        """Note results; together with those that came just before, for the last of a chunk comes another way than the others."""
+        """Note results, with those that came just before: a chunk's last comes another way."""
         events = self.host.events
         last = events[-1] if events else None
         if type(last) is RunnerDone and last.runner == self.number:

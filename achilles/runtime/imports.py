@@ -1,11 +1,13 @@
 """Imports of modules that only the client has: a runner asks the client of the task that it runs.
 
 Rules
-    1. The finder is the last of all: what the worker has installed wins, and an import that succeeds costs nothing.
+    1. The finder is the last of all: what the worker has installed wins,
+       and an import that succeeds costs nothing.
     2. A question waits for a bounded time; whoever does not answer has no such module.
-    3. A client's modules are its own: when the runner works for another client they are put aside, and
-       back in place when it works for theirs again.
-    4. Where calls are sealed, so are questions and answers; each answer is one to its own question, and no older one.
+    3. A client's modules are its own: when the runner works for another client they are put aside,
+       and back in place when it works for theirs again.
+    4. Where calls are sealed, so are questions and answers;
+       each answer is one to its own question, and no older one.
 """
 
 from __future__ import annotations
@@ -94,7 +96,8 @@ class ClientModules:
     # --- Questions --------------------------------------------------------------------------------
 
     def meet(self, root: bytes) -> None:
-        """Wait until the client whose session has that name has shown that it lives: what it once sealed is run again only as long as it does.
+        """Wait until the client whose session has that name has shown that it lives: what it once
+        sealed is run again only as long as it does.
 
         It is asked for a module that nobody has.
 
@@ -148,7 +151,9 @@ class ClientModules:
         return body
 
     def _take(self, client: int, body: bytes) -> None:
-        """In the reading thread: an answer has come, perhaps the second one, as a question is asked again when nobody answers."""
+        """In the reading thread: an answer has come, perhaps the second one,
+        as a question is asked again when nobody answers.
+        """
         if client != context.client:
             return
         answer = self._waiting.pop(body[:_NUMBER_SIZE], None)

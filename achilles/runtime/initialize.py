@@ -1,7 +1,8 @@
-"""Initializers as they are sent; and one that sets variables of the environment before anything of the user's is imported.
+"""Initializers as they are sent; and one that sets variables of the environment before anything of
+the user's is imported.
 
-How many threads a numeric library starts is read from the environment when it is loaded, so that must be set before the
-user's own initializer, which may load it, is even unpickled.
+How many threads a numeric library starts is read from the environment when it is loaded, so that
+must be set before the user's own initializer, which may load it, is even unpickled.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def with_environ(
     initializer: Callable[..., object] | None,
     initargs: tuple[Any, ...],
 ) -> tuple[Callable[..., object], tuple[Any, ...]]:
-    """An executor's ``initializer`` and ``initargs`` that set these variables before they call the given ones.
+    """An executor's ``initializer`` and ``initargs`` that set these variables before they call the
+    given ones.
 
     Raises:
         ArgumentPickleError, RuntimeError: as `dumps_initializer` does.

@@ -1,4 +1,5 @@
-"""How a process ends with the one that started it: at the end of a pipe whose other end that one holds, and nobody else.
+"""How a process ends with the one that started it:
+at the end of a pipe whose other end that one holds, and nobody else.
 
 A runner imports this module, so it imports next to nothing.
 """
@@ -12,7 +13,9 @@ KILL = 9  # SIGKILL; the module that names it takes long to import
 
 
 def life_pipe() -> tuple[int, int]:
-    """A pipe that tells runners of their host's end; as small as can be, for a user's pipe memory is limited."""
+    """A pipe that tells runners of their host's end; as small as can be,
+    for a user's pipe memory is limited.
+    """
     read_end, write_end = os.pipe()
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, 4096)
@@ -20,7 +23,8 @@ def life_pipe() -> tuple[int, int]:
 
 
 def die_with(life: int, code: int) -> None:
-    """Have this process end when the pipe ``life`` does, and not sooner, even while its threads hold the GIL.
+    """Have this process end when the pipe ``life`` does, and not sooner,
+    even while its threads hold the GIL.
 
     It exits with ``code`` where that was so already, or where the kernel cannot kill it.
     """

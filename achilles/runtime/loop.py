@@ -1,4 +1,6 @@
-"""Waits for descriptors, for the clock, and for other threads; what every shell's thread stands on."""
+"""Waits for descriptors, for the clock, and for other threads;
+what every shell's thread stands on.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _WAKE = struct.pack("=Q", 1)  # an eventfd wants 8 bytes
 
 
 class Loop:
-    """Watched descriptors with their callbacks, and a way to be woken. One thread waits; any may `wake` it."""
+    """Watched descriptors with their callbacks, and a way to be woken. One thread waits;
+    any may `wake` it.
+    """
 
     def __init__(self) -> None:
         self._poller = _poller()
@@ -34,7 +38,9 @@ class Loop:
             self._poller.modify(self._wake_read, select.EPOLLIN | select.EPOLLET)
 
     def register(self, fd: int, callback: Callable[[], object], *, write: bool = False) -> None:
-        """Call ``callback`` when ``fd`` can be read (or written, with ``write``); again to change that."""
+        """Call ``callback`` when ``fd`` can be read (or written, with ``write``);
+        again to change that.
+        """
         events = select.POLLIN | (select.POLLOUT if write else 0)
         if fd in self._callbacks:
             self._poller.modify(fd, events)
@@ -66,7 +72,9 @@ class Loop:
         return True
 
     def wait_for_one(self, timeout: float | None) -> None:
-        """Wait for what becomes of the only task: awake at first, where the last such wait took less than `HOT_SECONDS`."""
+        """Wait for what becomes of the only task: awake at first,
+        where the last such wait took less than `HOT_SECONDS`.
+        """
         began = perf_counter()
         soon = HOT_SECONDS if timeout is None else min(timeout, HOT_SECONDS)
         if not self._is_hot or not self.wait_awake(soon):
@@ -81,7 +89,9 @@ class Loop:
                 callback()
 
     def pollable(self) -> dict[int, bool]:
-        """For another poll: what is ready when `wait` would call something back, and whether for writing, too."""
+        """For another poll: what is ready when `wait` would call something back,
+        and whether for writing, too.
+        """
         if isinstance(self._poller, _Poll):
             return self._poller.is_written
         return {self._poller.fileno(): False}
@@ -113,10 +123,11 @@ class Loop:
 
 
 class PatientThread(threading.Thread):
-    """A thread that can still be waited for when a wait was interrupted, and started when its start was.
+    """A thread that can still be waited for when a wait was interrupted,
+    and started when its start was.
 
-    Python 3.10 and 3.11 take a thread for dead whose `join` was interrupted by Ctrl-C. And `start` waits until the thread runs, so
-    Ctrl-C can end it when that is certain already.
+    Python 3.10 and 3.11 take a thread for dead whose `join` was interrupted by Ctrl-C. And `start`
+    waits until the thread runs, so Ctrl-C can end it when that is certain already.
     """
 
     def __init__(self, target: Callable[[], object], name: str, *, daemon: bool = True) -> None:

@@ -8,7 +8,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident(pid: int) -> int:
-    """The process's resident bytes that are not shared with others (as large arguments are); 0 if it is gone."""
+    """The process's resident bytes that are not shared with others (as large arguments are);
+    0 if it is gone.
+    """
     try:
         with open(f"/proc/{pid}/statm", "rb") as file:
             _, pages, shared, *_ = map(int, file.read().split())

@@ -1,10 +1,12 @@
-"""What tasks print: read from their runner's pipes, in whole lines where that can be, and no faster than somebody can read it.
+"""What tasks print: read from their runner's pipes, in whole lines where that can be,
+and no faster than somebody can read it.
 
 Rules
     1. Nothing here blocks, and nothing waits in memory but the beginning of a line.
-    2. A client's tasks may print `BURST` bytes at once on one runner and `RATE` bytes a second in the long run, whatever others
-       print there. Where it is more, everything is dropped for `PAUSE` seconds, and then a line says how much: sooner where
-       nothing more can be told, because the client's last task here is done, or the pipe has ended.
+    2. A client's tasks may print `BURST` bytes at once on one runner and `RATE` bytes a second in
+       the long run, whatever others print there. Where it is more, everything is dropped for
+       `PAUSE` seconds, and then a line says how much: sooner where nothing more can be told,
+       because the client's last task here is done, or the pipe has ended.
     3. Each byte is sent on or counted in such a line.
 """
 
@@ -20,7 +22,9 @@ RATE = 64 << 10
 LINE_MAX = 8 << 10  # a longer line is sent in pieces
 PIECE_MAX = 32 << 10  # in one letter
 READ_MAX = 1 << 16
-READS_MAX = 32  # at once: more than a pipe holds, and no more, for who prints without an end would never let go of its host
+# At once: more than a pipe holds, and no more,
+# for who prints without an end would never let go of its host
+READS_MAX = 32
 PAUSE = 1.0
 
 
@@ -72,7 +76,9 @@ class _Quota:
         return notice + data[:end]
 
     def notice(self) -> bytes:
-        """The line that says how much was dropped, if anything was; then nothing has to be told any more."""
+        """The line that says how much was dropped, if anything was;
+        then nothing has to be told any more.
+        """
         count, self.dropped = self.dropped, 0
         return b"[achilles: %d bytes of output were dropped here]\n" % count if count else b""
 

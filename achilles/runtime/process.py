@@ -1,4 +1,6 @@
-"""A runner's process as its host has it: how it starts, the host's ends of its channel, and how it ended."""
+"""A runner's process as its host has it: how it starts, the host's ends of its channel,
+and how it ended.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ READ_MAX = 1 << 18
 
 _line_of = operator.attrgetter("line")
 
-# The directory of achilles comes last, so that nothing beside it hides the standard library; nor may the
-# current directory, while our own modules are imported.
+# The directory of achilles comes last, so that nothing beside it hides the standard library; nor
+# may the current directory, while our own modules are imported.
 _BOOTSTRAP = (
     "import sys;fds,d=map(int,sys.argv[1].split(',')),sys.argv[2];del sys.argv[1:];p=sys.path;"
     "e='' in p;e and p.remove('');d in p or p.append(d);from achilles.runtime.runner import main as m;"
@@ -75,7 +77,9 @@ class RunnerProcess:
         return f"<RunnerProcess {self.pid}>"
 
     def has_printed(self) -> bool:
-        """Whether there is output to be read, or the beginning of a line that was read before; it is asked for each result."""
+        """Whether there is output to be read, or the beginning of a line that was read before;
+        it is asked for each result.
+        """
         return bool(self.printing.poll(0)) or any(map(_line_of, self.outputs))
 
     def has_exited(self) -> bool:
@@ -95,7 +99,9 @@ class RunnerProcess:
             os.killpg(self.pid, signal.SIGKILL)
 
     def reap(self) -> int | None:
-        """Wait for it; the exit code, or minus the signal; None if the program has reaped it behind our back."""
+        """Wait for it; the exit code, or minus the signal;
+        None if the program has reaped it behind our back.
+        """
         code = self._process.wait()
         return None if self._is_reaped else code
 
@@ -110,7 +116,9 @@ class RunnerProcess:
 
 
 class TokenPipe:
-    """One byte a task, from the host to the runner; the host can take back what the runner has not read."""
+    """One byte a task, from the host to the runner;
+    the host can take back what the runner has not read.
+    """
 
     def __init__(self, ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> None:
         self._back: socket.socket | int

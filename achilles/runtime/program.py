@@ -1,17 +1,22 @@
-"""Which modules are the program's own: no import of their name leads another process to them, so what they have travels by value.
+"""Which modules are the program's own: no import of their name leads another process to them, so
+what they have travels by value.
 
 Rules
-    1. ``__main__`` is one, and ``__mp_main__``, as `multiprocessing` calls the same module in its children.
-    2. So is a loaded module to whose file an import of its name would not lead: one that was loaded from its path (a plugin, a
-       test of ``pytest --import-mode=importlib``), or whose folder is not in `sys.path` any more.
-    3. So is one at the top that was made by hand or run (`runpy`): it has no specification. One that its package makes when it
-       is imported has none either, and is found with the package.
+    1. ``__main__`` is one, and ``__mp_main__``, as `multiprocessing` calls the same module in its
+       children.
+    2. So is a loaded module to whose file an import of its name would not lead: one that was loaded
+       from its path (a plugin, a test of ``pytest --import-mode=importlib``),
+       or whose folder is not in `sys.path` any more.
+    3. So is one at the top that was made by hand or run (`runpy`): it has no specification. One
+       that its package makes when it is imported has none either, and is found with the package.
     4. So is what is below such a package.
-    5. On a runner only those of rule 1 are: what else a task loads, it loads for itself, and what came from the client, the
-       client has.
-    6. It is decided once for each module object, when a pickle or a function names it. Nothing is imported for that.
+    5. On a runner only those of rule 1 are: what else a task loads, it loads for itself, and what
+       came from the client, the client has.
+    6. It is decided once for each module object, when a pickle or a function names it.
+       Nothing is imported for that.
 
-A pickle that names nothing is not looked at; and most modules lie where their names say, which is seen without asking a finder.
+A pickle that names nothing is not looked at; and most modules lie where their names say, which is
+seen without asking a finder.
 """
 
 from __future__ import annotations
@@ -32,7 +37,9 @@ if TYPE_CHECKING:
 MAIN = "__main__"
 MAINS = frozenset({MAIN, "__mp_main__"})
 A_MAIN = b"_main__"  # which is in the names of both, and nearly nowhere else
-NAMES = 0x93  # STACK_GLOBAL, without which a pickle of protocol 4 or 5 names nothing; as a number it is found in a tenth of the time
+# STACK_GLOBAL, without which a pickle of protocol 4 or 5 names nothing;
+# as a number it is found in a tenth of the time
+NAMES = 0x93
 _FETCHED = "achilles.runtime.imports"  # has the loader of modules that came from a client
 
 _decided: dict[str, tuple[weakref.ref[ModuleType], bool]] = {}  # by name
@@ -66,7 +73,9 @@ def is_own(name: object) -> bool:
 
 
 def names_own(data: bytes) -> bool:
-    """Whether a pickle in which `NAMES` is names a module that is the program's own, or seems to."""
+    """Whether a pickle in which `NAMES` is names a module that is the program's own,
+    or seems to.
+    """
     find = data.find  # which takes a third of what `in` does
     if find(A_MAIN) >= 0:
         return True
@@ -168,7 +177,9 @@ def _is_found(name: str, module: Any) -> bool:
 
 
 def _find_spec(name: str) -> ModuleSpec | None:
-    """Find a module as an import would in another process, package by package, without running any."""
+    """Find a module as an import would in another process, package by package,
+    without running any.
+    """
     parent = name.rpartition(".")[0]
     path: Sequence[str] | None = None
     if parent:

@@ -1,4 +1,6 @@
-"""How what cloudpickle has no way for, or takes by its name only, is taken apart; each with what puts it together."""
+"""How what cloudpickle has no way for, or takes by its name only, is taken apart;
+each with what puts it together.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def _reduce_weak_keys(mapping: weakref.WeakKeyDictionary[Any, Any]) -> tuple[Any
 
 
 def _reduce_code(code: CodeType) -> tuple[Any, ...]:
-    """As cloudpickle does it, with the file's name, which 3.1.3 and later leave out: a traceback without it shows no line."""
+    """As cloudpickle does it, with the file's name, which 3.1.3 and later leave out:
+    a traceback without it shows no line.
+    """
     make, args = cloudpickle._code_reduce(code)
     return make, tuple(
         code.co_filename if type(arg) is str and arg == NO_FILE else arg for arg in args
@@ -75,7 +79,8 @@ _REDUCERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     functools.cached_property: _reduce_cached_property,
     weakref.WeakKeyDictionary: _reduce_weak_keys,
 }
-# Those of modules that are the program's own, or not here; cloudpickle as well would pickle them by their name.
+# Those of modules that are the program's own, or not here;
+# cloudpickle as well would pickle them by their name.
 _BY_NAME: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     functools._lru_cache_wrapper: _reduce_cached,
     NewType: _reduce_new_type,
@@ -91,7 +96,9 @@ _PLAIN = frozenset(
 
 
 def shared_reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:
-    """That of `multiprocessing`, where something is registered there: for its connections, for sockets, or by the program."""
+    """That of `multiprocessing`, where something is registered there: for its connections,
+    for sockets, or by the program.
+    """
     reduction = sys.modules.get("multiprocessing.reduction")
     kind = type(obj)
     if reduction is None or kind in _PLAIN:
@@ -138,7 +145,9 @@ def reducer(obj: Any) -> Callable[[Any], tuple[Any, ...]] | None:
 
 
 class ProgramPickler(CloudPickler):  # type: ignore[misc]
-    """cloudpickle's, which takes each loaded module but ``__main__`` for one that can be imported."""
+    """cloudpickle's, which takes each loaded module but ``__main__`` for one that can be
+    imported.
+    """
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, type | FunctionType) and is_own(obj.__module__):

@@ -9,15 +9,20 @@
          ── life ──▶                         closed when the host dies
 
 Rules
-    1. Without a token no task starts. The host takes tokens back to recall tasks, so what it took never runs.
-    2. A token of another chunk means that the rest of this chunk was recalled. Commands are read only then,
-       in order, up to the chunk that the token names; what is skipped on the way was recalled too. Token 0
-       names no chunk but the next ``sync`` command, which is answered by a record with seq 0.
-    3. A result is on its way before the next task starts: a timer could not send it while a task holds the GIL.
+    1. Without a token no task starts. The host takes tokens back to recall tasks,
+       so what it took never runs.
+    2. A token of another chunk means that the rest of this chunk was recalled. Commands are read
+       only then, in order, up to the chunk that the token names; what is skipped on the way was
+       recalled too. Token 0 names no chunk but the next ``sync`` command,
+       which is answered by a record with seq 0.
+    3. A result is on its way before the next task starts:
+       a timer could not send it while a task holds the GIL.
     4. Nothing that a task raises ends the runner. A channel that does not work ends it at once.
-    5. What a task changes in its process (directory, environment, signal handlers) stays for the next ones.
+    5. What a task changes in its process (directory, environment, signal handlers) stays for the
+       next ones.
     6. What a task wrote to the side channel is there before its result, which says so (`LETTERS`).
-    7. Where the setup brings a code key, nothing of a task is unpickled before its seal was found to be right.
+    7. Where the setup brings a code key, nothing of a task is unpickled before its seal was found
+       to be right.
     8. Start-up is the floor of every recovery, so this module imports next to nothing.
 """
 
@@ -51,7 +56,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn, TypeAlias
 
     from achilles.runtime.arguments import Resolve
-    from achilles.runtime.by_value import Snapshot
+    from achilles.runtime.arrivals import Snapshot
     from achilles.runtime.imports import ClientModules
     from achilles.runtime.seal import Opener
     from achilles.runtime.shared import Handoff
@@ -61,8 +66,8 @@ LENGTH = Struct("<I")
 SHARED = 0x40  # in a record's status: the payload comes by handoff, not behind the record
 LETTERS = 0x20  # the same: read the side channel first
 STREAM_MAX = 4096 - RECORD.size  # of a payload: a write of up to PIPE_BUF is whole or not at all
-# A chunk wakes the host before its end at most so often, and most are over by then; as often the host looks by itself, for results
-# that lie in the stream pipe behind a task that takes long.
+# A chunk wakes the host before its end at most so often, and most are over by then; as often the
+# host looks by itself, for results that lie in the stream pipe behind a task that takes long.
 QUIET_SECONDS = 0.086
 READ_MAX = 1 << 16
 HOT_SECONDS = 0.001  # a shorter wait for a token than this is worth a core that nobody wants
@@ -73,7 +78,7 @@ LEAVE_AT = 10  # waits in a row in which others took the core, until it is left 
 CROWDED_MAX = 200  # of those, until they are taken to want all cores
 COLD_SECONDS = 0.05  # how long a core is taken to be wanted, or not worth it, once it was
 ALIVE_SECONDS = 60.0  # for so long a client is taken to live that has shown it
-BY_VALUE = "achilles.runtime.by_value"  # imported when the first function of a program comes
+ARRIVALS = "achilles.runtime.arrivals"  # imported when the first function of a program comes
 CHANNEL_LOST = 74  # exit code (EX_IOERR): the host is gone, or a task closed our descriptors
 
 # seq, client, fn, init, payloads, attempt, blobs, root, ids
@@ -119,9 +124,8 @@ class Runner:
         self.modules: ClientModules | None = None  # of those clients that are elsewhere
         self.inits: dict[tuple[int, int], bytes | None] = {}  # how the initializers ended
         self.opener: Opener | None = None  # where calls are sealed
-        self.roots: dict[
-            int, tuple[bytes, float]
-        ] = {}  # by client, the name of its session, and until when that lives
+        # By client, the name of its session, and until when that lives
+        self.roots: dict[int, tuple[bytes, float]] = {}
         os.register_at_fork(after_in_child=self._forked)
 
     def _forked(self) -> None:
@@ -161,13 +165,14 @@ class Runner:
     def _next_token(self) -> bytes:
         """Wait for the next token; empty if the host has no more work for this runner.
 
-        Going to sleep and being woken costs more than a short task, so where tokens have been coming at short
-        intervals, the runner looks for the next one for a moment before it sleeps. And where it keeps a core busy, the
-        other threads that the next task passes through share the other cores, and are not sent to sleep and woken
-        so often: that takes a third off the round trip through a broker on two cores. It offers the core to
-        others all the while. Where they take it again and again, it goes to another core, for a thread that was last on
-        this one is woken here until the kernel has seen that it is busy; where that does not help, or no token comes, it does not
-        try again for some time.
+        Going to sleep and being woken costs more than a short task, so where tokens have been
+        coming at short intervals, the runner looks for the next one for a moment before it sleeps.
+        And where it keeps a core busy, the other threads that the next task passes through share
+        the other cores, and are not sent to sleep and woken so often: that takes a third off the
+        round trip through a broker on two cores. It offers the core to others all the while. Where
+        they take it again and again, it goes to another core, for a thread that was last on this
+        one is woken here until the kernel has seen that it is busy; where that does not help, or no
+        token comes, it does not try again for some time.
         """
         started = perf_counter()
         if self.is_hot and started > self.cold_until and started - self.got_at < HOT_SECONDS:
@@ -287,8 +292,8 @@ class Runner:
         """The next task is perhaps another client's, with modules and a program of its own."""
         if self.modules is not None:
             self.modules.switch_to(client)
-        if (by_value := sys.modules.get(BY_VALUE)) is not None:
-            by_value.switch_to(client)
+        if (arrivals := sys.modules.get(ARRIVALS)) is not None:
+            arrivals.switch_to(client)
 
     def _forget_client(self, client: int) -> None:
         """Drop what is kept of a client beside its blobs."""
@@ -297,14 +302,16 @@ class Runner:
             nested.forget(client)
         if self.modules is not None:
             self.modules.forget(client)
-        if (by_value := sys.modules.get(BY_VALUE)) is not None:
-            by_value.forget(client)
+        if (arrivals := sys.modules.get(ARRIVALS)) is not None:
+            arrivals.forget(client)
         self.roots.pop(client, None)
 
     # --- Tasks ---
 
     def _run(self, chunk: Chunk) -> bytes:
-        """Run the chunk's tasks while tokens are its own; the first token that is not (empty at the end)."""
+        """Run the chunk's tasks while tokens are its own; the first token that is not
+        (empty at the end).
+        """
         seq, client, fn, init, payloads, attempt, blobs, root, ids = chunk
         read, write, pack, clock = os.read, os.write, RECORD.pack, perf_counter
         tokens, stream = self.tokens, self.stream
@@ -378,7 +385,9 @@ class Runner:
     def _open(
         self, opener: Opener, root: int, init: int, id: int, payload: Any
     ) -> tuple[Any, tuple[int, Encoded] | None]:
-        """A sealed call's payload, and what is its result already: it is not as its client sealed it, or has no initializer."""
+        """A sealed call's payload, and what is its result already:
+        it is not as its client sealed it, or has no initializer.
+        """
         try:
             payload = opener.open_call(id, payload)
             self._meet(root, opener.root)
@@ -387,7 +396,8 @@ class Runner:
         return payload, self._initialize(root, init) if init else None
 
     def _meet(self, client: int, name: bytes) -> None:
-        """See to it that the session for which a call was sealed lives, and that what is kept of the client is its own.
+        """See to it that the session for which a call was sealed lives,
+        and that what is kept of the client is its own.
 
         Raises:
             SealError: somebody else says that it lives.
@@ -411,7 +421,9 @@ class Runner:
         return self.blobs[key] if self.opener is None else self.opener.body(key)
 
     def _resolver(self, client: int) -> Resolve:
-        """What finds the large objects that calls of this client refer to: immutable ones once, others anew."""
+        """What finds the large objects that calls of this client refer to:
+        immutable ones once, others anew.
+        """
 
         def resolve(kind: int, number: int) -> Any:
             key = (client, number)
@@ -445,8 +457,8 @@ class Runner:
             call = loads(blob, resolve)
         finally:
             context.pickle = ""
-            by_value = sys.modules.get(BY_VALUE)
-            snapshot = None if by_value is None else by_value.take_snapshot()
+            arrivals = sys.modules.get(ARRIVALS)
+            snapshot = None if arrivals is None else arrivals.take_snapshot()
         if is_stateless(call) or hasattr(call, "cache_parameters"):  # or whose state is to stay
             self.functions[client, fn] = call
             if snapshot is not None:
@@ -456,7 +468,8 @@ class Runner:
     def _initialize(self, client: int, init: int) -> tuple[int, Encoded] | None:
         """Run the client's initializer unless it ran here; the result of every task if it raised.
 
-        It is the one of the client that all is done for in the end, whichever task has submitted this one.
+        It is the one of the client that all is done for in the end,
+        whichever task has submitted this one.
         """
         key = (client, init)
         if key not in self.inits:
@@ -511,7 +524,9 @@ def _setup(
 
 
 def _print_by_line() -> None:
-    """Let each line that a task prints be seen at once, and as one, whatever PYTHONUNBUFFERED says."""
+    """Let each line that a task prints be seen at once, and as one,
+    whatever PYTHONUNBUFFERED says.
+    """
     for file in (sys.stdout, sys.stderr):
         reconfigure = getattr(file, "reconfigure", None)
         if reconfigure is not None:
@@ -571,4 +586,6 @@ def main(sock: int, tokens: int, stream: int, handoff: int, side: int, life: int
         traceback.print_exc()
         os._exit(
             1
-        )  # Python's own end waits for threads that tasks have left, while its host waits for this process
+            # Python's own end waits for threads that tasks have left,
+            # while its host waits for this process
+        )

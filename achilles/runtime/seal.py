@@ -1,21 +1,26 @@
-"""The seal on what passes through a broker: whoever lacks the code key can neither make nor change what is unpickled.
+"""The seal on what passes through a broker:
+whoever lacks the code key can neither make nor change what is unpickled.
 
-A client and a runner hold the code key, and the broker between them does not. What one unpickles, or runs, of the other ends
-in a *tag*: keyed BLAKE2b over it and over what it belongs to. It is looked at first; without it, nothing is unpickled.
+A client and a runner hold the code key, and the broker between them does not. What one unpickles,
+or runs, of the other ends in a *tag*: keyed BLAKE2b over it and over what it belongs to. It is
+looked at first; without it, nothing is unpickled.
 
-    a call      payload | session | root | tag   of: session, root, function (its tag), initializer (its number), blobs (their
-                                                 tags), task id, payload
+    a call      payload | session | root | tag   of: session, root, function (its tag), initializer
+                                                 (its number), blobs (their tags), task id, payload
     a blob      payload | tag                    of: the session whose it is, its number, payload
     a result    payload | tag                    of: session, task id, status, payload
     a letter    see `Seal.letter`                of: root, a number used once, text
 
-*session* names one client: an executor's connection, or a runner that submits for one; an executor's is random, so its
-task ids and the numbers of its blobs mean the same for ever. *root* is the session that all is done for in the end.
+*session* names one client: an executor's connection, or a runner that submits for one; an
+executor's is random, so its task ids and the numbers of its blobs mean the same for ever. *root* is
+the session that all is done for in the end.
 
 Rules
-    1. Tags are behind what they are of, so that payloads stay aligned, and their parts where they are.
-    2. One pass: BLAKE2b below `LARGE`; from there on it takes the SHA-256 of each `LEAF`, which costs 0.4 of it, and which several
-       threads compute where there are cores for them (64 MiB: 38 ms with one, 20 with two).
+    1. Tags are behind what they are of, so that payloads stay aligned,
+       and their parts where they are.
+    2. One pass: BLAKE2b below `LARGE`; from there on it takes the SHA-256 of each `LEAF`, which
+       costs 0.4 of it, and which several threads compute where there are cores for them
+       (64 MiB: 38 ms with one, 20 with two).
     3. No key, and no key-dependent state, is in any text or pickle.
 
 A runner imports this module: what it does not need at once is imported late.
@@ -88,7 +93,9 @@ class Seal:
         return state
 
     def letter(self, kind: bytes, root: bytes, once: bytes, text: Buffer) -> bytes:
-        """The tag of a letter of that kind (one byte); ``once`` has 16 bytes, and no other letter has the same."""
+        """The tag of a letter of that kind (one byte); ``once`` has 16 bytes,
+        and no other letter has the same.
+        """
         return _tag(self._letters, kind + root + once, text)
 
 
@@ -160,7 +167,9 @@ class Sealer:
     """A client's side: seals what it sends, and opens the results. Threads may share it."""
 
     def __init__(self, seal: Seal, root: bytes = b"") -> None:
-        """``root``: the name of the session on whose behalf this one is; by default it is its own."""
+        """``root``: the name of the session on whose behalf this one is;
+        by default it is its own.
+        """
         self._seal = seal
         self.session = os.urandom(NAME_SIZE)
         self.root = root or self.session
@@ -173,7 +182,9 @@ class Sealer:
         return f"<Sealer {self.session.hex()[:8]}>"
 
     def call(self, id: int, needs: Needs, function: bytes | Attached, payload: Buffer) -> bytes:
-        """What is to be put behind the payload of a call; ``function`` is its pickle, with the blobs attached to it."""
+        """What is to be put behind the payload of a call; ``function`` is its pickle,
+        with the blobs attached to it.
+        """
         state = self._states.get(needs)
         if state is None:
             state = self._begin(needs, function)
@@ -226,7 +237,9 @@ class Sealer:
 
 
 class Opener:
-    """A runner's side: opens calls and what they need, and seals their results. One chunk after the other."""
+    """A runner's side: opens calls and what they need, and seals their results.
+    One chunk after the other.
+    """
 
     behind = TAG_SIZE  # so many bytes are behind what a blob holds
 
@@ -237,9 +250,8 @@ class Opener:
         self._blobs = blobs
         self._tags: dict[Key, tuple[bytes, bytes]] = {}  # whose blob it is, and its tag
         self._chunk: tuple[Any, ...] = ()
-        self._names: bytes | None = (
-            None  # of the chunk's session and root; None before its first call
-        )
+        # Of the chunk's session and root; None before its first call
+        self._names: bytes | None = None
         self._state: State | None = None
         self._results = seal.results
         self._begun: tuple[Any, ...] = ()  # the chunk and the names that the states are for
@@ -329,7 +341,9 @@ def seal_result(state: State, id: int, status: int, data: Encoded) -> Encoded:
 
 
 def names_of(payload: Any) -> tuple[bytes, bytes]:
-    """The session and the root that a call says it is of: bytes, or a tuple of parts; nothing is checked."""
+    """The session and the root that a call says it is of: bytes, or a tuple of parts;
+    nothing is checked.
+    """
     end = b""
     for part in reversed(payload if isinstance(payload, tuple) else (payload,)):
         end = bytes(memoryview(part)[-CALL_SIZE:]) + end
@@ -340,7 +354,9 @@ def names_of(payload: Any) -> tuple[bytes, bytes]:
 
 
 def _begin_call(seal: Seal, names: bytes, needs: Needs, tags: list[bytes]) -> State:
-    """The state that the calls of these needs have in common; the numbers say how many tags there are."""
+    """The state that the calls of these needs have in common;
+    the numbers say how many tags there are.
+    """
     fn, init, blobs = needs
     state = seal.calls.copy()
     state.update(names + _HEAD.pack(fn, init, len(blobs)) + b"".join(tags))

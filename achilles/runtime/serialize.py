@@ -3,15 +3,18 @@
 A payload's first byte says its form::
 
     0x80   a pickle
-    0x01   a pickle with buffers:   01, <I n>, (n+1) times <Q size>, the pickle, then n buffers, each aligned to 64
-    0x02   a call with its function: 02, <I size>, the function's pickle of that size, a payload of the above
-    0x03   a pickle that refers to what travelled before; see `achilles.runtime.arguments`
+    0x01   a pickle with buffers:   01, <I n>, (n+1) times <Q size>, the pickle, then n buffers,
+    each aligned to 64 0x02   a call with its function: 02, <I size>, the function's pickle of that
+    size, a payload of the above 0x03   a pickle that refers to what travelled before;
+    see `achilles.runtime.arguments`
 
-Plain pickle is tried first, because it is several times faster. cloudpickle takes what plain pickle cannot, and
-whatever names a module of the program's own (see `achilles.runtime.program`) or one registered by value.
+Plain pickle is tried first, because it is several times faster. cloudpickle takes what plain pickle
+cannot, and whatever names a module of the program's own
+(see `achilles.runtime.program`) or one registered by value.
 
-Buffers of 128 KiB and more (pickle protocol 5: NumPy arrays and the like) stay out of the pickle. They are copied
-once, into memory that the other process maps; there they are writable, and private to it.
+Buffers of 128 KiB and more (pickle protocol 5: NumPy arrays and the like) stay out of the pickle.
+They are copied once, into memory that the other process maps; there they are writable,
+and private to it.
 
 A runner imports this module: what it does not need at once is imported late.
 """
@@ -41,14 +44,14 @@ VALUE = 0  # the statuses of a result; achilles.core.protocol has the same for t
 ERROR = 1
 INIT_FAILED = 2
 
-HANDLES = b"multiprocessing.connection"  # a plain pickle of what is in there has the numbers of its descriptors
+# A plain pickle of what is in there has the numbers of its descriptors
+HANDLES = b"multiprocessing.connection"
 LARGE = 128 * 1024  # from here on sharing memory beats copying (measured)
 REPR_MAX = 200
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
-Encoded: TypeAlias = (
-    "bytes | list[Buffer]"  # one buffer, or several whose value is their concatenation
-)
+# One buffer, or several whose value is their concatenation
+Encoded: TypeAlias = "bytes | list[Buffer]"
 
 _PICKLE, _BUFFERS, _INLINE, SHARING = 0x80, 0x01, 0x02, 0x03
 SHARE_MIN = 1 << 20  # arguments of so many bytes are looked at, whether they were given before
@@ -72,16 +75,19 @@ def _keep_small(buffer: PickleBuffer) -> bool:
 
 
 def dumps(obj: object, *, is_result: bool = False) -> bytes:
-    """One pickle of ``obj``, by whichever pickler is right for it; ``is_result``: it is what a task ended with.
+    """One pickle of ``obj``, by whichever pickler is right for it;
+    ``is_result``: it is what a task ended with.
 
     Raises:
-        Exception: whatever the pickler or the object's own methods raise; RecursionError if it is too deep.
+        Exception: whatever the pickler or the object's own methods raise;
+            RecursionError if it is too deep.
     """
     return pickle_with(obj, None, is_result=is_result)
 
 
 def encode(obj: object, *, is_result: bool = False) -> Encoded:
-    """A payload of ``obj``; its large buffers are not copied yet, so it is to be used before they change.
+    """A payload of ``obj``; its large buffers are not copied yet,
+    so it is to be used before they change.
 
     Raises:
         Exception: as `dumps` does.
@@ -117,7 +123,9 @@ def pickle_with(obj: object, buffers: list[memoryview] | None, *, is_result: boo
 
 
 def keeper(buffers: list[memoryview] | None) -> Callable[[PickleBuffer], bool] | None:
-    """A new attempt's ``buffer_callback``: it puts large buffers into the list, which is empty again."""
+    """A new attempt's ``buffer_callback``: it puts large buffers into the list,
+    which is empty again.
+    """
     if buffers is None:
         return None
     buffers.clear()
@@ -180,8 +188,8 @@ def dumps_call(
 ) -> bytes | memoryview | Attached:
     """The payload of a call, with the arguments' values of this moment.
 
-    It is a memoryview where it has buffers. With a ``table``, large arguments may be attached to it instead, and
-    memory is the table's.
+    It is a memoryview where it has buffers. With a ``table``, large arguments may be attached to it
+    instead, and memory is the table's.
 
     Raises:
         ArgumentPickleError: an argument (it is named, with ``fn``) cannot be pickled.

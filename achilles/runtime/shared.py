@@ -1,17 +1,19 @@
 """Large payloads in memory that processes of one host hand to each other by descriptor.
 
-The memory is anonymous (``memfd_create``), written once, and mapped copy-on-write by whoever reads it: nobody sees
-another's changes, and nothing is left behind when the last of them is gone. A mapping costs one or two descriptors
-for as long as something in it is used, so their number is bounded; beyond that, and where there is no memfd,
-payloads are copied.
+The memory is anonymous (``memfd_create``), written once, and mapped copy-on-write by whoever reads
+it: nobody sees another's changes, and nothing is left behind when the last of them is gone. A
+mapping costs one or two descriptors for as long as something in it is used, so their number is
+bounded; beyond that, and where there is no memfd, payloads are copied.
 
-Memory that is *final* can be changed by nobody any more, nor made shorter: the kernel sees to that (its seals have nothing to do
-with those of `achilles.runtime.seal`). A process of the same user may `adopt` it by the number that its descriptor has in another
-process, and maps it without fear. So a large payload goes from a client through broker and worker to a runner on the same host
-without being copied again.
+Memory that is *final* can be changed by nobody any more, nor made shorter: the kernel sees to that
+(its seals have nothing to do with those of `achilles.runtime.seal`). A process of the same user may
+`adopt` it by the number that its descriptor has in another process, and maps it without fear. So a
+large payload goes from a client through broker and worker to a runner on the same host without
+being copied again.
 
-Who reads the same payload again and again (`fresh`) gets the same mapping each time, once nobody uses it any more and it is as
-it was: to map 64 MiB anew and to touch each page of it takes 20 ms, and to see that nothing was written to it 0.15 ms.
+Who reads the same payload again and again (`fresh`) gets the same mapping each time, once nobody
+uses it any more and it is as it was: to map 64 MiB anew and to touch each page of it takes 20 ms,
+and to see that nothing was written to it 0.15 ms.
 """
 
 from __future__ import annotations
@@ -51,10 +53,12 @@ _FD_SIZE = 4  # a C int
 
 
 class Mapping(mmap.mmap):
-    """A private, writable mapping of a whole memfd. ``fd`` is the memfd while it may be handed on, or -1.
+    """A private, writable mapping of a whole memfd.
+    ``fd`` is the memfd while it may be handed on, or -1.
 
-    ``is_final``: what is in the memfd does not change any more; ``is_filled``: there was room in it. ``spare`` is another one of the same memory, for `fresh`. Of that one, ``address`` is where it lies, and ``is_clean`` says that
-    it is as the memory, and nobody has had it since.
+    ``is_final``: what is in the memfd does not change any more; ``is_filled``: there was room in
+    it. ``spare`` is another one of the same memory, for `fresh`. Of that one, ``address`` is where
+    it lies, and ``is_clean`` says that it is as the memory, and nobody has had it since.
     """
 
     fd = -1
@@ -85,7 +89,8 @@ def _mappings_max(descriptors: int) -> int:
     return max(4, min(descriptors // 16, MAPPINGS_LIMIT))
 
 
-# Descriptors have the lowest number that is free: from this one on the others are left to the program, which may have many.
+# Descriptors have the lowest number that is free: from this one on the others are left to the
+# program, which may have many.
 NUMBERS_MAX = min(_descriptors_max() // 2, NUMBERS_LIMIT)
 MAPPINGS_MAX = _mappings_max(_descriptors_max())
 
@@ -97,7 +102,8 @@ def note_limits() -> None:
 
 
 def store(parts: Sequence[Buffer], room: int = 0) -> bytes | memoryview:
-    """A copy of the parts, one behind the other; a memoryview if a `Handoff` can pass it on as it is.
+    """A copy of the parts, one behind the other;
+    a memoryview if a `Handoff` can pass it on as it is.
 
     That is so once `fill` has filled the ``room``, so many bytes behind it, if there is any.
     """
@@ -119,7 +125,9 @@ def store(parts: Sequence[Buffer], room: int = 0) -> bytes | memoryview:
 
 
 def fill(view: Buffer, tail: bytes) -> memoryview | None:
-    """Write ``tail`` behind what was stored with that much room, once; where it is then. None if there is none."""
+    """Write ``tail`` behind what was stored with that much room, once; where it is then.
+    None if there is none.
+    """
     mapping = view.obj if type(view) is memoryview else None
     if type(mapping) is not Mapping or mapping.fd < 0 or len(mapping) != len(view) + len(tail):
         return None
@@ -135,7 +143,9 @@ def fill(view: Buffer, tail: bytes) -> memoryview | None:
 
 
 def whole(parts: Sequence[Buffer]) -> Mapping | None:
-    """The memory of which these parts are the pieces, all of them and in order; None if there is none."""
+    """The memory of which these parts are the pieces, all of them and in order;
+    None if there is none.
+    """
     mapping = parts[0].obj if parts and type(parts[0]) is memoryview else None
     if type(mapping) is not Mapping:
         return None
@@ -148,10 +158,12 @@ def whole(parts: Sequence[Buffer]) -> Mapping | None:
 
 
 def adopt(pid: int, fd: int, inode: int, size: int, *, keep: bool) -> memoryview:
-    """The final memory that process ``pid`` has as its descriptor ``fd``; ``keep``: it may be handed on.
+    """The final memory that process ``pid`` has as its descriptor ``fd``; ``keep``: it may be
+    handed on.
 
     Raises:
-        OSError: it is not there (any more), it is other memory, it is not final, or this process may not have it.
+        OSError: it is not there (any more), it is other memory, it is not final,
+            or this process may not have it.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     own = os.open(f"/proc/{pid}/fd/{fd}", flags)
@@ -166,15 +178,18 @@ def adopt(pid: int, fd: int, inode: int, size: int, *, keep: bool) -> memoryview
 
 
 def kept_bytes() -> int:
-    """How much memory this process has to hand on: whoever wrote it, it stays as long as it is here."""
+    """How much memory this process has to hand on: whoever wrote it,
+    it stays as long as it is here.
+    """
     return sum(len(mapping) for mapping in tuple(_mappings) if mapping.fd >= 0)
 
 
 def copy(parts: Sequence[Buffer], room: int = 0) -> memoryview:
     """A copy of the parts, one behind the other, for this process alone; ``room`` is for `store`.
 
-    Large ones lie in huge pages where the system has them: to touch new memory 4 KiB at a time takes twice as long as to
-    copy it (64 MiB: 34 ms, and 12 in huge pages); and in the memory of the last one, if nobody uses that any more.
+    Large ones lie in huge pages where the system has them: to touch new memory 4 KiB at a time
+    takes twice as long as to copy it (64 MiB: 34 ms, and 12 in huge pages); and in the memory of
+    the last one, if nobody uses that any more.
     """
     views = [memoryview(part).cast("B") for part in parts]
     size = sum(view.nbytes for view in views)
@@ -193,7 +208,8 @@ def copy(parts: Sequence[Buffer], room: int = 0) -> memoryview:
 class _LastCopy:
     """The memory of the last large copy, for the next one.
 
-    Nobody waits for the lock: who does not get it does without, also in a forked child whose parent held it.
+    Nobody waits for the lock: who does not get it does without,
+    also in a forked child whose parent held it.
     """
 
     def __init__(self) -> None:
@@ -218,7 +234,9 @@ class _LastCopy:
         return self.spare is not None and size <= len(self.spare) <= 2 * size
 
     def let_go(self, before: float) -> None:
-        """Free it, if nobody uses it and that began before a time of the system's monotonic clock."""
+        """Free it, if nobody uses it and that began before a time of the system's monotonic
+        clock.
+        """
         if self._lock.acquire(blocking=False):
             try:
                 if self._used_at < before and _references(self) == _UNUSED:
@@ -241,12 +259,16 @@ def _huge(size: int) -> mmap.mmap | None:
 
 
 def forget_copy(before: float) -> None:
-    """Free the memory of the last large copy, if nobody uses it, and it was made before that time (monotonic clock)."""
+    """Free the memory of the last large copy, if nobody uses it,
+    and it was made before that time (monotonic clock).
+    """
     _last_copy.let_go(before)
 
 
 def fresh(payload: Buffer) -> bytearray | memoryview:
-    """The same bytes in memory of one's own, writable; not copied before they are written, where that is possible."""
+    """The same bytes in memory of one's own, writable; not copied before they are written,
+    where that is possible.
+    """
     fd = _fd_of((payload,))
     if fd >= 0:
         source: Mapping = payload.obj  # type: ignore[union-attr, assignment]
@@ -350,7 +372,8 @@ class Handoff:
         return True
 
     def receive(self, *, keep: bool = False) -> memoryview:
-        """What the other side has sent, in the order of its sends; ``keep``: `fresh` may be wanted of it.
+        """What the other side has sent, in the order of its sends;
+        ``keep``: `fresh` may be wanted of it.
 
         Raises:
             OSError: nothing is there, or this process has too many open files.
@@ -407,7 +430,8 @@ def _map(fd: int, *, keep: bool) -> Mapping:
 
 
 def _take(fd: int, *, keep: bool, copies: bool = False) -> memoryview:
-    """What is in a memfd, as memory of ours; the descriptor is closed, or kept with it. ``copies``: rather not mapped.
+    """What is in a memfd, as memory of ours; the descriptor is closed, or kept with it.
+    ``copies``: rather not mapped.
 
     Raises:
         OSError: it cannot be mapped, or read; it is not closed.

@@ -3,13 +3,15 @@
     runner ──▶ host: a task submits tasks of its own, an import needs a module, a task printed
     runner ◀── host: the answers
 
-Both directions are a stream of letters, ``<I length of the body> <B kind> <Q client> body``: of a kind that says who
-reads it, and of a client, because a runner works for one after the other.
+Both directions are a stream of letters, ``<I length of the body> <B kind> <Q client> body``: of a
+kind that says who reads it, and of a client, because a runner works for one after the other.
 
 Rules
     1. The host's end never blocks: what a runner does not read waits in the host.
-    2. In the runner one thread reads, from the first letter that is wanted on; any thread may write, and may have to wait.
-    3. What a task wrote is read before its result is: where letters are written, results say so (`RunnerSide.settle`).
+    2. In the runner one thread reads, from the first letter that is wanted on;
+       any thread may write, and may have to wait.
+    3. What a task wrote is read before its result is: where letters are written,
+       results say so (`RunnerSide.settle`).
     4. It costs a runner nothing until it is used, and this module imports next to nothing.
 """
 
@@ -122,7 +124,9 @@ class HostSide:
 
 
 class RunnerSide:
-    """The runner's end. Handlers are called in the reading thread, with the client's number and the body."""
+    """The runner's end. Handlers are called in the reading thread,
+    with the client's number and the body.
+    """
 
     def __init__(self, fd: int) -> None:
         from _thread import allocate_lock
@@ -166,7 +170,8 @@ class RunnerSide:
     def read_until(
         self, kind: int, handler: Callable[[int, bytes], None], is_done: LockType, seconds: float
     ) -> None:
-        """Read until the handler has released the lock, or the time is over; without a thread if there is none yet.
+        """Read until the handler has released the lock, or the time is over;
+        without a thread if there is none yet.
 
         Raises:
             OSError: the host is gone.
@@ -198,7 +203,9 @@ class RunnerSide:
                 sent += os.write(self._fd, memoryview(data)[sent:])
 
     def close(self) -> None:
-        """Close it in a fork of the runner, whose letters would mix with those of the runner itself."""
+        """Close it in a fork of the runner, whose letters would mix with those of the runner
+        itself.
+        """
         from _thread import allocate_lock
 
         self._lock = allocate_lock()  # the old one is perhaps held by a thread that is not here

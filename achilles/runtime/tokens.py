@@ -1,8 +1,10 @@
-"""Tokens: what tells whether a value, or a function, is the one that came before, without the other one at hand.
+"""Tokens: what tells whether a value, or a function, is the one that came before,
+without the other one at hand.
 
-That of a value is the hash of its pickle, in which functions stand by their tokens, and classes by their tracker ids. That of a function is a
-number for the function object with its code, and the hash of what it holds beside that. Whoever submits makes tokens, and
-whoever runs the task compares them.
+That of a value is the hash of its pickle, in which functions stand by their tokens, and classes by
+their tracker ids. That of a function is a number for the function object with its code, and the
+hash of what it holds beside that. Whoever submits makes tokens,
+and whoever runs the task compares them.
 """
 
 from __future__ import annotations

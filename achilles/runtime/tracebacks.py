@@ -1,4 +1,6 @@
-"""Exceptions to bytes: as themselves where that works, else as a `RemoteError` that tells the same story."""
+"""Exceptions to bytes: as themselves where that works,
+else as a `RemoteError` that tells the same story.
+"""
 
 from __future__ import annotations
 

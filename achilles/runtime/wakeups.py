@@ -1,8 +1,9 @@
 """How a thread sleeps until another wakes it.
 
-A lock or a `threading.Condition` is released by a thread that holds the interpreter. The sleeper is put on the same core at once, finds
-the interpreter taken, and sleeps again; when the other lets go of it, the two wake and stop each other twice more. A write to a
-descriptor lets go of the interpreter first: the sleeper wakes once, and goes on.
+A lock or a `threading.Condition` is released by a thread that holds the interpreter. The sleeper is
+put on the same core at once, finds the interpreter taken, and sleeps again; when the other lets go
+of it, the two wake and stop each other twice more. A write to a descriptor lets go of the
+interpreter first: the sleeper wakes once, and goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _ONE = struct.pack("=Q", 1)  # an eventfd wants 8 bytes
 
 
 class Wakeup(Protocol):
-    """For one thread that sleeps, once. It may wake for nothing, and has to look whether there was a reason."""
+    """For one thread that sleeps, once. It may wake for nothing,
+    and has to look whether there was a reason.
+    """
 
     def sleep(self, timeout: float | None) -> None:
         """Until `wake`, or for ``timeout`` seconds, which are more than 0."""
@@ -34,7 +37,9 @@ class Wakeup(Protocol):
 
 
 class _Event:
-    """On an eventfd, which serves the next one when this one is done: its last `wake` may come after that."""
+    """On an eventfd, which serves the next one when this one is done:
+    its last `wake` may come after that.
+    """
 
     __slots__ = ("_fd",)
 

@@ -1,19 +1,25 @@
-"""Whether a piece of this process's memory was written to since it was looked at last, by what the kernel notes of each page.
+"""Whether a piece of this process's memory was written to since it was looked at last,
+by what the kernel notes of each page.
 
-The kernel write-protects the pages (``userfaultfd`` with ``UFFD_FEATURE_WP_ASYNC``) and lifts that by itself at the first write to
-each, whoever writes: Python, C, or a system call that reads a file into it. ``PAGEMAP_SCAN`` tells whether any page is not
-protected any more. That is Linux 6.7 and newer, and takes no privileges; where it is not to be had, `watch` gives None.
+The kernel write-protects the pages (``userfaultfd`` with ``UFFD_FEATURE_WP_ASYNC``) and lifts that
+by itself at the first write to each, whoever writes: Python, C, or a system call that reads a file
+into it. ``PAGEMAP_SCAN`` tells whether any page is not protected any more. That is Linux 6.7 and
+newer, and takes no privileges; where it is not to be had, `watch` gives None.
 
 Rules
-    1. "Not written" is certain; what is not certain is "written". Pages that were freed, mapped anew or moved count as written.
-    2. Only private anonymous memory is watched: what others have mapped too, they can write to without a page of ours noting it.
-    3. Only whole pages are, so that neighbours do not matter; `Watch.head` and `Watch.tail` are the bytes before and behind them.
-    4. The kernel has one note of a page, whoever watches it. `Watch.begin` clears the notes of pages that were written, so it
-       tells all other watches of those pages that they were.
+    1. "Not written" is certain; what is not certain is "written". Pages that were freed, mapped
+       anew or moved count as written.
+    2. Only private anonymous memory is watched: what others have mapped too, they can write to
+       without a page of ours noting it.
+    3. Only whole pages are, so that neighbours do not matter; `Watch.head` and `Watch.tail` are the
+       bytes before and behind them.
+    4. The kernel has one note of a page, whoever watches it. `Watch.begin` clears the notes of
+       pages that were written, so it tells all other watches of those pages that they were.
 
-For 64 MiB a look takes 15 µs, memcmp 4 to 10 ms. The first write to a page costs its writer 1 µs more, once after each `Watch.begin`.
-What a device writes to pages that a driver has pinned for it (RDMA, io_uring's fixed buffers, CUDA's registered host memory) is seen
-by nobody; ``ACHILLES_WATCH_MEMORY=0`` is for programs that submit such memory more than once.
+For 64 MiB a look takes 15 µs, memcmp 4 to 10 ms. The first write to a page costs its writer 1 µs
+more, once after each `Watch.begin`. What a device writes to pages that a driver has pinned for it
+(RDMA, io_uring's fixed buffers, CUDA's registered host memory) is seen by nobody;
+``ACHILLES_WATCH_MEMORY=0`` is for programs that submit such memory more than once.
 """
 
 from __future__ import annotations
@@ -116,7 +122,9 @@ class _Kernel:
             yield from [(self._found[3 * n], self._found[3 * n + 1]) for n in range(count)]
 
     def _scan(self, flags: int, start: int, end: int, room: int) -> int:
-        """How many regions of pages there are that were written to, of as many as there is room for."""
+        """How many regions of pages there are that were written to,
+        of as many as there is room for.
+        """
         about = (_SCAN.size, flags, start, end, 0, self._found.buffer_info()[0], room, 0)
         wanted = (0, _IS_WRITTEN, 0, _IS_WRITTEN)  # inverted, all of, any of, told
         _SCAN.pack_into(self._question, 0, *about, *wanted)
@@ -197,7 +205,9 @@ def watch(address: int, size: int) -> Watch | None:
 
 
 def is_as_in_file(address: int, size: int) -> bool:
-    """Whether surely nothing was written to this private mapping of a file: pages that were are the file's no more."""
+    """Whether surely nothing was written to this private mapping of a file:
+    pages that were are the file's no more.
+    """
     global _pages
     with _lock:
         try:
@@ -282,7 +292,9 @@ def _userfaultfd() -> int:
 
 
 def _works(kernel: _Kernel) -> bool:
-    """Whether this kernel notes all that has to be: writes to small and to huge pages, and pages that are given back."""
+    """Whether this kernel notes all that has to be: writes to small and to huge pages,
+    and pages that are given back.
+    """
     return all(_passes(kernel, advice) for advice in (mmap.MADV_NOHUGEPAGE, mmap.MADV_HUGEPAGE))
 
 

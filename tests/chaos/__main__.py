@@ -1,7 +1,8 @@
-"""`python -m tests.chaos --seed N --seconds S` runs one schedule; `--rounds N` runs every nemesis N times.
+"""`python -m tests.chaos --seed N --seconds S` runs one schedule;
+`--rounds N` runs every nemesis N times.
 
-Real processes, real sockets, loopback only. A run that fails prints the line that replays it; how its processes are
-scheduled is not in the seed, so a failure may want several replays.
+Real processes, real sockets, loopback only. A run that fails prints the line that replays it; how
+its processes are scheduled is not in the seed, so a failure may want several replays.
 """
 
 from __future__ import annotations

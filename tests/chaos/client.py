@@ -1,7 +1,9 @@
-"""`python -m tests.chaos.client`: one client of a run. It submits a load until it is told to stop, and writes down what it saw.
+"""`python -m tests.chaos.client`: one client of a run.
+It submits a load until it is told to stop, and writes down what it saw.
 
-Its standard input is how it is told: when that ends, it submits nothing more, waits for what is open, and ends. SIGUSR1 has
-it say where all its threads are. It never lives longer than ``--life`` seconds.
+Its standard input is how it is told: when that ends, it submits nothing more, waits for what is
+open, and ends. SIGUSR1 has it say where all its threads are.
+It never lives longer than ``--life`` seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ MEBIBYTE = 1 << 20
 
 
 class Recorder:
-    """Writes the history, a line a record; what it has been told is in the file before a task is submitted."""
+    """Writes the history, a line a record; what it has been told is in the file before a task is
+    submitted.
+    """
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
@@ -197,7 +201,9 @@ def cancelled(client: Client) -> None:
 
 
 def gil_holders(client: Client) -> None:
-    """L6: calls into C that hold the interpreter for longer than a worker may be silent, beside short tasks."""
+    """L6: calls into C that hold the interpreter for longer than a worker may be silent,
+    beside short tasks.
+    """
     while client.keep(6):
         if client.random.random() < 0.25:
             client.submit("hold", work.hold_gil, 1.0 + 4.0 * client.random.random())

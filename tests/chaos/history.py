@@ -1,15 +1,18 @@
-"""What a run's clients saw, what its tasks left, and what follows: the five buckets, and the verdict.
+"""What a run's clients saw, what its tasks left, and what follows: the five buckets,
+and the verdict.
 
 Buckets, as Jepsen has them
-    acknowledged   resolved once, with the outcome that the oracle says (or with a cancellation that was asked for)
-    lost           never resolved, though its client lived to the end
+    acknowledged   resolved once, with the outcome that the oracle says (or with a cancellation that
+    was asked for) lost           never resolved, though its client lived to the end
     unexpected     resolved with another value or error, or never submitted
     duplicated     resolved more than once
-    recovered      of the acknowledged: begun more than once, because something befell its first execution
+    recovered      of the acknowledged: begun more than once,
+    because something befell its first execution
 
-and beside them ``open``: submitted by a client that was killed, so nobody knows; ``excused``: failed by the rules, as a task
-whose runners were killed three times is, which its error must tell (and a run has no more of them than it has kills for); ``behind``:
-items of a map behind one that was excused.
+and beside them ``open``: submitted by a client that was killed, so nobody knows; ``excused``:
+failed by the rules, as a task whose runners were killed three times is, which its error must tell
+(and a run has no more of them than it has kills for);
+``behind``: items of a map behind one that was excused.
 """
 
 from __future__ import annotations
@@ -213,8 +216,8 @@ def by_number(runs: Iterable[Execution]) -> dict[int, list[Execution]]:
 def repeated(runs: Mapping[int, list[Execution]]) -> Counter[str]:
     """What happened more than once.
 
-    ``requeued``: executions that were not their task's first. ``late``: executions that ended after another one of the
-    same task had, so their results came too late.
+    ``requeued``: executions that were not their task's first. ``late``: executions that ended after
+    another one of the same task had, so their results came too late.
     """
     counts: Counter[str] = Counter()
     for lines in runs.values():

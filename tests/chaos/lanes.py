@@ -1,4 +1,6 @@
-"""One direction of a proxied connection: what goes in comes out in order, when the weather lets it. Time is an argument."""
+"""One direction of a proxied connection: what goes in comes out in order,
+when the weather lets it. Time is an argument.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Weather:
 
 
 class Lane:
-    """Bytes on their way. A throttled or late piece holds up those behind it; no byte is lost, as in a connection."""
+    """Bytes on their way. A throttled or late piece holds up those behind it; no byte is lost,
+    as in a connection.
+    """
 
     def __init__(self, weather: Weather, stream: random.Random) -> None:
         self.weather = weather

@@ -1,4 +1,6 @@
-"""`python -m tests.chaos.leash COMMAND...`: become a command that is killed when whoever started it dies, on Linux."""
+"""`python -m tests.chaos.leash COMMAND...`:
+become a command that is killed when whoever started it dies, on Linux.
+"""
 
 from __future__ import annotations
 

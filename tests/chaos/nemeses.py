@@ -1,6 +1,8 @@
-"""What does the faults of a plan to the processes of a rig, heals them, and counts what it really did.
+"""What does the faults of a plan to the processes of a rig, heals them,
+and counts what it really did.
 
-A fault that found nobody to befall is not counted, so that a run which harmed nothing cannot pass for a good one.
+A fault that found nobody to befall is not counted,
+so that a run which harmed nothing cannot pass for a good one.
 """
 
 from __future__ import annotations
@@ -238,7 +240,9 @@ class Nemeses:
         return heal
 
     def _fill_disk(self) -> Heal | None:
-        """Broker, workers and runners can write no byte to a file, and to no memory that is a file."""
+        """Broker, workers and runners can write no byte to a file,
+        and to no memory that is a file.
+        """
         import resource
 
         if unavailable("full disk"):
@@ -266,7 +270,9 @@ class Nemeses:
         return [(endpoint.host, endpoint.port) for endpoint in found]
 
     def _from_strangers(self, kind: str) -> Heal | None:
-        """TCP connections without a key: silent ones, or such that say what is no ZeroMQ, or the beginning of it."""
+        """TCP connections without a key: silent ones, or such that say what is no ZeroMQ,
+        or the beginning of it.
+        """
         greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE" + bytes(48)
         words = [
             self._random.randbytes(1000),

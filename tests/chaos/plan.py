@@ -1,8 +1,9 @@
-"""The schedules: which faults befall whom and when, by seed; and what a run must have seen to have proved something.
+"""The schedules: which faults befall whom and when, by seed;
+and what a run must have seen to have proved something.
 
     N1 SIGKILL runners              N7 reset connections           N13 full disks
-    N2 SIGKILL workers              N8 black holes, half-open      N14 memory hogs, and the kernel's killer
-    N3 SIGKILL the broker           N9 flapping                    N15 no processor time
+    N2 SIGKILL workers              N8 black holes, half-open      N14 memory hogs, and the kernel's
+    killer N3 SIGKILL the broker           N9 flapping                    N15 no processor time
     N4 SIGKILL clients              N10 slow, narrow links         N16 jumps of the wall clock
     N5 SIGSTOP anybody              N11 bits turned on the wire    N17 hostile peers
     N6 SIGTERM: rolling drain       N12 no descriptors left        N18 everything
@@ -18,7 +19,9 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """``kind`` befalls the target ``at`` seconds into the run; what lasts is healed ``seconds`` later."""
+    """``kind`` befalls the target ``at`` seconds into the run;
+    what lasts is healed ``seconds`` later.
+    """
 
     at: float
     kind: str
@@ -34,7 +37,8 @@ class Range(NamedTuple):
     amount: tuple[float, float] = (0.0, 0.0)
 
 
-# Durations are for a cluster whose every timeout is a fifth of the shipped one: lost after 3 s, grace 0.4 s.
+# Durations are for a cluster whose every timeout is a fifth of the shipped one:
+# lost after 3 s, grace 0.4 s.
 KINDS: dict[str, Range] = {
     "kill runner": Range(),
     "kill worker": Range((0.1, 1.0)),  # until there is another one
@@ -69,7 +73,9 @@ KINDS: dict[str, Range] = {
 
 
 class Nemesis(NamedTuple):
-    """A named set of faults. ``every``: seconds between two on average; ``needs``: effects of a run of 20 s at least."""
+    """A named set of faults. ``every``: seconds between two on average;
+    ``needs``: effects of a run of 20 s at least.
+    """
 
     name: str
     title: str
@@ -109,7 +115,8 @@ NEMESES = {
 
 LOADS = ("L1", "L2", "L3", "L4", "L5", "L6", "L7")
 
-# Loads that show nothing of a nemesis, or hide it, and what stands in: tasks that are long enough to be hit.
+# Loads that show nothing of a nemesis, or hide it, and what stands in:
+# tasks that are long enough to be hit.
 _LOAD_OF = {"N1": "L2", "N2": "L2", "N13": "L3", "N14": "L4", "N18": "L2"}
 UNREAD_EVERY = 4.0  # of the load L7
 
@@ -154,7 +161,9 @@ def plan(seed: int, seconds: float, nemesis: str | None = None, load: str | None
 
 
 def faults(stream: random.Random, nemesis: Nemesis, seconds: float) -> list[Fault]:
-    """The faults in the order of their time. Each kind comes up before one comes up again, so that a run has all it can."""
+    """The faults in the order of their time. Each kind comes up before one comes up again,
+    so that a run has all it can.
+    """
     found: list[Fault] = []
     at = 0.2 * nemesis.every
     bag: list[str] = []

@@ -1,7 +1,9 @@
-"""A TCP proxy that can be told to be a bad network: it delays, throttles, holds up, turns bits, cuts and forgets connections.
+"""A TCP proxy that can be told to be a bad network: it delays, throttles, holds up, turns bits,
+cuts and forgets connections.
 
-One thread serves all proxies of a run. Each peer has a proxy of its own, so that one peer alone can be in trouble. The
-broker's address is asked for at each connection: a restarted broker may listen elsewhere.
+One thread serves all proxies of a run. Each peer has a proxy of its own, so that one peer alone can
+be in trouble. The broker's address is asked for at each connection:
+a restarted broker may listen elsewhere.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Side:
 
 
 class Connection:
-    """A peer's connection, ``near``, and the one to the broker, ``far``, None once the broker has been cut off alone."""
+    """A peer's connection, ``near``, and the one to the broker,
+    ``far``, None once the broker has been cut off alone.
+    """
 
     def __init__(self, near: Side, far: Side, up: Lane, down: Lane) -> None:
         self.near = near
@@ -86,7 +90,9 @@ class Proxy:
         self.is_refusing = is_refusing
 
     def clear(self) -> None:
-        """Good weather again; what a half-open connection has left is cut, as by a host that comes back."""
+        """Good weather again; what a half-open connection has left is cut,
+        as by a host that comes back.
+        """
         self.is_refusing = False
         self.up.clear()
         self.down.clear()

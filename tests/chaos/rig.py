@@ -1,6 +1,8 @@
-"""The processes of a run: a broker, workers and clients, each peer behind a proxy of its own. All of it on loopback.
+"""The processes of a run: a broker, workers and clients, each peer behind a proxy of its own.
+All of it on loopback.
 
-Nothing outlives its run: each process is on a leash (`tests.chaos.leash`), and clients have a longest life besides.
+Nothing outlives its run: each process is on a leash
+(`tests.chaos.leash`), and clients have a longest life besides.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ class Started:
 
 
 class Rig:
-    """A context manager. ``timings``: variables of the environment; ``is_full``: what broker and workers log goes to a full disk;
-    ``worker_level``: what workers log.
+    """A context manager. ``timings``: variables of the environment; ``is_full``: what broker and
+    workers log goes to a full disk; ``worker_level``: what workers log.
     """
 
     def __init__(
@@ -207,7 +209,9 @@ class Rig:
             return None
 
     def serving_pid(self) -> int | None:
-        """The process that serves, which is the child of one that watches it; None if there is none at present."""
+        """The process that serves, which is the child of one that watches it;
+        None if there is none at present.
+        """
         join = self.join("admin")
         if join is None:
             return None
@@ -260,7 +264,9 @@ class Rig:
         return self._spawn(name, "achilles", *words)
 
     def tend(self, now: float) -> None:
-        """Start workers and a broker anew that have ended, as whoever runs a cluster has it done."""
+        """Start workers and a broker anew that have ended,
+        as whoever runs a cluster has it done.
+        """
         for worker in self.workers:
             if worker.is_running:
                 continue

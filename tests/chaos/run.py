@@ -24,9 +24,8 @@ from tests.chaos.rig import Rig, Started
 
 WORKERS, SLOTS = 2, 2
 FIRST_SECONDS = 30.0  # until each client has its first value, with all being well
-DRAIN_SECONDS = (
-    100.0  # until all that is open when the faults end must be resolved, on a busy machine
-)
+# Until all that is open when the faults end must be resolved, on a busy machine
+DRAIN_SECONDS = 100.0
 LIFE_SECONDS = 150.0  # a client's, beyond the time of the faults
 TURNS_MAX = 3  # of the plan's faults, where a busy machine let too few of them befall anybody
 IN_FLIGHT_SECONDS = 0.25  # results within it after a broker's death may be its own
@@ -40,7 +39,9 @@ Say = Callable[[str], None]
 
 @dataclass
 class Report:
-    """What a run has shown. ``problems``: promises that were broken; ``vacuous``: what it lacks to prove anything."""
+    """What a run has shown. ``problems``: promises that were broken;
+    ``vacuous``: what it lacks to prove anything.
+    """
 
     plan: Plan
     buckets: Buckets = field(default_factory=Buckets)
@@ -259,8 +260,8 @@ class _Run:
 def first_after(kills: list[float], done: list[float], restarts: list[float]) -> list[float]:
     """Seconds from each kill of a broker to the first result of the next one; all times are sorted.
 
-    From the time that another one was started by hand, where its parent had given up by then. If a broker was killed before
-    there was any, only the next kill counts.
+    From the time that another one was started by hand, where its parent had given up by then. If a
+    broker was killed before there was any, only the next kill counts.
     """
     found = []
     for killed_at, next_at in zip(kills, [*kills[1:], inf]):

@@ -33,7 +33,9 @@ def test_a_large_value_crosses_a_narrow_link(
 def test_a_drain_lasts_until_its_large_value_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker closed its socket when it had said all, with most of the value in it; the task had to run again."""
+    """The worker closed its socket when it had said all, with most of the value in it;
+    the task had to run again.
+    """
     log = tmp_path / "rig" / "executions"
     with Rig(tmp_path / "rig", workers=2, slots=1, timings=QUICK) as rig:
         monkeypatch.setenv("ACHILLES_HOME", str(rig.home))

@@ -1,7 +1,8 @@
 """Tasks whose values are known beforehand, which leave a line for each of their executions.
 
-A line is ``number attempt pid time sign``: "+" where it begins and "-" where it has ended, in one write, so that lines of
-several processes do not mix. `oracle` says what a task with that number may give.
+A line is ``number attempt pid time sign``: "+" where it begins and "-" where it has ended, in one
+write, so that lines of several processes do not mix.
+`oracle` says what a task with that number may give.
 """
 
 from __future__ import annotations

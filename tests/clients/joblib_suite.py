@@ -1,9 +1,12 @@
-"""A pytest plugin that runs joblib's own tests of `Parallel` with the backend "achilles" among the others.
+"""A pytest plugin that runs joblib's own tests of `Parallel` with the backend "achilles" among the
+others.
 
-    python -m pytest -p tests.clients.joblib_suite --report REPORT.json --noconftest --pyargs joblib.test.test_parallel
+    python -m pytest -p tests.clients.joblib_suite --report REPORT.json --noconftest --pyargs
+    joblib.test.test_parallel
 
-Run is what takes a backend as a parameter, and gets ours. The report maps each such test to its outcome: "passed",
-"skipped: …" or "failed: …". Where the broker is, if there is one, ``$ACHILLES_ADDRESS`` says.
+Run is what takes a backend as a parameter, and gets ours. The report maps each such test to its
+outcome: "passed", "skipped: …" or "failed: …". Where the broker is,
+if there is one, ``$ACHILLES_ADDRESS`` says.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ LIKE = "loky"  # the backend whose parameters ours gets
 IMPORT = "from joblib import Parallel, delayed"
 REGISTER = f"import achilles; achilles.register_joblib()\n{IMPORT}"
 
-achilles.register_joblib()  # before the tests are imported: most of them ask joblib which backends there are
+# Before the tests are imported: most of them ask joblib which backends there are
+achilles.register_joblib()
 
 _outcomes: dict[str, str] = {}
 
@@ -39,7 +43,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             continue
         if LIKE in values and OURS not in values:
             values.append(OURS)
-        # Executors are ended only by the calls that use them, so what makes an error with loky makes none here.
+        # Executors are ended only by the calls that use them,
+        # so what makes an error with loky makes none here.
         if (LIKE, True) in values and (OURS, False) not in values:
             values.append((OURS, False))
         if (LIKE, LIKE, False) in values and (OURS, OURS, False) not in values:

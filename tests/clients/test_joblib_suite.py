@@ -1,4 +1,6 @@
-"""joblib's own tests of `Parallel` pass with our backend, but for what ``docs/conformance.md`` lists, which must fail."""
+"""joblib's own tests of `Parallel` pass with our backend,
+but for what ``docs/conformance.md`` lists, which must fail.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def is_listed(name: str, listed: dict[tuple[str, str], str]) -> bool:
 
 @pytest.fixture(scope="module")
 def reports() -> Iterator[dict[str, Outcomes]]:
-    """What the tests' outcomes were, by mode; both run at once, as these tests sleep most of the time."""
+    """What the tests' outcomes were, by mode; both run at once,
+    as these tests sleep most of the time.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="ach-") as name,
         Cluster(workers=1, slots=SLOTS) as cluster,

@@ -2,10 +2,11 @@
 
     python cpython_suite.py REPORT.json
 
-The tests are those of the running interpreter. Where it comes without them, ``$CPYTHON_TESTS`` may name a directory
-that holds a package ``test`` with them, which is in the ``$PYTHONPATH`` of this program and of workers. Where the broker is,
-if there is one, ``$ACHILLES_ADDRESS`` says. The report maps each test to its outcome: "passed", "skipped: …", or "failed: …"
-with the last line of the traceback.
+The tests are those of the running interpreter. Where it comes without them, ``$CPYTHON_TESTS`` may
+name a directory that holds a package ``test`` with them, which is in the ``$PYTHONPATH`` of this
+program and of workers. Where the broker is, if there is one, ``$ACHILLES_ADDRESS`` says. The report
+maps each test to its outcome: "passed", "skipped: …", or "failed:
+…" with the last line of the traceback.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 from achilles import DistributedExecutor
 
-# What each test class adds to a mixin of CPython's, and the module of it where the tests are a package.
+# What each test class adds to a mixin of CPython's,
+# and the module of it where the tests are a package.
 GROUPS = {
     "ExecutorTest": "executor",
     "WaitTests": "test_wait",

@@ -2,8 +2,9 @@
 
     python pool_suite.py REPORT.json [NAME ...]
 
-As `cpython_suite`, whose report it writes. The project's root is to be in the ``$PYTHONPATH`` of this program and of
-workers: some tests call methods of their own classes there, so that these are to be found by name.
+As `cpython_suite`, whose report it writes. The project's root is to be in the ``$PYTHONPATH`` of
+this program and of workers: some tests call methods of their own classes there,
+so that these are to be found by name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What coroutines see: the loop's own `run_in_executor` with every kind of executor, and `asubmit` and `amap`."""
+"""What coroutines see: the loop's own `run_in_executor` with every kind of executor,
+and `asubmit` and `amap`.
+"""
 
 from __future__ import annotations
 

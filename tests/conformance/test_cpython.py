@@ -1,4 +1,6 @@
-"""CPython's own tests of executors and pools pass, but for what ``docs/conformance.md`` lists, which must fail."""
+"""CPython's own tests of executors and pools pass,
+but for what ``docs/conformance.md`` lists, which must fail.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,11 @@ def deviations(mode: str) -> dict[str, str]:
 
 
 def installed_tests(module: str) -> str | None:
-    """ "" if this interpreter has its tests, or a directory with them by a package `test`; None if there are none.
+    """ "" if this interpreter has its tests, or a directory with them by a package `test`;
+     None if there are none.
 
-    Debian's libpython3.X-testsuite has those of the system's own Python, which are those of this version, too.
+    Debian's libpython3.X-testsuite has those of the system's own Python,
+    which are those of this version, too.
     """
     if find_spec("test") is not None and find_spec(module) is not None:
         return ""
@@ -68,7 +72,9 @@ def installed_tests(module: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def executor_reports() -> Iterator[dict[str, Outcomes]]:
-    """What the tests' outcomes were, by mode; both modes run at once, as the tests sleep most of the time."""
+    """What the tests' outcomes were, by mode; both modes run at once,
+    as the tests sleep most of the time.
+    """
     yield from _reports(EXECUTORS)
 
 

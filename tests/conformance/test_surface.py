@@ -1,4 +1,6 @@
-"""What other programs look for on an executor and its futures, and what they may do with them at odd moments."""
+"""What other programs look for on an executor and its futures,
+and what they may do with them at odd moments.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_max_workers_is_a_positive_integer(make: Maker) -> None:
 
 @of_modes(*OURS)
 def test_it_is_mistaken_for_nothing_else(make: Maker) -> None:
-    """A `_processes` would be taken for a Pool's, a `__call__` for a scheduler, a `Client` with `get` for dask's."""
+    """A `_processes` would be taken for a Pool's, a `__call__` for a scheduler,
+    a `Client` with `get` for dask's.
+    """
     executor = make(1)
     assert issubclass(type(executor), concurrent.futures.Executor)
     executor.submit(tasks.add, 1).result()
@@ -76,7 +80,9 @@ def _inputs(call: str) -> list[Any]:
 @pytest.mark.bad_input(65)
 @of_modes(*STANDARD)
 def test_a_collected_executor_cleans_up(make: Maker) -> None:
-    """Its threads, and its processes, which the test's end looks for; a map's iterator may be the last to hold it."""
+    """Its threads, and its processes, which the test's end looks for;
+    a map's iterator may be the last to hold it.
+    """
     before = set(threading.enumerate())
     executor = make(1)
     make._stack.pop_all()  # which would keep it
@@ -98,7 +104,9 @@ def test_a_collected_executor_cleans_up(make: Maker) -> None:
 
 @of_modes(*ALL)
 def test_callbacks_may_submit_and_block(make: Maker) -> None:
-    """The standard's run where results are read, so that there a callback that waits for a result waits for ever."""
+    """The standard's run where results are read,
+    so that there a callback that waits for a result waits for ever.
+    """
     executor = make(1)
     found: list[Any] = []
     is_over = threading.Event()
@@ -137,7 +145,9 @@ def test_results_that_come_too_late_or_twice(make: Maker, caplog: pytest.LogCapt
 
 
 def _receive_again(executor: DistributedExecutor, *ids: int) -> None:
-    """Have the I/O thread take in these outcomes, with every status, in whatever state the tasks are."""
+    """Have the I/O thread take in these outcomes, with every status,
+    in whatever state the tasks are.
+    """
     backend: Any = executor._core.backend
     is_done = threading.Event()
 
@@ -161,7 +171,9 @@ def _receive_again(executor: DistributedExecutor, *ids: int) -> None:
 
 
 def in_forked_child(function: Callable[[], Any]) -> Any:
-    """What the function returns in a forked child, by JSON; its error's type and text if it raises."""
+    """What the function returns in a forked child, by JSON;
+    its error's type and text if it raises.
+    """
     ours, childs = socket.socketpair()
     pid = os.fork()
     if not pid:

@@ -1,7 +1,8 @@
 """What users, machines and peers get wrong, and what must become of it: the register of bad inputs.
 
-A test says which rows it holds with ``@pytest.mark.bad_input(number, ...)``, wherever it lives; ``python -m tests.inputs``
-prints the table. An error says what happened, to what, why if that is known, and what to do.
+A test says which rows it holds with ``@pytest.mark.bad_input(number, ...)``, wherever it lives;
+``python -m tests.inputs`` prints the table. An error says what happened, to what,
+why if that is known, and what to do.
 """
 
 from __future__ import annotations

@@ -131,7 +131,9 @@ def test_another_version_of_the_protocol() -> None:
 
 @pytest.mark.bad_input(57)
 def test_nobody_looks_at_the_wall_clock() -> None:
-    """But for the day on which a key was made, and the time in a line of the log, which logging adds."""
+    """But for the day on which a key was made, and the time in a line of the log,
+    which logging adds.
+    """
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

@@ -1,4 +1,6 @@
-"""What user code does to itself: each such task fails alone, says what befell it, and its neighbours do not notice."""
+"""What user code does to itself: each such task fails alone, says what befell it,
+and its neighbours do not notice.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Items that travel together behave as if each were alone: in real processes, whatever befalls one of them."""
+"""Items that travel together behave as if each were alone: in real processes,
+whatever befalls one of them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ LATE = 300  # an item that is in a bundle
 
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Every item but the first few is bundled; the sizes of the bundles, of which there must be some."""
+    """Every item but the first few is bundled; the sizes of the bundles,
+    of which there must be some.
+    """
     monkeypatch.setattr(bundles, "KNOWN_MIN", 0)
     monkeypatch.setattr(bundles, "SHORT_SECONDS", 1e9)
     monkeypatch.setattr(bundles, "BUNDLE_SECONDS", 1e9)

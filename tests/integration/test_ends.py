@@ -1,4 +1,6 @@
-"""Each way in which a program can end, embedded and on a cluster: nothing of it is left, and the cluster is as before."""
+"""Each way in which a program can end, embedded and on a cluster: nothing of it is left,
+and the cluster is as before.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ with DistributedExecutor(1) as executor:
 
 
 class End(NamedTuple):
-    """How a program ends: what it does, which signals it gets, its exit code, and the last line that it says."""
+    """How a program ends: what it does, which signals it gets, its exit code,
+    and the last line that it says.
+    """
 
     text: str
     signals: tuple[signal.Signals, ...]
@@ -79,7 +83,9 @@ ENDS = {
 
 
 class Program:
-    """A program of its own session, with a folder for what it writes; it is killed if it does not end."""
+    """A program of its own session, with a folder for what it writes;
+    it is killed if it does not end.
+    """
 
     def __init__(self, folder: Path, text: str, environ: dict[str, str]) -> None:
         self.notes = folder / "notes"
@@ -102,7 +108,9 @@ class Program:
         )
 
     def end_by(self, signals: tuple[signal.Signals, ...]) -> tuple[int, str]:
-        """Send it these signals, the next one when it has noticed the last; its exit code and what it said."""
+        """Send it these signals, the next one when it has noticed the last;
+        its exit code and what it said.
+        """
         try:
             if signals:
                 wait_until(lambda: tasks.notes(self.notes), "a task runs")

@@ -1,4 +1,6 @@
-"""The examples, the README's Python blocks and the demonstration run as they are printed, warnings being errors."""
+"""The examples, the README's Python blocks and the demonstration run as they are printed,
+warnings being errors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What `DistributedExecutor` promises beyond the standard's contract, with real processes in both modes."""
+"""What `DistributedExecutor` promises beyond the standard's contract,
+with real processes in both modes.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +191,9 @@ def test_map_iterator_keeps_its_executor(make: Maker) -> None:
 
 @of_modes(*OURS)
 def test_short_tasks_do_not_wait_behind_a_long_one(make: Maker, tmp_path: Path) -> None:
-    """DESIGN: no queued task waits behind a long-running one while a slot idles, for more than 50 ms."""
+    """DESIGN: no queued task waits behind a long-running one while a slot idles,
+    for more than 50 ms.
+    """
     executor = make(2)
     list(executor.map(tasks.echo, range(200)))  # an estimate that says "short", and two processes
     list(executor.map(tasks.pause, [0.05] * 2))

@@ -91,7 +91,9 @@ def test_a_runner_killed_from_outside(make: Maker, tmp_path: Path) -> None:
 
 @of_modes(*OURS)
 def test_a_runner_that_ends_by_an_exception_does_not_wait_for_threads(make: Maker) -> None:
-    """Of those that tasks have left: its host would wait for it, and with that host who waits for its tasks."""
+    """Of those that tasks have left: its host would wait for it,
+    and with that host who waits for its tasks.
+    """
     executor = make(1)
     first = executor.submit(tasks.leave_a_thread).result(20)
     os.kill(first, signal.SIGINT)

@@ -1,4 +1,6 @@
-"""What a broker takes, on real processes: what is too large fails alone, and ten times its memory goes through it."""
+"""What a broker takes, on real processes: what is too large fails alone,
+and ten times its memory goes through it.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_what_is_too_large_fails_alone_and_names_the_limit(broker: commands.Comm
 
 @attack("T29")
 def test_ten_times_its_memory_goes_through_a_broker(broker: commands.Command) -> None:
-    """Arguments wait at the client until there is room, and results at the worker; nobody loses anything."""
+    """Arguments wait at the client until there is room, and results at the worker;
+    nobody loses anything.
+    """
     payloads = [bytes([number % 251]) * (MIB // 4) for number in range(10)]
     count = 10 * MEMORY // len(payloads[0])
     (process,) = psutil.Process(broker.process.pid).children()

@@ -1,4 +1,6 @@
-"""A program's own modules run on workers that were started elsewhere, with nothing installed or copied there."""
+"""A program's own modules run on workers that were started elsewhere,
+with nothing installed or copied there.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def test_an_edit_is_seen(program: Path, cluster: Cluster) -> None:
 
 
 def test_a_module_that_only_the_client_has_installed(program: Path, cluster: Cluster) -> None:
-    """What a task's arguments need and nobody can serve: the error says what is missing, and where."""
+    """What a task's arguments need and nobody can serve: the error says what is missing,
+    and where.
+    """
     (program / "ext.py").write_text(
         textwrap.dedent("""
             import importlib.abc, importlib.util, sys

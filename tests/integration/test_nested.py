@@ -1,4 +1,6 @@
-"""Tasks that submit tasks to their own executor and wait for them, on real processes in both modes."""
+"""Tasks that submit tasks to their own executor and wait for them,
+on real processes in both modes.
+"""
 
 from __future__ import annotations
 
@@ -239,7 +241,9 @@ def test_a_task_may_make_an_executor_of_its_own(make: Maker) -> None:
 def test_an_executor_of_a_cluster_in_a_task_on_this_machine(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is what it is, wherever it is used: the one has its broker, the other only its own runners."""
+    """Each is what it is, wherever it is used: the one has its broker,
+    the other only its own runners.
+    """
     monkeypatch.setenv("ACHILLES_HOME", cluster.home)
     call = nested_tasks.call_child
     with DistributedExecutor(1) as here, DistributedExecutor(address=cluster.address) as there:

@@ -1,4 +1,6 @@
-"""`with_options`: timeouts, retries, at most once, priorities and tags, on real processes in both modes."""
+"""`with_options`: timeouts, retries, at most once, priorities and tags,
+on real processes in both modes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def test_a_task_that_takes_too_long_fails_alone(make: Maker) -> None:
 
 @of_modes(*OURS)
 def test_a_timeout_in_a_map_spares_its_neighbours(make: Maker) -> None:
-    """Items share chunks; the one that is too slow is ended by itself, those around it have their results."""
+    """Items share chunks; the one that is too slow is ended by itself,
+    those around it have their results.
+    """
     executor = make(2).with_options(timeout=1.0)
     results = executor.map(tasks.pause_on, range(30), [17] * 30, [60] * 30)
     assert [next(results) for _ in range(17)] == list(range(17))

@@ -1,4 +1,6 @@
-"""Modules that are loaded, and that no import by name would find: what they have travels by value, as that of `__main__` does."""
+"""Modules that are loaded, and that no import by name would find:
+what they have travels by value, as that of `__main__` does.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What `achilles.Pool` promises beyond the standard's contract, with real processes in both modes."""
+"""What `achilles.Pool` promises beyond the standard's contract,
+with real processes in both modes.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,9 @@ def test_functions_that_others_cannot_send(make: PoolMaker) -> None:
 
 @of_modes(*OURS)
 def test_long_calls_do_not_wait_for_each_other(make: PoolMaker) -> None:
-    """The first eight are one chunk, as the standard's pool cuts, but are not run by one process."""
+    """The first eight are one chunk, as the standard's pool cuts,
+    but are not run by one process.
+    """
     pids = make(2).map(tasks.pause_pid, [0.1] * 8 + [0.0] * 56)
     assert len(set(pids[:8])) > 1
 

@@ -1,4 +1,6 @@
-"""The process that serves is killed under load: what workers hold goes on where it is, and nothing is lost."""
+"""The process that serves is killed under load: what workers hold goes on where it is,
+and nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def are_done(futures: list[Any], count: int) -> bool:
 
 
 def timed(path: str, number: int, seconds: float) -> tuple[int, int]:
-    """Note when it began and when it ended, on the clock that all processes of this machine share."""
+    """Note when it began and when it ended, on the clock that all processes of this machine
+    share.
+    """
     began = time.monotonic()
     time.sleep(seconds)
     tasks.note(path, f"{number} {began!r} {time.monotonic()!r}")
@@ -92,7 +96,9 @@ def test_what_runs_and_what_waits_runs_once(
 def test_a_broker_killed_again_and_again_under_load(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """All values are right; what ran when it was killed ran once; new results come soon after each kill."""
+    """All values are right; what ran when it was killed ran once;
+    new results come soon after each kill.
+    """
     path = tmp_path / "notes"
     with (
         own_cluster(monkeypatch) as cluster,

@@ -409,7 +409,9 @@ DistributedExecutor(1).submit(work, 0).result()
 def test_tasks_see_the_program_as_it_was_when_they_were_submitted(
     make: Maker, tmp_path: Path
 ) -> None:
-    """Through helpers, methods and defaults, in whatever order they run; and what tasks have set stays beside that."""
+    """Through helpers, methods and defaults, in whatever order they run;
+    and what tasks have set stays beside that.
+    """
     text = """
 scale, hits, table = 1, 0, [1]
 def helper(): return scale
@@ -505,7 +507,9 @@ with DistributedExecutor(max_workers=1) as executor:
 
 @of_modes(CLUSTER)
 def test_a_connection_is_not_for_workers(make: Maker, tmp_path: Path) -> None:
-    """A plain pickle of it names a descriptor by its number, which there is anything, the runner's own included."""
+    """A plain pickle of it names a descriptor by its number, which there is anything,
+    the runner's own included.
+    """
     text = """
 import multiprocessing
 near, far = multiprocessing.Pipe()

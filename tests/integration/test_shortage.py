@@ -1,4 +1,6 @@
-"""Clients that may have no more descriptors or memory, on real processes: what they send is sent all the same."""
+"""Clients that may have no more descriptors or memory, on real processes:
+what they send is sent all the same.
+"""
 
 from __future__ import annotations
 
@@ -165,7 +167,9 @@ def test_a_socket_that_cannot_be_had_leaves_nothing_open() -> None:
 
 
 def test_pipes_leave_descriptors_to_connections() -> None:
-    """libzmq ends a broker that has none for the next connection; with pipes for all there would be none after 42."""
+    """libzmq ends a broker that has none for the next connection;
+    with pipes for all there would be none after 42.
+    """
     limited = ("sh", "-c", 'ulimit -n 200; exec "$@"', "sh", *commands.ACHILLES, "broker")
     started = commands.Command(
         (*limited, "--bind", "tcp://127.0.0.1:0"), ready="look, and stop", environ={}

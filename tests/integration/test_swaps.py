@@ -1,4 +1,6 @@
-"""The README's swaps: each diff is applied to a program, which says the same before, after, and on a cluster."""
+"""The README's swaps: each diff is applied to a program, which says the same before, after,
+and on a cluster.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`python -m tests.reliability` runs what shows each promise, and prints the table of RELIABILITY.md; ``--write`` puts it there.
+"""`python -m tests.reliability` runs what shows each promise, and prints the table of
+RELIABILITY.md; ``--write`` puts it there.
 
 A command that shows several promises runs once. Exit code 1 if one of them does not hold.
 """
@@ -140,7 +141,9 @@ def machine() -> str:
 
 
 def write(table: str, where: str, only: set[str] | None) -> None:
-    """Replace the table of the page, and where and when it was measured; of ``only`` some rows, those lines."""
+    """Replace the table of the page, and where and when it was measured;
+    of ``only`` some rows, those lines.
+    """
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)
     old, _, after = rest.partition(END)

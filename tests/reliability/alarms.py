@@ -1,9 +1,11 @@
-"""`python -m tests.reliability.alarms`: no live worker is declared lost, and long calls into C run once (R5, R6).
+"""`python -m tests.reliability.alarms`: no live worker is declared lost,
+and long calls into C run once (R5, R6).
 
-Shipped timings: a worker is lost after 15 s of silence. Tasks hold the interpreter for four times as long (or, ``--quick``,
-all times are a fifth), beside values of up to a gibibyte and processes that take all cores. Two hours of workers are 24 of them
-for five minutes. In the end one is frozen until it is given up, and must be the only one whose alarm is heard: that it is
-heard at all is what makes silence worth something.
+Shipped timings: a worker is lost after 15 s of silence. Tasks hold the interpreter for four times
+as long (or, ``--quick``, all times are a fifth), beside values of up to a gibibyte and processes
+that take all cores. Two hours of workers are 24 of them for five minutes. In the end one is frozen
+until it is given up, and must be the only one whose alarm is heard: that it is heard at all is what
+makes silence worth something.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""`python -m tests.reliability.blackhole`: of twelve workers one ends every task at once, as a host does that lacks a library (R8).
+"""`python -m tests.reliability.blackhole`: of twelve workers one ends every task at once, as a host
+does that lacks a library (R8).
 
-Such a worker is always free, so that without a rule against it most of the tasks would go there, three times each.
+Such a worker is always free, so that without a rule against it most of the tasks would go there,
+three times each.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def mix(number: int) -> int:
 
 
 def run(tasks: int) -> tuple[int, int, int, float]:
-    """Submit so many: how many the bad worker was given, how many failed, how many are wrong, and the seconds."""
+    """Submit so many: how many the bad worker was given, how many failed, how many are wrong,
+    and the seconds.
+    """
     with tempfile.TemporaryDirectory() as folder, Cluster(WORKERS - 1, 1) as cluster:
         hole = Path(folder, "hole")
         hole.touch()

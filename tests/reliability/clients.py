@@ -1,7 +1,8 @@
 """`python -m tests.reliability.clients`: what a killed client leaves (R11).
 
-Shipped timings. Clients with long and with waiting tasks and large arguments are killed; from then on: when nothing of
-theirs is queued or running at the broker, when no runner runs a task of theirs, and what the broker's memory is afterwards.
+Shipped timings. Clients with long and with waiting tasks and large arguments are killed; from then
+on: when nothing of theirs is queued or running at the broker, when no runner runs a task of theirs,
+and what the broker's memory is afterwards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""`python -m tests.reliability.crashes`: one task of many thousand ends its process, in every way there is (R7)."""
+"""`python -m tests.reliability.crashes`: one task of many thousand ends its process,
+in every way there is (R7).
+"""
 
 from __future__ import annotations
 

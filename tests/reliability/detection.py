@@ -1,7 +1,9 @@
-"""`python -m tests.reliability.detection`: how soon what died or froze is noticed, and its tasks run elsewhere (R4).
+"""`python -m tests.reliability.detection`: how soon what died or froze is noticed,
+and its tasks run elsewhere (R4).
 
-Shipped timings. From the signal until the task's next execution begins, which is later than its requeueing: the limits are
-therefore held with something to spare. There is a free slot for each task that is to move.
+Shipped timings. From the signal until the task's next execution begins, which is later than its
+requeueing: the limits are therefore held with something to spare.
+There is a free slot for each task that is to move.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ def befall(
     count: int,
     number: signal.Signals,
 ) -> list[float]:
-    """Kill or freeze workers, several at once, each with one long task; seconds until those begin again."""
+    """Kill or freeze workers, several at once, each with one long task;
+    seconds until those begin again.
+    """
     found: list[float] = []
     while len(found) < count:
         tasks = list(itertools.islice(numbers, AT_ONCE))

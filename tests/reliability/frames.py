@@ -1,4 +1,6 @@
-"""`python -m tests.reliability.frames`: mutated frames are refused by the codec's own error, or are messages (R23)."""
+"""`python -m tests.reliability.frames`: mutated frames are refused by the codec's own error,
+or are messages (R23).
+"""
 
 from __future__ import annotations
 

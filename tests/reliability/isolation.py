@@ -1,8 +1,9 @@
 """`python -m tests.reliability.isolation`: what others do to a client's throughput (R15).
 
-The client's tasks sleep, so that what is measured is its share of the cluster and not of this machine's two cores: alone, and
-beside strangers who connect and say nonsense, beside a client that is stopped when its large values come, and beside one
-with a hundred thousand tasks in the queue, which is entitled to half of the slots.
+The client's tasks sleep, so that what is measured is its share of the cluster and not of this
+machine's two cores: alone, and beside strangers who connect and say nonsense, beside a client that
+is stopped when its large values come, and beside one with a hundred thousand tasks in the queue,
+which is entitled to half of the slots.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the measurements share: tasks on a rig from this process, lines of their executions, and the figure at the end."""
+"""What the measurements share: tasks on a rig from this process, lines of their executions,
+and the figure at the end.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""The promises R1 to R26: for each the command that shows it, and how its figure is read from what the command says.
+"""The promises R1 to R26: for each the command that shows it,
+and how its figure is read from what the command says.
 
-A row whose promise is not built yet, or cannot be had on this machine, has a reason instead of a command.
+A row whose promise is not built yet, or cannot be had on this machine,
+has a reason instead of a command.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ def chaos(
     *names: str,
     soon: Callable[[dict[str, Any]], bool] = lambda run: True,
 ) -> Read:
-    """Of the runs with these nemeses, or of all: ``say`` is given the sums of their buckets and effects, and the runs.
+    """Of the runs with these nemeses, or of all:
+    ``say`` is given the sums of their buckets and effects, and the runs.
 
     ``soon``: whether a run kept the promise's time.
     """

@@ -1,6 +1,8 @@
-"""`python -m tests.reliability.storm`: many sessions find the next broker when theirs is killed (R20).
+"""`python -m tests.reliability.storm`: many sessions find the next broker when theirs is killed
+(R20).
 
-All of them are in this process, over TCP with CURVE; most of what is measured is this process's own work.
+All of them are in this process, over TCP with CURVE;
+most of what is measured is this process's own work.
 """
 
 from __future__ import annotations

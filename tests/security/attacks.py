@@ -1,8 +1,8 @@
 """The attack table: what is tried, by whom, and what must come of it.
 
 Rules
-    1. A row is covered by the tests that carry its number, ``@attack("T7")``, wherever they are; or by `CANNOT_RUN`, which says
-       why it cannot be run.
+    1. A row is covered by the tests that carry its number, ``@attack("T7")``, wherever they are; or
+       by `CANNOT_RUN`, which says why it cannot be run.
     2. `test_attacks` holds that no row is left out, and that no test names a row that there is not.
     3. ``python -m tests.security`` (``make attack``) runs the rows and prints the table.
 """

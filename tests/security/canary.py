@@ -10,7 +10,8 @@ from typing import Any
 
 from tests.commands import Command
 
-# Runs the command with these arguments; what it unpickles, by whichever way, is in files that the first one names.
+# Runs the command with these arguments; what it unpickles, by whichever way,
+# is in files that the first one names.
 _WATCHED = """
 import sys
 

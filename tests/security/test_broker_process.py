@@ -74,7 +74,9 @@ def test_it_never_unpickles_and_never_opens_the_code_key(achilles_home: Path) ->
 
 
 def test_its_imports_are_few() -> None:
-    """Counted, not timed: what a module costs depends on the machine, that it is needed does not."""
+    """Counted, not timed: what a module costs depends on the machine,
+    that it is needed does not.
+    """
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", "import achilles.cli, achilles.net.serve"],
         env=os.environ,

@@ -9,7 +9,8 @@ from pathlib import Path
 from achilles.runtime import seal
 from tests.security.attacks import ROOT, attack
 
-# Where a secret or a tag is at hand, and comparisons of anything with it by == would tell how far they agree.
+# Where a secret or a tag is at hand, and comparisons of anything with it by == would tell how far
+# they agree.
 SECRETIVE = ("runtime/seal.py", "letters.py", "runtime/imports.py", "core/sessions.py")
 PUBLIC = {"names", "begun", "self._names", "self._begun"}  # of sessions, which travel in clear
 
@@ -44,6 +45,8 @@ def test_tags_are_compared_in_constant_time() -> None:
 
 @attack("T38")
 def test_a_token_is_only_ever_looked_up() -> None:
-    """By its hash, which is keyed anew in each process: how long that takes tells nothing of how near a guess was."""
+    """By its hash, which is keyed anew in each process:
+    how long that takes tells nothing of how near a guess was.
+    """
     text = (ROOT / "achilles/core/sessions.py").read_text("utf-8")
     assert "self._by_token.get(packet.header.token)" in text

@@ -1,4 +1,6 @@
-"""What is wrong with a connection is told by name, at the client and at the worker, within the time to connect."""
+"""What is wrong with a connection is told by name, at the client and at the worker,
+within the time to connect.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ def descriptors() -> Iterator[None]:
 
 @attack("T22")
 def test_a_crowd_that_says_nothing_is_sent_away_and_others_are_served(descriptors: None) -> None:
-    """Connections that send nothing, half a greeting, one byte now and then; and those that come and go."""
+    """Connections that send nothing, half a greeting, one byte now and then;
+    and those that come and go.
+    """
     with (
         commands.broker() as broker,
         contextlib.ExitStack() as stack,

@@ -148,7 +148,9 @@ def test_what_somebody_put_in_place_is_refused(
 
 @attack("T7")
 def test_a_socket_that_was_put_in_place_is_not_used(achilles_home: Path) -> None:
-    """In the folder of the user alone it can only be left by an earlier broker: it is replaced, not joined."""
+    """In the folder of the user alone it can only be left by an earlier broker: it is replaced,
+    not joined.
+    """
     (achilles_home / "run").mkdir(mode=0o700, parents=True)
     with socket.socket(socket.AF_UNIX) as planted:
         planted.bind(str(achilles_home / "run" / "clients.ipc"))
@@ -189,7 +191,9 @@ def secrets_of(home: Path) -> set[str]:
 def test_secrets_are_in_no_argument_environment_or_log(
     cluster: tuple[commands.Command, commands.Command], achilles_home: Path
 ) -> None:
-    """Of broker, worker, client and runners, at the level of most detail, while a task runs and after errors."""
+    """Of broker, worker, client and runners, at the level of most detail,
+    while a task runs and after errors.
+    """
     broker, worker = cluster
     secrets = secrets_of(achilles_home)
     seen: list[str] = []
@@ -228,7 +232,9 @@ def test_secrets_are_in_no_argument_environment_or_log(
 def test_a_task_inherits_no_key_and_no_socket(
     cluster: tuple[commands.Command, commands.Command], achilles_home: Path
 ) -> None:
-    """What it may read as the worker's user is documented; a host that joined by stdin has no file with a key."""
+    """What it may read as the worker's user is documented;
+    a host that joined by stdin has no file with a key.
+    """
     with DistributedExecutor(address="auto") as executor:
         environ, arguments, descriptors = executor.submit(tasks.surroundings).result(20)
     shown = "\n".join([*environ, *arguments])
@@ -245,7 +251,9 @@ def test_a_task_inherits_no_key_and_no_socket(
 def test_what_a_task_leaves_behind_ends_with_its_runner(
     cluster: tuple[commands.Command, commands.Command], tmp_path: Path
 ) -> None:
-    """Children that ignore signals, descriptors that it closed, output without end; the worker goes on."""
+    """Children that ignore signals, descriptors that it closed, output without end;
+    the worker goes on.
+    """
     worker = psutil.Process(cluster[1].process.pid)
     with DistributedExecutor(address="auto") as executor:
         child = executor.submit(tasks.leave_a_stubborn_child).result(20)

@@ -1,4 +1,6 @@
-"""Other hosts join with a key of their own, and lose what it gave when it is revoked: over TCP, on real processes."""
+"""Other hosts join with a key of their own, and lose what it gave when it is revoked: over TCP,
+on real processes.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +139,9 @@ def far_client(
 def test_another_host_joins_and_is_revoked(
     site: Site, far_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its session ends within a second, its task runs elsewhere uncharged, and its key opens nothing any more."""
+    """Its session ends within a second, its task runs elsewhere uncharged,
+    and its key opens nothing any more.
+    """
     exported = site.export("worker", "node7")
     node7 = join(site, "node7", exported, far_home)
     assert not list(far_home.iterdir()), "a secret was left on the other host"

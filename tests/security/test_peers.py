@@ -33,7 +33,9 @@ def broker(achilles_home: Path) -> Iterator[RunningBroker]:
 
 @attack("T12")
 def test_results_for_what_one_was_not_given_resolve_nothing(broker: RunningBroker) -> None:
-    """Of another worker's lease, of one that is over, of one that never was; and only the holder's counts."""
+    """Of another worker's lease, of one that is over, of one that never was;
+    and only the holder's counts.
+    """
     with (
         raw_peer(broker, "client") as client,
         raw_peer(broker, "worker") as holder,
@@ -116,7 +118,9 @@ BOMBS = {
 @attack("T24")
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_for_the_parser_is_not_built(bomb: str) -> None:
-    """What a message may hold is checked before it is read: counted here in bytes, as time is the machine's."""
+    """What a message may hold is checked before it is read: counted here in bytes,
+    as time is the machine's.
+    """
     frame = bytes(frames_of(p.Heartbeat())[0])[:36] + BOMBS[bomb]
     tracemalloc.start()
     try:

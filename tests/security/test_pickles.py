@@ -76,7 +76,9 @@ def door(role: str, *, tcp: bool = False) -> RawPeer:
 
 
 def leave(peer: RawPeer) -> None:
-    """End the session, if it is not over yet: a worker that stays would be given the honest client's tasks."""
+    """End the session, if it is not over yet:
+    a worker that stays would be given the honest client's tasks.
+    """
     peer.send_frames(*p.encode(p.Header(peer.link.token, peer.link.sent + 1, 0), p.Goodbye("")))
     peer.send(p.Heartbeat(), Link(peer.link.token))
     peer.expect(p.Gone)

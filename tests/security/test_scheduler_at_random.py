@@ -1,7 +1,9 @@
-"""Whatever peers with valid keys say, in whatever order, the broker's decisions stay whole: by seed, without a network.
+"""Whatever peers with valid keys say, in whatever order, the broker's decisions stay whole:
+by seed, without a network.
 
-Clients and workers that come, lie and leave; each message is one that the codec lets through, with small numbers, so that
-leases, tasks and clients of others are hit often. A `ProtocolError` is a peer's fault. Anything else is ours.
+Clients and workers that come, lie and leave; each message is one that the codec lets through, with
+small numbers, so that leases, tasks and clients of others are hit often. A `ProtocolError` is a
+peer's fault. Anything else is ours.
 """
 
 from __future__ import annotations

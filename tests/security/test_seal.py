@@ -1,7 +1,8 @@
-"""Whoever owns the broker can deny service, and nothing more: here it changes what it passes on, in every way it could.
+"""Whoever owns the broker can deny service, and nothing more: here it changes what it passes on,
+in every way it could.
 
-The broker is real but for one thing: `Forger` alters the messages that it sends. The canary is a folder that an evil pickle
-makes; it must never be there.
+The broker is real but for one thing: `Forger` alters the messages that it sends. The canary is a
+folder that an evil pickle makes; it must never be there.
 """
 
 from __future__ import annotations
@@ -132,7 +133,9 @@ def executor(broker: RunningBroker) -> Iterator[DistributedExecutor]:
 
 
 def refused(forger: Forger, alter: Alter, ask: Callable[[], Any]) -> None:
-    """What is asked for ends with the named error, and without the canary, although the broker did its worst."""
+    """What is asked for ends with the named error, and without the canary,
+    although the broker did its worst.
+    """
     forger.alter, forger.hits = alter, 0
     with pytest.raises(SealError, match="does not carry the seal"):
         ask()
@@ -160,7 +163,9 @@ def joined(payload: p.Payload) -> bytes:
 
 
 def ways_to_replace(good_end: int, forger: Forger) -> list[Callable[[bytes], bytes]]:
-    """Evil without a seal, with the seal of what it replaces, with another cluster's; and good with one bit changed."""
+    """Evil without a seal, with the seal of what it replaces, with another cluster's;
+    and good with one bit changed.
+    """
     other = Sealer(Seal(bytes(32)))
     sealed = forger.evil + other.call(1, (1, 0, ()), b"", forger.evil)
     return [

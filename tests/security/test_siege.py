@@ -18,7 +18,8 @@ from tests.integration.test_faults import own_cluster
 from tests.modes import wait_until
 from tests.security.attacks import attack
 
-# What libzmq gives the first connections of a process's first ROUTER for routing ids: a generator that nobody seeds.
+# What libzmq gives the first connections of a process's first ROUTER for routing ids:
+# a generator that nobody seeds.
 FIRST_ID = 0xE43C9869
 
 
@@ -63,9 +64,11 @@ class Intruders:
 
 @attack("T19")
 def test_a_broker_that_was_aborted_is_back_and_has_everything_again(tmp_path: Path) -> None:
-    """libzmq lets a peer claim the routing id that it would give out next, and ends its process when it does.
+    """libzmq lets a peer claim the routing id that it would give out next,
+    and ends its process when it does.
 
-    Whoever has a client's key can do that. Nothing is lost by it, the key can be revoked, and is worth nothing then.
+    Whoever has a client's key can do that. Nothing is lost by it, the key can be revoked,
+    and is worth nothing then.
     """
     with commands.broker("--no-ipc") as broker, commands.worker() as worker:
         exported = commands.run("keys", "export", "client", "--name", "intruder")
@@ -109,7 +112,9 @@ def test_a_broker_that_was_aborted_is_back_and_has_everything_again(tmp_path: Pa
 def test_a_flood_of_strangers_costs_no_honest_peer_anything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Full handshakes with unknown keys, one after the other and many at once, for as long as work goes on."""
+    """Full handshakes with unknown keys, one after the other and many at once,
+    for as long as work goes on.
+    """
     with own_cluster(monkeypatch, workers=1, tcp=True) as cluster:
         join = join_of("client")
         with DistributedExecutor(address=cluster.address) as executor:

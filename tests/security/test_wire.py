@@ -150,7 +150,9 @@ def _keys(pair: tuple[bytes, bytes], broker_public: bytes) -> Any:
 @attack("T15")
 @pytest.mark.parametrize("way", ["no security", "no mechanism", "ZMTP 2", "ZMTP 1", "ZMTP 3.0"])
 def test_a_peer_is_not_talked_down(broker: RunningBroker, way: str) -> None:
-    """It says nothing but its greeting to what offers less than CURVE, and a named error to its user."""
+    """It says nothing but its greeting to what offers less than CURVE,
+    and a named error to its user.
+    """
     pieces = UNSAFE[way]
     heard = b""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -180,7 +182,9 @@ def test_a_peer_is_not_talked_down(broker: RunningBroker, way: str) -> None:
 def test_what_an_administrator_sent_cannot_be_replayed(
     broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Byte by byte on another connection: the keys of the connection are others. Nor its messages, in another session."""
+    """Byte by byte on another connection: the keys of the connection are others.
+    Nor its messages, in another session.
+    """
     reloads: list[None] = []
     reload = broker.broker._reload
 
@@ -228,7 +232,9 @@ def test_an_administrators_token_is_worth_nothing_with_another_key(broker: Runni
 
 @attack("T16")
 def test_flipped_bits_change_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100,000 of them, one by one and many at once: each ends its connection, and what was under way is sent again."""
+    """100,000 of them, one by one and many at once: each ends its connection,
+    and what was under way is sent again.
+    """
     with commands.broker("--no-ipc"), commands.worker("--slots", "2"):
         join = find_join(Path(os.environ["ACHILLES_HOME"]), "client", None)
         there, back = Flips(seed=7), Flips(seed=8)

@@ -1,4 +1,6 @@
-"""The wire below ZeroMQ: greetings by hand, and a relay between a peer and its broker that records or changes bytes."""
+"""The wire below ZeroMQ: greetings by hand,
+and a relay between a peer and its broker that records or changes bytes.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,9 @@ class Relay:
 
 
 class Flips:
-    """Flips bits of each connection from some byte on: one bit of every second connection, one a byte of the others."""
+    """Flips bits of each connection from some byte on: one bit of every second connection,
+    one a byte of the others.
+    """
 
     def __init__(self, seed: int) -> None:
         self._chance = random.Random(seed)

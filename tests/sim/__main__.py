@@ -1,4 +1,6 @@
-"""`python -m tests.sim --seed N --log` runs one seed again; `--first N --count N --jobs 2` runs many."""
+"""`python -m tests.sim --seed N --log` runs one seed again;
+`--first N --count N --jobs 2` runs many.
+"""
 
 from __future__ import annotations
 

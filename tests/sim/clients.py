@@ -1,4 +1,6 @@
-"""A client's process in a simulated cluster, around its real core as the shell in `achilles.net` is."""
+"""A client's process in a simulated cluster,
+around its real core as the shell in `achilles.net` is.
+"""
 
 from __future__ import annotations
 

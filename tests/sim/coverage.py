@@ -1,8 +1,8 @@
 """What a run of some thousand seeds must have reached, or it proves too little.
 
-Each transition of a task, a lease, a runner and a session, as the simulated nodes and `tests.sim.watch` mark them where
-they happen, and each place where something is made to go wrong. Not listed is what no peer that keeps to the protocol
-can bring about.
+Each transition of a task, a lease, a runner and a session, as the simulated nodes and
+`tests.sim.watch` mark them where they happen, and each place where something is made to go wrong.
+Not listed is what no peer that keeps to the protocol can bring about.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A peer with a valid session of a client, that says whatever comes to its mind.
 
-Nobody else may notice: the oracle goes on holding everything that it holds for the others. And whoever says what its
-role may not, or what does not fit its session, loses that session.
+Nobody else may notice: the oracle goes on holding everything that it holds for the others. And
+whoever says what its role may not, or what does not fit its session, loses that session.
 """
 
 from __future__ import annotations

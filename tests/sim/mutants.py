@@ -1,7 +1,8 @@
 """Small mistakes, and the names of the rules that tell them (see `tests.sim.oracle`).
 
-A mutant is a replacement in a core's text. When a core changes so that the text is no longer there, find the new
-place of the same mistake. ``seed`` is where to look first; if it does not catch the mutant any more, others are tried.
+A mutant is a replacement in a core's text. When a core changes so that the text is no longer there,
+find the new place of the same mistake. ``seed`` is where to look first; if it does not catch the
+mutant any more, others are tried.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A mistake: in which core, what stands there, what to put instead, and the rules that it breaks."""
+    """A mistake: in which core, what stands there, what to put instead,
+    and the rules that it breaks.
+    """
 
     name: str
     module: str

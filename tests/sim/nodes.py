@@ -1,4 +1,6 @@
-"""The processes of a simulated cluster, each around its real cores as the shells in `achilles.net` are."""
+"""The processes of a simulated cluster, each around its real cores as the shells in `achilles.net`
+are.
+"""
 
 from __future__ import annotations
 
@@ -370,7 +372,9 @@ class Worker(Peer):
             what[0](what[1])
 
     def on_runner(self, runner: Runner) -> None:
-        """A runner's channel is ready. Before its events are handled, a message of the broker may be."""
+        """A runner's channel is ready. Before its events are handled,
+        a message of the broker may be.
+        """
         is_end = runner.is_dead and not self.world.plan.is_calm
         self._events += self.host.collect(runner)
         if is_end:

@@ -1,30 +1,35 @@
 """What is true in a simulated world, noted where it happens, and what must therefore come out.
 
-Every rule has a name, which a failure begins with, and most a number in the list of invariants below. Rules about one
-step of a core are asserted in that core's ``check_invariants``; the assertion's text is then the name.
+Every rule has a name, which a failure begins with, and most a number in the list of invariants
+below. Rules about one step of a core are asserted in that core's ``check_invariants``; the
+assertion's text is then the name.
 
     I1  a task is resolved at most once            "resolved once" (here)
     I2  the right value, an error that may be      "right outcome", "just failure" (here)
     I3  everything ends when faults have ended     "everything ends" (simulation)
-    I4  one lease at a time, numbers are fresh     "a task has two leases" (scheduler); "fresh lease" (watch, nodes)
-    I5  no slot leaks                              "a slot leaks" (dispatch); "nothing is left" (simulation)
-    I6  each task is in one place                  "a task is nowhere", "a task is queued twice" (tables);
-                                                   "a lease is nowhere, or in two places" (agent)
-    I7  charged with one's own crashes only        "just charge", "crash limit" (here); "charge on a drain", "nobody is given up" (watch)
-    I8  work goes only to those who may have it    "ready workers only", "tags" (watch)
-    I9  nothing is kept for ever                   "nothing is left" (simulation)
-    I10 no more at the broker than the credit      "credit overdrawn" (submission); "slots_max" (nodes)
-    I11 nobody is hurt by another's messages       all of these, beside the peers of `tests.sim.hostile`
-    I12 no work but what something explains        "work bound", "at most once", "retries" (here)
-    I13 no slot idles while a task waits           "a slot idles while a task waits" (dispatch),
-                                                   "a runner idles while a chunk waits" (agent), "nobody waits behind" (runners)
+    I4  one lease at a time, numbers are fresh     "a task has two leases" (scheduler); "fresh
+    lease" (watch, nodes) I5  no slot leaks                              "a slot leaks" (dispatch);
+    "nothing is left" (simulation) I6  each task is in one place                  "a task is
+                                                   nowhere", "a task is queued twice" (tables); "a
+                                                   lease is nowhere, or in two places" (agent)
+    I7  charged with one's own crashes only        "just charge", "crash limit" (here); "charge on a
+    drain", "nobody is given up" (watch) I8  work goes only to those who may have it    "ready
+    workers only", "tags" (watch) I9  nothing is kept for ever                   "nothing is left"
+    (simulation) I10 no more at the broker than the credit      "credit overdrawn" (submission);
+    "slots_max" (nodes) I11 nobody is hurt by another's messages       all of these, beside the
+    peers of `tests.sim.hostile` I12 no work but what something explains        "work bound", "at
+    most once", "retries" (here) I13 no slot idles while a task waits           "a slot idles while
+                                                   a task waits" (dispatch), "a runner idles while a
+                                                   chunk waits" (agent), "nobody waits behind"
+                                                   (runners)
     I14 no timer or task goes round in circles     "timers", "no circles" (nodes, world, watch)
-    I15 a role says what it may                    "an honest peer is refused" (nodes), "a hostile peer is cut" (hostile)
-    I16 the codec is exact                         "codec" (world)
+    I15 a role says what it may                    "an honest peer is refused" (nodes), "a hostile
+    peer is cut" (hostile) I16 the codec is exact                         "codec" (world)
 
-and beyond these: "cancelled in time" and "killed in time" (here), "timeout enforced", "no task ends early" and
-"neighbours of the killed" (here, by the runners), "priority", "oldest first", "fair share", "alone after a charge",
-"chunk_max" and "attempt" (watch, here), "what is held runs once" (here) and "back in time" (world).
+and beyond these: "cancelled in time" and "killed in time" (here), "timeout enforced", "no task ends
+early" and "neighbours of the killed" (here, by the runners), "priority", "oldest first", "fair
+share", "alone after a charge", "chunk_max" and "attempt" (watch, here), "what is held runs once"
+(here) and "back in time" (world).
 
 Not simulated: budgets in bytes.
 """
@@ -157,7 +162,9 @@ class Oracle:
     def started(
         self, truth: Truth, attempt: int, where: str, now: float, *, is_fresh: bool = True
     ) -> None:
-        """``is_fresh``: the present broker has given it, and not an earlier one whose worker has slept since."""
+        """``is_fresh``: the present broker has given it,
+        and not an earlier one whose worker has slept since.
+        """
         if now > truth.start_by:
             late = now - truth.start_by
             raise Violation(
@@ -230,7 +237,8 @@ class Oracle:
     def _excuse_retry(self, truth: Truth, why: str) -> None:
         truth.story.append(why)
         truth.is_held = False
-        # With each new session all again; and of one the broker may not have heard, because the worker's session ended.
+        # With each new session all again; and of one the broker may not have heard,
+        # because the worker's session ended.
         tries = (1 + truth.options.retries) * (1 + truth.ends) + truth.losses
         if truth.raises + truth.timeouts < tries:
             truth.excuses += 1
@@ -266,7 +274,9 @@ class Oracle:
                     truth.story.append("its client's session ended")
 
     def broker_lost(self, held: Iterable[Truth]) -> None:
-        """All sessions ended. A worker has begun each of the ``held`` ones, has it or its value still, and is the only one."""
+        """All sessions ended. A worker has begun each of the ``held`` ones,
+        has it or its value still, and is the only one.
+        """
         for truth in self.tasks.values():
             truth.is_unwanted = True  # if two workers have it
             truth.is_held = False
@@ -290,7 +300,9 @@ class Oracle:
                 truth.story.append(why)
 
     def client_joined(self, client: int) -> None:
-        """A client begins a new session; it cannot know what became of what it sent in the last one."""
+        """A client begins a new session; it cannot know what became of what it sent in the last
+        one.
+        """
         for truth in self.tasks.values():
             if truth.client == client and truth.was_sent:
                 truth.is_in_doubt = True

@@ -1,4 +1,6 @@
-"""What a seed stands for: the cluster, its work, and which kinds of fault befall it (each with p = 0.6)."""
+"""What a seed stands for: the cluster, its work, and which kinds of fault befall it
+(each with p = 0.6).
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ WHOLE = Trim()
 
 @dataclass
 class Plan:
-    """Drawn from the seed alone; ``kinds`` can be given, to look at a failure with fewer of them."""
+    """Drawn from the seed alone; ``kinds`` can be given,
+    to look at a failure with fewer of them.
+    """
 
     seed: int
     kinds: frozenset[str]
@@ -113,7 +117,9 @@ class Plan:
 
     @property
     def round_trip(self) -> float:
-        """An upper bound, from one end to the other and back, while the network is as it should be."""
+        """An upper bound, from one end to the other and back,
+        while the network is as it should be.
+        """
         return 4 * 4 * self.delay + 0.02
 
     def stream(self, name: str) -> random.Random:
@@ -130,7 +136,9 @@ class Plan:
 
 
 def make_plan(seed: int, trim: Trim = WHOLE) -> Plan:
-    """The plan of a seed: a quarter with no or few kinds of fault, each twentieth with all of them."""
+    """The plan of a seed: a quarter with no or few kinds of fault,
+    each twentieth with all of them.
+    """
     swarm = random.Random(f"{seed}/swarm")
     drawn = frozenset(kind for kind in KINDS if swarm.random() < CHANCE)
     if seed % 8 == 0:
@@ -242,7 +250,9 @@ _PROFILES = ("instant", "tiny", "short", "long", "mixed", "mixed")
 
 
 def _groups(chance: random.Random, has_tags: bool) -> list[Group]:
-    """Functions with their initializer, chunk_max, options and other blobs; number 0 travels with each call."""
+    """Functions with their initializer, chunk_max, options and other blobs;
+    number 0 travels with each call.
+    """
     return [
         Group(
             fn,

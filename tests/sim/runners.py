@@ -1,8 +1,9 @@
 """The host of a worker's runners, in virtual time: what `runtime.host` and its child processes do.
 
-Tasks run one after the other; a recall takes back all that have not started. A result that is not its chunk's last is seen up to 86 ms
-later (5, if that was taken back), unless the runner has woken its host for nothing in that time, as in the real thing.
-A killed runner is gone at once, which is seen a little later.
+Tasks run one after the other; a recall takes back all that have not started. A result that is not
+its chunk's last is seen up to 86 ms later (5, if that was taken back), unless the runner has woken
+its host for nothing in that time, as in the real thing. A killed runner is gone at once,
+which is seen a little later.
 """
 
 from __future__ import annotations
@@ -67,9 +68,8 @@ class Runner:
         self.is_killed = False
         self.is_written_off = False  # its worker's session has ended
         self.last_seq = 0
-        self.is_stillborn = (
-            False  # it died before it got to work: that is charged to its first task
-        )
+        # It died before it got to work: that is charged to its first task
+        self.is_stillborn = False
         self.has_shown_life = False
         self.is_polled = False
         self.queue: deque[Entry] = deque()

@@ -1,4 +1,6 @@
-"""Make a failure smaller: fewer kinds of fault, fewer tasks, fewer workers, a shorter time, the same rule broken."""
+"""Make a failure smaller: fewer kinds of fault, fewer tasks, fewer workers, a shorter time,
+the same rule broken.
+"""
 
 from __future__ import annotations
 

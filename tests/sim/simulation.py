@@ -29,7 +29,9 @@ class Outcome(NamedTuple):
 
 
 class SimulationError(AssertionError):
-    """A seed failed; ``check`` names the rule that was broken, the text says how to see it again."""
+    """A seed failed; ``check`` names the rule that was broken,
+    the text says how to see it again.
+    """
 
     def __init__(self, seed: int, trim: Trim, check: str, text: str) -> None:
         words = f"--seed {seed} {trim}".strip()

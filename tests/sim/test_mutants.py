@@ -1,5 +1,7 @@
-"""The simulator is worth trusting: each of the mistakes of `tests.sim.mutants`, planted in a copy of the cores, is
-caught within 2,000 seeds by a rule that it breaks, not by some crash that follows from it."""
+"""The simulator is worth trusting: each of the mistakes of `tests.sim.mutants`, planted in a copy
+of the cores, is caught within 2,000 seeds by a rule that it breaks,
+not by some crash that follows from it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Thousands of seeds: every task comes out right, once, whatever happens. A failure says how to see its seed again."""
+"""Thousands of seeds: every task comes out right, once, whatever happens.
+A failure says how to see its seed again.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_every_check_at_every_step(seed: int) -> None:
 
 
 def test_runs_do_not_depend_on_hashes_or_processes() -> None:
-    """The same seeds, the same traces: where `hash` gives other numbers, and in one process or two."""
+    """The same seeds, the same traces: where `hash` gives other numbers,
+    and in one process or two.
+    """
     traces = []
     for hash_seed, jobs in (("1", "1"), ("2", "2")):
         run = _run_seeds(hash_seed, "--trace", "--first", "1", "--count", "60", "--jobs", jobs)
@@ -75,7 +79,9 @@ def _run_seeds(hash_seed: str, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_failure_is_told_made_smaller_and_can_be_seen_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A planted mistake: what it breaks, the line that shows it again, and a smaller plan of the same."""
+    """A planted mistake: what it breaks, the line that shows it again,
+    and a smaller plan of the same.
+    """
     monkeypatch.setattr(Agent, "drain", lambda self: [])  # SIGTERM is not heard
     failure = _first_failure()
     assert failure.check == "everything ends"

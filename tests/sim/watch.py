@@ -1,6 +1,8 @@
-"""The real cores, watched: what they decide is compared with what the oracle knows, and each transition is marked.
+"""The real cores, watched: what they decide is compared with what the oracle knows,
+and each transition is marked.
 
-The comparisons are made anew from all tasks, clients and workers, without the indexes that make the cores fast.
+The comparisons are made anew from all tasks, clients and workers,
+without the indexes that make the cores fast.
 """
 
 from __future__ import annotations
@@ -148,8 +150,8 @@ class WatchedScheduler(Scheduler):
         on_left: Callable[[Worker], None],
         **options: Any,
     ) -> None:
-        """``is_sound``: nobody should be given up; ``on_recovered``: what is held back no more may be given out;
-        ``on_left``: a worker's session has ended.
+        """``is_sound``: nobody should be given up; ``on_recovered``: what is held back no more may
+        be given out; ``on_left``: a worker's session has ended.
         """
         self._oracle = oracle
         self._marks = marks
@@ -290,7 +292,9 @@ class WatchedScheduler(Scheduler):
 
 
 class WatchedSessions(Sessions):
-    """Sessions whose comings and goings are marked, and who are not ended as long as they are heard."""
+    """Sessions whose comings and goings are marked,
+    and who are not ended as long as they are heard.
+    """
 
     marks: Marks
 

@@ -2,8 +2,9 @@
 
     Submission + Dialer  ══ network ══  Sessions + Scheduler  ══ network ══  Dialer + Agent ── Host (runners)
 
-Everything that happens is a thunk in one heap, ordered by time and then by number. All chance comes from streams
-that are seeded by the seed and the stream's name. Every message crosses the codec on its way.
+Everything that happens is a thunk in one heap, ordered by time and then by number. All chance comes
+from streams that are seeded by the seed and the stream's name.
+Every message crosses the codec on its way.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ STEPS_MAX = 400_000
 CODEC_STRIDE = 32  # every so many messages are encoded twice
 RECONNECT_SECONDS = (0.02, 1.0)
 DELAY_MAX = 6.0
-CROWDED_SHARE = (
-    0.25  # of the runs whose hosts have too much to do; their clocks would end tasks early
-)
+# Of the runs whose hosts have too much to do; their clocks would end tasks early
+CROWDED_SHARE = 0.25
 WAKES = (0.0, 0.0, 0.005, 0.02, 0.08)  # how late a runner without work is there
 BEHIND_SECONDS = 0.03  # that something may wait behind a task while a slot is free, anywhere
 

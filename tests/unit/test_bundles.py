@@ -1,4 +1,6 @@
-"""Which items of a map travel together, and what becomes of them when their bundle ends in one way or another."""
+"""Which items of a map travel together, and what becomes of them when their bundle ends in one way
+or another.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def tell(
 
 
 def bundled(backends: list[Backend], count: int = LOOKS + 8) -> tuple[Any, Backend, int]:
-    """A map whose first items are done, and whose last eight are one bundle: its results, the backend and the bundle's id."""
+    """A map whose first items are done, and whose last eight are one bundle: its results,
+    the backend and the bundle's id.
+    """
     results = DistributedExecutor(2).map(tasks.add, range(count))
     backend = backends[-1]
     singles, found = sent(backend)
@@ -277,7 +281,9 @@ TRIED = sum(8 << n for n in range(TRIALS))  # items of the first bundles
 def test_the_first_bundles_show_how_long_calls_take(
     backends: list[Backend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before most of the items are cut by what calls take alone, the I/O thread has time to hear of one bundle."""
+    """Before most of the items are cut by what calls take alone,
+    the I/O thread has time to hear of one bundle.
+    """
     pauses: list[float] = []
 
     def pause(seconds: float) -> None:

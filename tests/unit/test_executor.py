@@ -203,7 +203,9 @@ def test_what_is_pickled_badly_does_not_start_anything(backends: list[Backend]) 
 
 
 def test_it_is_no_pool_and_no_callable() -> None:
-    """What other libraries look for; see research on clients: an int or a dict named so would mislead them."""
+    """What other libraries look for; see research on clients:
+    an int or a dict named so would mislead them.
+    """
     assert not hasattr(DistributedExecutor, "_processes")
     assert not callable(DistributedExecutor(1))
     assert issubclass(DistributedExecutor, concurrent.futures.Executor)

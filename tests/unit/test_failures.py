@@ -1,4 +1,6 @@
-"""The text of each error that a task ends with which was given up; `tests.inputs` shows them from outside."""
+"""The text of each error that a task ends with which was given up;
+`tests.inputs` shows them from outside.
+"""
 
 from __future__ import annotations
 

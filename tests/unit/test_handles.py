@@ -75,7 +75,9 @@ def test_one_with_an_address_connects_when_it_is_used(
 def test_what_results_may_hold_and_whether_output_is_printed_travel(
     backends: list[Backend], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A list that stands in the file that was named must hold for whoever gets the executor; one that is in force there, too."""
+    """A list that stands in the file that was named must hold for whoever gets the executor;
+    one that is in force there, too.
+    """
     given: list[tuple[bool, Any]] = []
 
     def connection(address: str, *, prints: bool, results: Any, **options: Any) -> Backend:

@@ -196,7 +196,9 @@ def test_an_executor_that_takes_no_more_is_the_calls_error() -> None:
 
 
 def nested(n_jobs: int | None) -> tuple[int, set[int], int]:
-    """The process of the task, those of a call inside it that names the backend, and how many jobs that would have."""
+    """The process of the task, those of a call inside it that names the backend,
+    and how many jobs that would have.
+    """
     with joblib.parallel_config(backend="achilles", n_jobs=n_jobs):
         jobs = joblib.effective_n_jobs(None)
         return os.getpid(), set(Parallel()(delayed(os.getpid)() for _ in range(4))), jobs

@@ -81,7 +81,9 @@ class Stuck(io.StringIO):
 
 
 def test_a_terminal_that_is_stopped_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One short wait, then none; what is too much is dropped; when it goes on, all else is printed."""
+    """One short wait, then none; what is too much is dropped; when it goes on,
+    all else is printed.
+    """
     stuck = Stuck()
     monkeypatch.setattr(sys, "stdout", stuck)
     monkeypatch.setattr(letters, "PRINT_SECONDS", 0.01)

@@ -89,7 +89,9 @@ def test_it_wakes_once_until_the_io_thread_looks(box: Box) -> None:
 def test_who_submits_without_a_pause_lets_the_io_thread_in(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whenever there is as much to do as is being done: not for a few, and ever less often for many."""
+    """Whenever there is as much to do as is being done: not for a few,
+    and ever less often for many.
+    """
     pauses: list[tuple[int, int]] = []
 
     def pause(seconds: float) -> None:
@@ -240,9 +242,9 @@ def test_callbacks_leave_the_io_thread(box: Box) -> None:
     box.drain()
     box.receive(values(1))
     box.close()
-    assert box.callback_thread is not None
-    box.callback_thread.join(10)
-    assert threads == [box.callback_thread]
+    assert box.callbacks.thread is not None
+    box.callbacks.thread.join(10)
+    assert threads == [box.callbacks.thread]
 
 
 def test_callbacks_at_the_interpreters_end(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +261,7 @@ def test_callbacks_at_the_interpreters_end(box: Box, monkeypatch: pytest.MonkeyP
     box.drain()
     box.receive(values(1))
     assert threads == [threading.current_thread()]
-    assert box.callback_thread is None
+    assert box.callbacks.thread is None
 
 
 def test_submissions_learn_blobs(box: Box) -> None:

@@ -1,6 +1,8 @@
-"""On the path of a process whose wall clock shall jump: `time.time` and its kin then add what the file ``$CHAOS_CLOCK`` holds.
+"""On the path of a process whose wall clock shall jump:
+`time.time` and its kin then add what the file ``$CHAOS_CLOCK`` holds.
 
-What is in C and asks the kernel itself is not moved. Nothing here touches monotonic clocks: they never jump.
+What is in C and asks the kernel itself is not moved. Nothing here touches monotonic clocks:
+they never jump.
 """
 
 from __future__ import annotations

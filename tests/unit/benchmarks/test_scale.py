@@ -1,4 +1,6 @@
-"""The measurements of many sessions, small: they run, check their results, and say what is missed."""
+"""The measurements of many sessions, small: they run, check their results,
+and say what is missed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The workloads themselves, on executors of this process: they run, and they notice wrong results."""
+"""The workloads themselves, on executors of this process: they run,
+and they notice wrong results.
+"""
 
 from __future__ import annotations
 

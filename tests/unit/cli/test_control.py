@@ -149,7 +149,9 @@ def test_a_shutdown_ends_all_and_waits_for_it(achilles_home: Path) -> None:
 def test_a_shutdown_from_elsewhere_says_ended_when_it_is(
     achilles_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_waited_for: bool
 ) -> None:
-    """This user's own home, where no broker is, tells nothing of the one that the join file is for."""
+    """This user's own home, where no broker is,
+    tells nothing of the one that the join file is for.
+    """
     tmp_path.chmod(0o700)
     with RunningBroker(achilles_home) as broker, raw_peer(broker, "worker") as worker:
         worker.hello("worker")  # and it does not leave: the broker waits for it

@@ -106,7 +106,9 @@ def test_the_own_broker_has_no_address(value: str | None) -> None:
 
 
 def test_commands_are_not_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That programs are is nothing to them, and who says it of a command is told that it is no address."""
+    """That programs are is nothing to them, and who says it of a command is told that it is no
+    address.
+    """
     monkeypatch.setenv("ACHILLES_ADDRESS", "embedded")
     assert Context().address() is None
     code, output = invoke("worker", "embedded")

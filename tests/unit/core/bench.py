@@ -1,7 +1,9 @@
-"""Benches for cores: every message crosses the codec, the invariants hold after every step, and no send goes unseen.
+"""Benches for cores: every message crosses the codec, the invariants hold after every step,
+and no send goes unseen.
 
-What a step sends goes to the bench's outbox. `Bench.sent` empties it; the next step, and the end of the test (see
-`conftest`), insist that it is empty. So a test compares whole lists, and a step without a look at `sent` sends nothing.
+What a step sends goes to the bench's outbox. `Bench.sent` empties it; the next step, and the end of
+the test (see `conftest`), insist that it is empty. So a test compares whole lists, and a step
+without a look at `sent` sends nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def crossed_packet(packet: Packet) -> Packet:
 
 
 def crossed(message: M) -> M:
-    """The message after the codec; one of runners, which never crosses a wire, after what its types allow."""
+    """The message after the codec; one of runners, which never crosses a wire,
+    after what its types allow.
+    """
     if isinstance(message, _OF_RUNNERS):
         return _decode_of_runners(msgspec.msgpack.encode(message))  # type: ignore[no-any-return]
     packet = Packet(p.Header(p.NO_TOKEN, 0, 0), message)  # type: ignore[arg-type]
@@ -83,7 +87,9 @@ class Bench:
 
 
 class SchedulerBench:
-    """A scheduler with ``workers`` workers of ``slots`` slots, and one client that has sent blob 1."""
+    """A scheduler with ``workers`` workers of ``slots`` slots,
+    and one client that has sent blob 1.
+    """
 
     def __init__(self, workers: int = 1, slots: int = 1, *, credit: int = 0) -> None:
         self.now = 100.0
@@ -122,7 +128,9 @@ class SchedulerBench:
     def teach(
         self, seconds: float, peer: str = CLIENT, *, options: p.Options | None = None
     ) -> None:
-        """Have it known how long a client's function takes, by as many tasks as it wants to know that from."""
+        """Have it known how long a client's function takes,
+        by as many tasks as it wants to know that from.
+        """
         ids = list(range(TAUGHT, TAUGHT + MEASURED_TASKS))
         payloads: list[p.Payload] = [b"x"] * len(ids)
         sends = self.say(peer, p.Submit(1, 0, ids, payloads, options=options))

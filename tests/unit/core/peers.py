@@ -106,7 +106,9 @@ class SessionsBench(Bench):
         self.step(self.core.receive(route, frozenset(roles or ROLES), arrived, self.now, token))
 
     def wait(self, seconds: float) -> None:
-        """Time passes, and the broker ticks often enough; nothing may be sent but at the very end."""
+        """Time passes, and the broker ticks often enough;
+        nothing may be sent but at the very end.
+        """
         end = self.now + seconds
         while self.now < end:
             self.tick(min(1.0, end - self.now))

@@ -1,4 +1,6 @@
-"""The agent's rules: one report a task, and what becomes of leases; see `test_crew` for who gets which."""
+"""The agent's rules: one report a task, and what becomes of leases;
+see `test_crew` for who gets which.
+"""
 
 from __future__ import annotations
 
@@ -331,7 +333,9 @@ def test_a_drain_ends_when_the_last_runner_died() -> None:
 
 
 def test_the_end_of_the_session_ends_all_work() -> None:
-    """Nothing of it is reported any more, and its blobs are unknown: numbers of clients begin anew."""
+    """Nothing of it is reported any more, and its blobs are unknown:
+    numbers of clients begin anew.
+    """
     bench = AgentBench(slots=2)
     for lease in (1, 2, 3, 4, 5):
         bench.run(lease, lease)

@@ -22,7 +22,9 @@ from tests.unit.core.bench import BROKER
 
 
 def test_a_runners_death_is_charged_to_the_task_that_ran() -> None:
-    """What was finished stands, what had not started moves uncharged, and what waits gets a new runner."""
+    """What was finished stands, what had not started moves uncharged,
+    and what waits gets a new runner.
+    """
     bench = busy(1, 2, 3)
     for lease in (2, 3):
         bench.run(lease, 10 * lease, 10 * lease + 1)

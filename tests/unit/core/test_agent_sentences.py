@@ -1,4 +1,6 @@
-"""A task that took too long, or that nobody wants any more, is ended with its runner, and without its neighbours."""
+"""A task that took too long, or that nobody wants any more, is ended with its runner,
+and without its neighbours.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def warm(*ids: int, **fields: Any) -> AgentBench:
 
 
 def test_a_task_that_takes_too_long_is_ended() -> None:
-    """Its runner is killed when it is known to be alone there, and another one is started for what comes."""
+    """Its runner is killed when it is known to be alone there,
+    and another one is started for what comes.
+    """
     bench = warm(1, timeout=TIMEOUT)
     assert bench.core.next_deadline() == bench.now + TIMEOUT
     bench.tick(TIMEOUT / 2)
@@ -75,7 +79,9 @@ def test_a_task_without_a_limit_is_not_ended() -> None:
 
 
 def test_a_runner_that_starts_has_more_time_for_its_first_task() -> None:
-    """Imports are not the task's: its time counts from when it was not among what was called back."""
+    """Imports are not the task's: its time counts from when it was not among what was called
+    back.
+    """
     bench = busy(1, timeout=TIMEOUT)
     assert bench.core.next_deadline() == bench.now + START_SECONDS
     bench.tick_when_due()
@@ -91,7 +97,9 @@ def test_a_runner_that_starts_has_more_time_for_its_first_task() -> None:
 
 
 def test_each_task_of_a_chunk_has_its_own_time() -> None:
-    """From the end of the one before; being called back for those behind it gives none of them more."""
+    """From the end of the one before; being called back for those behind it gives none of them
+    more.
+    """
     bench = warm(1, 2, 3, timeout=TIMEOUT)
     bench.tick(0.02)
     bench.finish(1, (2, 0))
@@ -161,7 +169,9 @@ def test_a_doomed_task_may_end_its_runner_itself() -> None:
 
 
 def test_a_task_that_nobody_wants_is_ended() -> None:
-    """It goes back uncharged: nobody is interested in why. Nothing new comes to its runner meanwhile."""
+    """It goes back uncharged: nobody is interested in why.
+    Nothing new comes to its runner meanwhile.
+    """
     bench = busy(1)
     bench.hear(revoke(1, 0))
     assert bench.sent() == [recall(1)]
@@ -211,7 +221,9 @@ def test_a_killed_runner_gets_nothing_more() -> None:
 
 
 def test_a_task_that_is_not_wanted_keeps_its_time() -> None:
-    """A limit of time changes nothing about it; nor does a second revocation, about one that took too long."""
+    """A limit of time changes nothing about it; nor does a second revocation,
+    about one that took too long.
+    """
     bench = warm(1, timeout=TIMEOUT)
     bench.tick_when_due()
     assert bench.sent() == [recall(1)]

@@ -143,7 +143,9 @@ def test_outcomes_that_are_too_large_are_replaced_by_their_size() -> None:
 
 
 class Scene:
-    """A submission at a scheduler with small limits; a worker that does one task after the other, in any order."""
+    """A submission at a scheduler with small limits;
+    a worker that does one task after the other, in any order.
+    """
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -229,7 +231,9 @@ class Scene:
 def test_whatever_is_submitted_is_done_within_the_grant(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten times what the broker takes, of all sizes, with functions and arguments that are shared; and some cancelled."""
+    """Ten times what the broker takes, of all sizes,
+    with functions and arguments that are shared; and some cancelled.
+    """
     monkeypatch.setattr(budget_module, "FLOOR", UNIT)
     monkeypatch.setattr(budget_module, "FIRST", 2 * UNIT)
     monkeypatch.setattr(submission_module, "LARGE", UNIT)

@@ -1,4 +1,6 @@
-"""Chunks hold 5 to 80 ms of work by what is queued, and fewer tasks at the tail, or while few were measured."""
+"""Chunks hold 5 to 80 ms of work by what is queued, and fewer tasks at the tail,
+or while few were measured.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,9 @@ def test_long_tasks_are_not_prefetched() -> None:
 
 
 def test_a_whole_chunk_goes_by_before_its_results_are_looked_for() -> None:
-    """Or each chunk would send two messages. And what lies in a pipe unseen is not taken for stuck."""
+    """Or each chunk would send two messages. And what lies in a pipe unseen is not taken for
+    stuck.
+    """
     assert CHUNK_SECONDS_MAX < QUIET_SECONDS < STUCK_SECONDS
 
 

@@ -1,4 +1,6 @@
-"""The crew's rules, as its agent shows them: two chunks a runner, and nothing waits where it need not."""
+"""The crew's rules, as its agent shows them: two chunks a runner,
+and nothing waits where it need not.
+"""
 
 from __future__ import annotations
 

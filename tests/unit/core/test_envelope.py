@@ -1,4 +1,6 @@
-"""Letters carry any message of a task's, whole; what user code can write there is refused, and does nothing else."""
+"""Letters carry any message of a task's, whole; what user code can write there is refused,
+and does nothing else.
+"""
 
 from __future__ import annotations
 

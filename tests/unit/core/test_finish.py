@@ -1,4 +1,6 @@
-"""A client that ends waits for what runs of it though it was cancelled: what it asks, and when it is told."""
+"""A client that ends waits for what runs of it though it was cancelled: what it asks,
+and when it is told.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def test_the_next_broker_is_asked_again() -> None:
 
 
 def test_a_runner_that_has_been_a_client_keeps_nobody_waiting() -> None:
-    """It stays one until it ends; what is waited for is the task, also while that has lent its slot."""
+    """It stays one until it ends; what is waited for is the task,
+    also while that has lent its slot.
+    """
     bench = NestingBench()
     (parent,) = runs(bench.submit(1))
     (child,) = runs(bench.nest(parent, 1))

@@ -27,7 +27,9 @@ PAYLOAD = b"a call"
 
 
 class Site:
-    """Sessions of a client and of ``workers`` workers, in front of a scheduler with ``queue`` queued tasks."""
+    """Sessions of a client and of ``workers`` workers,
+    in front of a scheduler with ``queue`` queued tasks.
+    """
 
     def __init__(self, workers: int, queue: int = 0) -> None:
         scheduler = Scheduler(now=NOW)
@@ -195,7 +197,9 @@ def _with_clients(count: int) -> Site:
 
 
 def test_a_slot_costs_the_same_with_many_clients_that_wait() -> None:
-    """The one that holds fewest and was served longest ago is found at once, and not by comparing all."""
+    """The one that holds fewest and was served longest ago is found at once,
+    and not by comparing all.
+    """
     costs = []
     for count in (FEW, MANY):
         site = _with_clients(count)

@@ -1,4 +1,6 @@
-"""What an agent does where tasks submit tasks; the simulation runs it for the rest, in every seed."""
+"""What an agent does where tasks submit tasks; the simulation runs it for the rest,
+in every seed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Bench:
         self.leases = 0
 
     def say(self, message: Any, *, is_event: bool = False) -> list[Any]:
-        """A message of the broker or an event of the host; what the agent says and commands in answer."""
+        """A message of the broker or an event of the host;
+        what the agent says and commands in answer.
+        """
         return self._check(self.core.receive(message if is_event else crossed(message), self.now))
 
     def run(self, tasks: int = 1, **options: Any) -> list[Any]:

@@ -50,7 +50,9 @@ def test_a_gap_is_asked_for_once_and_sent_again() -> None:
 
 
 def test_who_asks_for_the_same_again_and_again_is_answered_now_and_then() -> None:
-    """Or a few bytes would be answered by all that is kept, as often as they come; who has got on is answered at once."""
+    """Or a few bytes would be answered by all that is kept, as often as they come;
+    who has got on is answered at once.
+    """
     one = Link(TOKEN)
     for index in range(4):
         one.wrap(p.Cancel([index]))
@@ -96,7 +98,9 @@ def test_acknowledging_what_was_never_sent_is_refused() -> None:
 
 @pytest.mark.parametrize("seed", range(50))
 def test_a_lossy_channel_delivers_everything(seed: int) -> None:
-    """Random losses and copies, heartbeats from time to time: all messages arrive once and in order."""
+    """Random losses and copies, heartbeats from time to time:
+    all messages arrive once and in order.
+    """
     chance = random.Random(seed)
     one, other = Link(TOKEN), Link(TOKEN)
     got: list[int] = []

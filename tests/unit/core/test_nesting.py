@@ -38,7 +38,9 @@ def told(sends: list[Any]) -> list[Any]:
 
 
 def test_a_task_lends_its_slot_to_its_own() -> None:
-    """The worker is told so before it gets more work than it has slots; the result goes by the worker."""
+    """The worker is told so before it gets more work than it has slots;
+    the result goes by the worker.
+    """
     bench = Bench()
     (parent,) = runs(bench.submit(1))
     sends = bench.nest(parent, 1)
@@ -216,7 +218,9 @@ def test_a_task_that_is_wrong_costs_its_worker_nothing() -> None:
 
 
 def test_an_initializer_is_the_roots() -> None:
-    """It travels once to a worker, whoever's task it is for, and stays while a nested task may need it."""
+    """It travels once to a worker, whoever's task it is for,
+    and stays while a nested task may need it.
+    """
     bench = Bench()
     bench.say(CLIENT, p.Blob(0, 5, b"init"))
     (parent,) = runs(bench.say(CLIENT, p.Submit(1, 5, [1], [b"1"])))

@@ -1,7 +1,9 @@
-"""Trees of tasks through the real cores, in any order that messages may come in: nothing waits for ever.
+"""Trees of tasks through the real cores, in any order that messages may come in:
+nothing waits for ever.
 
-A scheduler, agents, and runners that are models: a task submits its children, in one or several goes, waits for
-them, and is done. Runners die now and then, workers leave, and what a chunk holds is taken back as the host would.
+A scheduler, agents, and runners that are models: a task submits its children, in one or several
+goes, waits for them, and is done. Runners die now and then, workers leave, and what a chunk holds
+is taken back as the host would.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ STEPS_MAX = 60_000
 
 
 class Runner:
-    """A child process: what it has to start, what it runs, and what it has written that nobody has read."""
+    """A child process: what it has to start, what it runs,
+    and what it has written that nobody has read.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -1,4 +1,6 @@
-"""A broker that follows another one: who holds what, who asks for it, and for how long that is waited for."""
+"""A broker that follows another one: who holds what, who asks for it,
+and for how long that is waited for.
+"""
 
 from __future__ import annotations
 
@@ -200,7 +202,9 @@ def test_what_is_held_by_a_worker_that_is_lost_runs_elsewhere() -> None:
 def test_a_later_attempt_is_the_one_to_have_also_where_the_earlier_raised(
     status: int, is_run_on: bool
 ) -> None:
-    """Its report comes late, for its worker did not hear that the last broker had it. A value is enough, whichever it is."""
+    """Its report comes late, for its worker did not hear that the last broker had it.
+    A value is enough, whichever it is.
+    """
     bench = RecoveryBench(WORKER, SECOND)
     bench.worker()
     bench.holds(1, 1)
@@ -231,7 +235,9 @@ def test_attempts_go_on_counting() -> None:
 
 
 def test_an_attempt_that_two_workers_tell_of_counts_once() -> None:
-    """The later one comes first; its worker did not hear, as little as the other, that its report had arrived."""
+    """The later one comes first; its worker did not hear, as little as the other,
+    that its report had arrived.
+    """
     bench = RecoveryBench(WORKER, SECOND)
     bench.client()
     bench.again(1)

@@ -24,7 +24,9 @@ def known(workers: int = 2, slots: int = 1) -> SchedulerBench:
 
 
 def shared_out(bench: SchedulerBench, slots: int = 1) -> dict[str, list[p.Run]]:
-    """A chunk for each slot of the two workers, and one behind each; nothing is left in the queue."""
+    """A chunk for each slot of the two workers, and one behind each;
+    nothing is left in the queue.
+    """
     sends = bench.submit(*range(10, 10 + 4 * slots * TOGETHER))
     found = {name: runs([send for send in sends if send[0] == name]) for name in (WORKER, SECOND)}
     assert [len(each) for each in found.values()] == [2 * slots] * 2
@@ -103,7 +105,9 @@ def test_what_has_started_is_not_asked_for() -> None:
 
 
 def test_a_worker_helps_its_own_runners_itself() -> None:
-    """Where it alone has a free slot, what waits at the others is called back, and nothing there."""
+    """Where it alone has a free slot, what waits at the others is called back,
+    and nothing there.
+    """
     bench = known(slots=2)
     chunks = shared_out(bench, 2)
     finish(bench, WORKER, chunks[WORKER][1:])

@@ -1,4 +1,6 @@
-"""How close the cores come to the ideal schedule, in fake time: a scheduler, agents, and runners whose tasks take a known time."""
+"""How close the cores come to the ideal schedule, in fake time: a scheduler, agents, and runners
+whose tasks take a known time.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +191,9 @@ def test_nothing_waits_long_behind_a_long_task_where_another_worker_idles(seed: 
 
 @pytest.mark.parametrize(("workers", "slots"), [(8, 2), (1, 16)])
 def test_the_first_tasks_that_are_done_do_not_stand_for_all(workers: int, slots: int) -> None:
-    """They are the shortest of those that begin together. By their length alone, a third of all would be given out twice."""
+    """They are the shortest of those that begin together. By their length alone,
+    a third of all would be given out twice.
+    """
     returned, ratios = 0, []
     for seed in range(12):
         lengths = random.Random(seed)
@@ -213,7 +217,9 @@ def test_equal_lengths_leave_no_gaps(length: float) -> None:
 
 @pytest.mark.parametrize("length", [0.06, 0.1, 0.2])
 def test_tasks_of_some_length_do_not_pay_for_a_slow_connection(length: float) -> None:
-    """A message takes 20 ms each way. Sent one by one, each task of 100 ms would take 140; so much do the first and the last ones."""
+    """A message takes 20 ms each way. Sent one by one, each task of 100 ms would take 140; so much
+    do the first and the last ones.
+    """
     returned, ratios = 0, []
     for seed in range(6):
         lengths = random.Random(seed)

@@ -66,7 +66,9 @@ def test_long_tasks_are_not_sent_ahead() -> None:
 def test_tasks_of_some_length_are_sent_ahead_where_there_are_more_than_slots(
     seconds: float, queued: int, options: p.Options | None, sizes: list[int]
 ) -> None:
-    """Or each would pay for a round trip. What is left at the end goes to whichever slot is free first."""
+    """Or each would pay for a round trip. What is left at the end goes to whichever slot is free
+    first.
+    """
     bench = SchedulerBench()
     bench.teach(seconds, options=options)
     ids = list(range(1, queued + 1))
@@ -87,7 +89,9 @@ def test_ten_tasks_do_not_wait_behind_a_hundred_thousand() -> None:
 
 
 def test_chunks_are_short_while_clients_compete() -> None:
-    """Slots go by leases: beside long chunks, tasks that come one by one would have a small part of the time."""
+    """Slots go by leases: beside long chunks,
+    tasks that come one by one would have a small part of the time.
+    """
     bench = SchedulerBench()
     bench.join_client(OTHER)
 
@@ -282,7 +286,9 @@ def test_a_suspect_worker_gets_nothing_until_it_is_heard() -> None:
 
 
 def test_cancelled_tasks_have_no_result() -> None:
-    """Queued ones never go out; leased ones are revoked, and a result that comes all the same is dropped."""
+    """Queued ones never go out; leased ones are revoked,
+    and a result that comes all the same is dropped.
+    """
     bench = SchedulerBench()
     (run,) = runs(bench.submit(1, 2))
     assert bench.say(CLIENT, p.Cancel([2])) == []
@@ -383,7 +389,9 @@ def test_what_is_put_back_comes_before_what_is_younger() -> None:
 
 
 def test_the_oldest_task_goes_first_also_from_behind_one_that_was_put_back() -> None:
-    """A queue's place is that of its first task; behind many older ones it may be younger than the second for a while."""
+    """A queue's place is that of its first task;
+    behind many older ones it may be younger than the second for a while.
+    """
     bench = SchedulerBench()
     bench.say(CLIENT, p.Blob(0, 2, b"another function"))
     young = 5 * ORDERED_MAX
@@ -410,7 +418,9 @@ def test_the_oldest_function_goes_first() -> None:
 
 
 def test_slots_go_to_workers_in_turn() -> None:
-    """The one that was served longest ago is next, so that work is spread, however many there are."""
+    """The one that was served longest ago is next, so that work is spread,
+    however many there are.
+    """
     bench = SchedulerBench(workers=0)
     names = [f"worker-{number}" for number in range(5)]
     for name in names:
@@ -433,7 +443,9 @@ def test_the_first_of_many_workers_is_found_at_once() -> None:
 
 
 def test_what_is_cancelled_behind_a_task_that_cannot_start_is_let_go_of() -> None:
-    """Who submits and cancels for hours, while the slots are held, costs no more than what it has open."""
+    """Who submits and cancels for hours, while the slots are held,
+    costs no more than what it has open.
+    """
     bench = SchedulerBench()
     bench.submit(1)
     bench.submit(2)

@@ -92,7 +92,9 @@ def test_a_peer_that_had_got_further_begins_anew() -> None:
 
 @pytest.mark.parametrize("role", ["client", "worker"])
 def test_who_has_lost_a_session_that_it_never_spoke_in_begins_anew(role: str) -> None:
-    """It tells what it had, which a session that began with nothing would not take; what it was given there comes again."""
+    """It tells what it had, which a session that began with nothing would not take;
+    what it was given there comes again.
+    """
     bench = SessionsBench()
     peer = bench.join("one", role)
     token = peer.link.token
@@ -235,7 +237,9 @@ def test_an_unknown_token_is_told_so(kind: type) -> None:
 
 
 def test_a_token_is_worth_nothing_on_a_route_of_another_role() -> None:
-    """Whoever has stolen a worker's token with a client's key is told that it is gone, and nothing changes."""
+    """Whoever has stolen a worker's token with a client's key is told that it is gone,
+    and nothing changes.
+    """
     bench = SessionsBench()
     worker = bench.join("worker", "worker")
     bench.take("thief", Packet(p.Header(worker.link.token, 1, 0), p.Drain()), "client", "admin")
@@ -376,7 +380,9 @@ def test_who_is_silent_for_too_long_loses_the_session(role: str) -> None:
 
 @pytest.mark.parametrize("role", ["worker", "client"])
 def test_who_sends_much_may_be_silent_for_longer(role: str) -> None:
-    """Nothing else is heard until a large message is there; a closed connection is one all the same."""
+    """Nothing else is heard until a large message is there;
+    a closed connection is one all the same.
+    """
     bench = SessionsBench()
     peer = bench.join("me", role)
     limit, grace = LIMITS[role]

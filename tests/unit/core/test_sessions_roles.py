@@ -116,7 +116,9 @@ def test_a_worker_that_breaks_the_protocol_is_a_lost_one() -> None:
 
 
 def test_what_is_no_message_costs_the_session() -> None:
-    """A stranger has none to lose, but is counted; a long reason is cut to what a message may hold."""
+    """A stranger has none to lose, but is counted;
+    a long reason is cut to what a message may hold.
+    """
     bench = SessionsBench()
     client = bench.join("client")
     bench.step(bench.core.malformed("stranger", "nonsense", bench.now))

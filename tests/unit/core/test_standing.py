@@ -1,4 +1,6 @@
-"""Workers at which everything fails get no work for a while, and their failures are not the tasks'."""
+"""Workers at which everything fails get no work for a while,
+and their failures are not the tasks'.
+"""
 
 from __future__ import annotations
 

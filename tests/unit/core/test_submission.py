@@ -1,4 +1,6 @@
-"""The submission's rules: kept until resolved, within credit, one outcome each, blobs before their tasks."""
+"""The submission's rules: kept until resolved, within credit, one outcome each,
+blobs before their tasks.
+"""
 
 from __future__ import annotations
 
@@ -209,7 +211,9 @@ def test_time_changes_nothing() -> None:
 
 
 def test_groups_travel_apart() -> None:
-    """Options, and blobs that payloads refer to, belong to a group; so does the size of its chunks."""
+    """Options, and blobs that payloads refer to, belong to a group;
+    so does the size of its chunks.
+    """
     options = p.Options(timeout=1.5, retries=2, priority=3, tags=("gpu",))
     bench = SubmissionBench()
     bench.submit(1, options=options, blobs=(2,), chunk_max=7)
@@ -229,7 +233,9 @@ ONCE = p.Options(at_most_once=True)
 
 
 def test_what_may_run_once_and_another_broker_had_is_told_apart() -> None:
-    """The broker knows whether a worker holds it; what the first one never had is like any other."""
+    """The broker knows whether a worker holds it;
+    what the first one never had is like any other.
+    """
     bench = SubmissionBench(credit=3)
     bench.submit(1)
     assert bench.sent() == [*blob(1), submit(1)]

@@ -1,4 +1,6 @@
-"""Large blobs of a submission: those used once go at once, the others stay up to a number of bytes."""
+"""Large blobs of a submission: those used once go at once,
+the others stay up to a number of bytes.
+"""
 
 from __future__ import annotations
 

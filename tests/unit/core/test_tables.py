@@ -1,4 +1,6 @@
-"""The scheduler's tables: tasks in the order in which they go out, and the numbers that are told of them."""
+"""The scheduler's tables: tasks in the order in which they go out,
+and the numbers that are told of them.
+"""
 
 from __future__ import annotations
 
@@ -290,7 +292,9 @@ def leased(bench: TablesBench, queue: TaskQueue, count: int) -> Lease:
 
 
 def test_a_worker_in_numbers() -> None:
-    """It runs what is open of its leases; its silence is never negative, whatever the clock says."""
+    """It runs what is open of its leases; its silence is never negative,
+    whatever the clock says.
+    """
     bench = TablesBench()
     bench.add(bench.queue(), 1, 2, 3)
     lease = leased(bench, bench.queue(), 3)
@@ -381,7 +385,9 @@ def test_the_invariants_find_harm(harm: Any, complaint: str) -> None:
 
 
 def test_queues_without_tasks_give_way_to_new_ones() -> None:
-    """A deadline for each call makes a group for each call; one that has tasks, or that is at a worker, stays."""
+    """A deadline for each call makes a group for each call; one that has tasks,
+    or that is at a worker, stays.
+    """
     bench = TablesBench()
     full, leased = (bench.client.open_queue(p.Group(fn, 0)) for fn in (1, 2))
     bench.add(full, 1)
@@ -421,7 +427,9 @@ def test_the_queue_that_is_used_stays() -> None:
 
 
 def test_of_a_function_that_is_known_other_groups_are_expected_to_take_as_long() -> None:
-    """A call with another large argument is in a group of its own; what is measured there replaces that."""
+    """A call with another large argument is in a group of its own;
+    what is measured there replaces that.
+    """
     client = TablesBench().client
     first = client.open_queue(p.Group(1, 0, blobs=(7,)))
     assert first.estimate.seconds is None

@@ -106,9 +106,8 @@ def test_after_another_broker() -> None:
     bench = WaitingBench()
     bench.submit(1, 2)
     client, worker = bench.core._clients[CLIENT], bench.core._workers[WORKER]
-    client.is_held_back = (
-        True  # as `recovery` does; the invariants know that nothing is recovered here
-    )
+    # As `recovery` does; the invariants know that nothing is recovered here
+    client.is_held_back = True
     (status,) = of(list(bench.core.receive(ADMIN, p.StatusRequest(2), bench.now)), p.Status)
     assert status.waiting[0].reason.startswith("it is held back for a moment: a worker may come ")
     worker.state = RETURNING

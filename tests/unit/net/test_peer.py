@@ -258,7 +258,9 @@ def test_other_errors_of_sockets_are_not_taken_for_a_shortage(
 def test_a_connection_that_has_fallen_silent_is_replaced(
     broker: RunningBroker, drive: Drive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody tells of it: the network swallows what is sent. The session goes on, and nothing is lost."""
+    """Nobody tells of it: the network swallows what is sent. The session goes on,
+    and nothing is lost.
+    """
     monkeypatch.setattr(peer_module, "SILENCE_SECONDS", 2.0)
     is_dead = threading.Event()
     join = broker.join("client")
@@ -361,14 +363,18 @@ def test_a_malformed_message_from_a_broker_is_passed_over(
 
 
 def test_the_programs_own_context_is_not_ours() -> None:
-    """It may end that one, which waits for all sockets of it; and a forked child needs another one."""
+    """It may end that one, which waits for all sockets of it;
+    and a forked child needs another one.
+    """
     ours = peer_module._context()
     assert ours is peer_module._context()
     assert ours is not zmq.Context.instance()
 
 
 def test_what_was_told_stays_whatever_a_later_attempt_looks_like(achilles_home: Path) -> None:
-    """A connection that ends during the handshake may do so for many reasons; only one that succeeds is news."""
+    """A connection that ends during the handshake may do so for many reasons;
+    only one that succeeds is news.
+    """
     with RunningBroker(achilles_home) as broker:
         driven = Driven(broker.join("client"))
     peer = driven.peer

@@ -162,7 +162,9 @@ def test_a_broker_ends_with_its_zap_handler(
 
 
 def test_what_other_hosts_are_told(achilles_home: Path) -> None:
-    """A wildcard is no address: this host uses loopback, others what is advertised, or the host's name."""
+    """A wildcard is no address: this host uses loopback, others what is advertised,
+    or the host's name.
+    """
     with RunningBroker(achilles_home, bind=f"tcp://{ANY}:0", advertise="broker.example.org") as one:
         assert one.addresses.clients.host == one.addresses.workers.host == "127.0.0.1"
         join = one.join("worker")

@@ -1,4 +1,6 @@
-"""What the transport does beside ZeroMQ for peers of this host: references instead of large payloads, and pipes."""
+"""What the transport does beside ZeroMQ for peers of this host:
+references instead of large payloads, and pipes.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,9 @@ def test_references_are_taken_from_this_host_alone(pair: Pair, unfolded: list[in
 
 @attack("T39")
 def test_whoever_has_a_key_is_not_local(pair: Pair) -> None:
-    """By what libzmq says of this very message, not by a descriptor that may be another connection's by now."""
+    """By what libzmq says of this very message,
+    not by a descriptor that may be another connection's by now.
+    """
     assert pair.router._route(b"one", Arrived(900, LOCAL_USER)).is_local
     far = pair.router._route(b"two", Arrived(901, "client/a"))
     unknown = pair.router._route(b"three", Arrived(902, None))

@@ -106,7 +106,9 @@ def fork_and_return() -> str:
 
 
 def leave_a_process(path: str) -> int:
-    """Fork a child, by a way that tells Python nothing, that keeps all descriptors and does not end."""
+    """Fork a child, by a way that tells Python nothing,
+    that keeps all descriptors and does not end.
+    """
     import ctypes
 
     pid: int = ctypes.PyDLL(None).fork()

@@ -173,7 +173,7 @@ def test_it_says_what_it_allows() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "achilles.runtime.by_value.make_class",
+        "achilles.runtime.arrivals.make_class",
         "builtins.type",
         "builtins.eval",
         "cloudpickle.cloudpickle._make_function",

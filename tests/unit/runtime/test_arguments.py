@@ -196,7 +196,9 @@ LARGE_COUNT = WATCH_AT_ONCE // 8 + 1000
 
 @pytest.fixture(params=["watched", "compared"])
 def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An array that is large enough to be watched from its first call on, and the same without the kernel's help."""
+    """An array that is large enough to be watched from its first call on,
+    and the same without the kernel's help.
+    """
     if request.param == "compared":
         monkeypatch.setattr(arguments, "watch", lambda address, size: None)
     elif written._find_kernel() is None:

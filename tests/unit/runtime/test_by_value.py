@@ -1,4 +1,6 @@
-"""Functions and classes of `__main__` in the process that they travel to: what they share, and what stays as it was."""
+"""Functions and classes of `__main__` in the process that they travel to: what they share,
+and what stays as it was.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from achilles.runtime import by_value, context
+from achilles.runtime import arrivals, by_value, context
 from achilles.runtime.by_value import dumps
 from achilles.runtime.serialize import LARGE, loads
 
@@ -27,8 +29,8 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     number = next(CLIENTS)
     monkeypatch.setattr(context, "client", number)
     yield number
-    by_value.forget(number)
-    by_value.switch_to(0)
+    arrivals.forget(number)
+    arrivals.switch_to(0)
 
 
 def program(text: str) -> dict[str, Any]:
@@ -231,17 +233,17 @@ def test_clients_and_programs_are_apart(client: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(context, "client", other)
     assert arrive(scope["seen"])() == (0, [])
     assert sys.modules["__main__"] is not mine
-    by_value.switch_to(client)
+    arrivals.switch_to(client)
     assert sys.modules["__main__"] is mine
-    by_value.forget(other)
+    arrivals.forget(other)
 
 
 def test_a_client_that_is_gone_leaves_nothing(client: int) -> None:
     arrive(program(COUNTER)["count"])
-    assert client in by_value._namespaces
-    by_value.forget(client)
-    assert client not in by_value._namespaces
-    assert client not in by_value._mains
+    assert client in arrivals._namespaces
+    arrivals.forget(client)
+    assert client not in arrivals._namespaces
+    assert client not in arrivals._mains
 
 
 def test_another_module_of_the_program_is_a_module_there_too(
@@ -265,15 +267,15 @@ def test_another_module_of_the_program_is_a_module_there_too(
     assert sys.modules["__main__"] is main
     again = dumps(arrived)  # a task submits what it got
     assert loads(again) is arrived
-    by_value.forget(number)
+    arrivals.forget(number)
 
 
 def test_the_programs_of_a_client_are_bounded(client: int) -> None:
-    programs = [program("def f(): return 1") for _ in range(3 * by_value.NAMESPACES_MAX)]
+    programs = [program("def f(): return 1") for _ in range(3 * arrivals.NAMESPACES_MAX)]
     for scope in programs:
         assert arrive(scope["f"])() == 1
-    assert len(by_value._namespaces[client]) == by_value.NAMESPACES_MAX
-    assert len(by_value._records) == sum(map(len, by_value._namespaces.values()))
+    assert len(arrivals._namespaces[client]) == arrivals.NAMESPACES_MAX
+    assert len(arrivals.records) == sum(map(len, arrivals._namespaces.values()))
 
 
 def test_outside_of_a_runner_each_pickle_is_by_itself() -> None:
@@ -436,7 +438,9 @@ CHANGES = {
 
 
 def forget(scope: dict[str, Any]) -> None:
-    """Let go of a program; of a base class only when the first round has found that nothing is derived from it."""
+    """Let go of a program; of a base class only when the first round has found that nothing is
+    derived from it.
+    """
     scope.clear()
     gc.collect()
     gc.collect()
@@ -499,7 +503,9 @@ def test_a_class_with_something_that_can_change_unseen_is_taken_apart_each_time(
 
 
 def test_what_arrives_works_as_it_did_at_home(client: int) -> None:
-    """Its methods find each other and the program's other classes; it comes again as the same class."""
+    """Its methods find each other and the program's other classes;
+    it comes again as the same class.
+    """
     scope = program(POINT)
     data = dumps(scope["Point"](4))
     other = dumps((scope["Other"](5), scope["Pair"](1), scope["Slotted"]))
@@ -568,7 +574,7 @@ def test_a_class_that_is_there_brings_its_globals_to_a_new_state_of_the_program(
     scope["x"], scope["y"] = 1, 2
     called()
     assert sent("h")[0]() == 1
-    by_value.forget(client)
+    arrivals.forget(client)
     assert called()[1] == 2
     assert sent("h")[0]() == 1
 

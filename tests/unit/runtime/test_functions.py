@@ -510,7 +510,9 @@ class _Executor:
 
 
 def test_an_executor_in_a_closure_or_global_is_fixed() -> None:
-    """A task that submits tasks names its executor; it must not be pickled anew at each call for that."""
+    """A task that submits tasks names its executor;
+    it must not be pickled anew at each call for that.
+    """
     table, executor = FunctionTable(), _Executor()
 
     def call() -> object:

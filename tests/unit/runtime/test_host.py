@@ -1,4 +1,6 @@
-"""`RunnerHost` with real runners: several at once, those that cannot be started, and the end of them all."""
+"""`RunnerHost` with real runners: several at once, those that cannot be started,
+and the end of them all.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ PRESENT = [*range(1, 6)]
 
 
 def test_what_a_chunk_has_left_in_two_pipes_is_told_at_once(driver: Driver, gate: Gate) -> None:
-    """All results but the last lie where they wake nobody; they are not worth a message of their own."""
+    """All results but the last lie where they wake nobody;
+    they are not worth a message of their own.
+    """
     driver.execute(1, driver.load(tasks.add), *((n,) for n in range(20)))
     driver.execute(2, driver.load(tasks.wait_at), (gate.path,))
     deadline = time.monotonic() + BOUND

@@ -31,7 +31,9 @@ class Book:
         )
 
     def settle(self, driver: Driver, done: list[str], returned: list[str]) -> None:
-        """Take the driver's news in: results are of the first tasks of a chunk, recalls of the last."""
+        """Take the driver's news in: results are of the first tasks of a chunk,
+        recalls of the last.
+        """
         for (runner, seq, index), (status, _) in tuple(driver.results.items()):
             if runner == self.number:
                 del driver.results[runner, seq, index]

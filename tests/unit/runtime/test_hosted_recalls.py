@@ -40,7 +40,9 @@ def test_a_recall_from_an_idle_runner_finds_nothing(driver: Driver) -> None:
 
 @pytest.mark.parametrize("size", [10, LARGE - 1000])
 def test_what_is_recalled_for_others_leaves_a_task(driver: Driver, size: int) -> None:
-    """If nothing has started: or what nobody gets to before it is recalled would go round and round."""
+    """If nothing has started: or what nobody gets to before it is recalled would go round and
+    round.
+    """
     assert driver.run(tasks.identity, 0) == 0
     identity, pid = driver.load(tasks.identity), driver.host.pids()[1]
     os.kill(pid, signal.SIGSTOP)

@@ -188,7 +188,9 @@ def test_answers_of_another_client_are_not_taken(host: Host, modules: ClientModu
 
 
 def test_of_two_answers_to_one_question_the_first_is_taken(modules: ClientModules) -> None:
-    """It is asked again when a broker sleeps; what it was asked before, is answered all the same."""
+    """It is asked again when a broker sleeps; what it was asked before,
+    is answered all the same.
+    """
     number = b"\7\0\0\0"
     answer = modules._waiting[number] = imports._Answer()
     for body in (b"first", b"second"):

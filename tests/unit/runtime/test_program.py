@@ -1,4 +1,6 @@
-"""Modules that another process cannot import by their names are told from all others, and no pickle is looked at in vain."""
+"""Modules that another process cannot import by their names are told from all others,
+and no pickle is looked at in vain.
+"""
 
 from __future__ import annotations
 

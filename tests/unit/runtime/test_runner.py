@@ -416,7 +416,9 @@ class SealingClient:
         self.driver.apply(Load(1, self.number, number, sealed))
 
     def answer(self, key: tuple[int, int, int]) -> bool:
-        """Answer the questions of this client's runner, as `letters.Desk` does; whether the result is there."""
+        """Answer the questions of this client's runner, as `letters.Desk` does;
+        whether the result is there.
+        """
         letters, self.driver.letters = self.driver.letters, []
         for letter in letters:
             assert (letter.client, letter.kind) == (self.number, IMPORT)

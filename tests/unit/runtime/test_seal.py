@@ -32,7 +32,9 @@ SIZES = [0, 1, LARGE - 1, LARGE, LARGE + 1]
 
 
 class Pair:
-    """A client and a runner that has loaded what the client's calls need, under the client's number 7."""
+    """A client and a runner that has loaded what the client's calls need,
+    under the client's number 7.
+    """
 
     def __init__(self, *, code: bytes = CODE, root: bytes = b"") -> None:
         self.sealer = Sealer(Seal(CODE), root)
@@ -131,7 +133,9 @@ def test_a_call_is_one_task_of_one_session_with_its_function_and_blobs() -> None
 @attack("T14")
 @pytest.mark.parametrize("number", [FN, INIT, BLOB])
 def test_what_a_call_needs_cannot_be_exchanged(number: int) -> None:
-    """Not even for what the same client has sealed under another number, or another one under this."""
+    """Not even for what the same client has sealed under another number,
+    or another one under this.
+    """
     pair, other = Pair(), Pair()
     good = pair.blobs[7, number]
     for bad in (

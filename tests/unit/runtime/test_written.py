@@ -1,4 +1,6 @@
-"""What is noted of memory: each way in which its content can change, and that nothing else counts as one."""
+"""What is noted of memory: each way in which its content can change,
+and that nothing else counts as one.
+"""
 
 from __future__ import annotations
 

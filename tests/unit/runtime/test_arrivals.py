@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from achilles.runtime import by_value, context
+from achilles.runtime import arrivals, context
 from achilles.runtime.by_value import dumps
 from achilles.runtime.serialize import LARGE, loads
 from tests.unit.runtime.test_by_value import arrive, client, forget, program
@@ -19,7 +19,7 @@ def numbered(monkeypatch: pytest.MonkeyPatch, number: str, data: bytes) -> Any:
     monkeypatch.setattr(context, "pickle", number)
     value = loads(data)
     monkeypatch.setattr(context, "pickle", "")
-    return value, by_value.take_snapshot()
+    return value, arrivals.take_snapshot()
 
 
 def test_a_snapshot_holds_until_something_that_it_is_of_is_set(
@@ -37,7 +37,7 @@ def test_a_snapshot_holds_until_something_that_it_is_of_is_set(
     assert not snapshot.holds()
     f, snapshot = numbered(monkeypatch, "1", first)
     assert (f(), snapshot.holds()) == (1, True)
-    assert by_value.take_snapshot() is None
+    assert arrivals.take_snapshot() is None
 
 
 @pytest.mark.parametrize("attribute", ["n = 0", "n, items = 0, []"])
