@@ -52,7 +52,7 @@ ANSWERS = frozenset({ACCEPTED, REFUSED})  # to an offer: these, and the number t
 
 PAIRS_MAX = 256  # of one process: half of what Linux lets a user have at their full size
 IS_AVAILABLE = os.path.isdir("/proc/self/fd")
-OUTBOX_MAX = 10_000  # messages; see `achilles.net.transport`
+OUTBOX_MAX = 10_000  # messages that wait for one peer, here and in `achilles.net.transport`
 READ_MAX = 64 * 1024  # what a pipe holds; what is larger is read to where it stays
 DRAINED_AT_ONCE = 16  # reads: more than a pipe holds, for its writer may go on
 VECTOR_MAX = 512  # buffers in one call; systems take 1024

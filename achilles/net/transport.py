@@ -36,9 +36,8 @@ from achilles.net.connections import Connection, Connections
 from achilles.net.endpoint import LOCAL_USER, MAXMSGSIZE
 from achilles.net.frames import prepared
 from achilles.net.loop import POLLIN, SocketLoop
-from achilles.net.pipes import Pipes
+from achilles.net.pipes import OUTBOX_MAX, Pipes
 
-OUTBOX_MAX = 10_000
 DROPPED_AT_ONCE = 1000  # frames, while other sockets wait
 UNKNOWN_FD = -1
 # Bytes with which a message begins, by which those for the codec and those for us are told apart

@@ -166,7 +166,10 @@ def adopt(pid: int, fd: int, inode: int, size: int, *, keep: bool) -> memoryview
             or this process may not have it.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    own = os.open(f"/proc/{pid}/fd/{fd}", flags)
+    path = f"/proc/{pid}/fd/{fd}"
+    if not os.readlink(path).startswith("/memfd:"):  # to open something else could have an effect
+        raise OSError(f"descriptor {fd} of process {pid} is not the memory that was meant")
+    own = os.open(path, flags)
     try:
         found = os.fstat(own)
         if not size or (found.st_ino, found.st_size) != (inode, size) or not _is_final(own):

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -431,6 +432,24 @@ def test_what_is_adopted_is_mapped_unless_it_is_small_and_for_nobody_else() -> N
         assert bytes(found) == bytes(source)
         assert isinstance(found.obj, shared.Mapping) is is_mapped
         assert not found.readonly
+
+
+def test_what_is_no_memory_is_not_even_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To open a fifo, for example, lets who waits to write into it go on."""
+    os.mkfifo(tmp_path / "fifo")
+    fd = os.open(tmp_path / "fifo", os.O_RDWR)
+
+    def fail(path: object, *args: object) -> int:
+        raise AssertionError(f"{path} was opened")
+
+    monkeypatch.setattr(os, "open", fail)
+    try:
+        with pytest.raises(OSError, match="is not the memory that was meant"):
+            adopt(os.getpid(), fd, os.fstat(fd).st_ino, BIG, keep=False)
+    finally:
+        os.close(fd)
 
 
 def test_pieces_of_memory_are_known_to_be_all_of_it() -> None:
