@@ -51,6 +51,9 @@ class _Done:
     def notify_all(self) -> None:
         pass
 
+    def take_sleepers(self) -> tuple[()]:
+        return ()
+
     def __enter__(self) -> bool:
         return True
 
@@ -298,6 +301,9 @@ class Future(_Base):
         if self._state in (PENDING, RUNNING):
             self._exception = error
             self._state = FINISHED
+            condition = self.__dict__.get("_decided")
+            if condition is not None:
+                condition.take_sleepers()  # the thread that is here may be one, in a handler
             self.__dict__["_decided"] = self._condition = _DONE
 
     def _invoke_callbacks(self) -> None:

@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
+from pickle import STACK_GLOBAL
 from time import sleep
 from typing import Any, NamedTuple, TypeAlias
 
@@ -42,6 +43,7 @@ from achilles.runtime.wakeups import Wakeup
 Sink: TypeAlias = "Future | tuple[MapRun, int] | BundleSink"
 # A task on its way to the I/O thread
 Mail: TypeAlias = "tuple[int, Group, Pickled, p.Payload, Sink]"
+NAMES = STACK_GLOBAL  # in a pickle that is more than plain data: to load it may run any code
 INIT_BLOB = 1 << 31  # the initializer's number, beyond those of functions
 # Who submits without a pause holds the interpreter, which gives another thread its turn after 5 ms.
 # So when there is as much in the inbox as runners have, and this more, the I/O thread is let in:
@@ -305,14 +307,15 @@ class Mailbox:
         """
         self._sleepers += sleepers
 
-    def _wake_sleepers(self) -> None:
+    def wake_sleepers(self) -> None:
+        """In the I/O thread: wake those who are to be woken soon."""
         while self._sleepers:
             self._sleepers.pop().wake()
 
     def is_idle(self) -> bool:
         """Whether the I/O thread may wait: from here on, whoever has something for it wakes it."""
         if self._sleepers:
-            self._wake_sleepers()
+            self.wake_sleepers()
         self.is_awake = False
         is_over = self.is_closing and not self._sinks and not self.outlasts
         if self._inbox or self._cancels or is_over:
@@ -385,6 +388,8 @@ class Mailbox:
                 runs.add(run)
                 calls += 1
             elif type(sink) is Future:
+                if self._sleepers and (type(payload) is not bytes or NAMES in payload):
+                    self.wake_sleepers()  # it may wait for what one of them does
                 if status == p.VALUE and type(payload) is bytes:
                     try:
                         value = loads(payload)
@@ -545,8 +550,8 @@ class Mailbox:
 
     def close(self) -> None:
         """The I/O thread ends."""
-        self._wake_sleepers()
         self.callbacks.end()
+        self.wake_sleepers()
 
     def _break(self, payload: p.Payload | Guarded) -> list[int]:
         """The initializer raised on a runner: nothing can run any more, as in the standard library.
@@ -555,6 +560,7 @@ class Mailbox:
         """
         from achilles.errors import InitializerError
 
+        self.wake_sleepers()
         _, cause = load_outcome(p.ERROR, payload)
         if self.broken is None:
             _LOG.critical("Exception in initializer:", exc_info=cause)

@@ -248,6 +248,7 @@ class Connection:
             self._connect(peer)
             while not (mailbox.is_closing and self._is_over(peer)):
                 self._step(peer)
+            mailbox.wake_sleepers()
             peer.send([p.Goodbye("done")])
             peer.flush(FLUSH_SECONDS)
         except AchillesError as error:

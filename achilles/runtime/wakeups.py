@@ -8,22 +8,25 @@ interpreter first: the sleeper wakes once, and goes on.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import select
 import struct
 import threading
+import weakref
+from threading import get_ident
 from typing import Protocol
 
-KEPT_MAX = 16  # descriptors that wait for the next sleepers
+EVENTS_MAX = 16  # descriptors; whoever sleeps beside so many others has a lock
 POLL_MAX = 3600.0  # seconds: `poll` takes no number of milliseconds
 
 _ONE = struct.pack("=Q", 1)  # an eventfd wants 8 bytes
 
 
 class Wakeup(Protocol):
-    """For one thread that sleeps, once. It may wake for nothing,
-    and has to look whether there was a reason.
+    """For one thread that sleeps, once. It may wake for nothing, and has to look whether there was
+    a reason.
     """
 
     def sleep(self, timeout: float | None) -> None:
@@ -37,15 +40,17 @@ class Wakeup(Protocol):
 
 
 class _Event:
-    """On an eventfd, which serves the next one when this one is done:
-    its last `wake` may come after that.
+    """On an eventfd, which serves the next one when this one is done: its last `wake` may come
+    after that.
     """
 
-    __slots__ = ("_fd",)
+    __slots__ = ("__weakref__", "_fd", "thread")
 
     def __init__(self) -> None:
+        self.thread = 0  # whose it is at present
         self._fd = -1
         self._fd = os.eventfd(0, os.EFD_CLOEXEC)
+        _events.add(self)
 
     def sleep(self, timeout: float | None) -> None:
         if timeout is not None:
@@ -59,16 +64,30 @@ class _Event:
         os.write(self._fd, _ONE)
 
     def done(self) -> None:
-        if len(_kept) < KEPT_MAX:
-            _kept.append(self)
+        _kept.append(self)
+
+    def leave_parent(self) -> None:
+        """In a forked child: what the parent wakes is not this any more.
+
+        The thread that has forked may be asleep, in a signal's handler: it wakes, and looks.
+        """
+        if self.thread == get_ident():
+            with contextlib.suppress(OSError):
+                own = os.eventfd(1, os.EFD_CLOEXEC)
+                os.dup2(own, self._fd, inheritable=False)
+                os.close(own)
+        else:
+            os.close(self._fd)
+            self._fd = -1
 
     def __del__(self, close=os.close) -> None:  # type: ignore[no-untyped-def]
         if self._fd >= 0:
             close(self._fd)
+            _permits.append(None)
 
 
 class _Lock:
-    """On a lock, for where there are no eventfds, or no descriptors left."""
+    """On a lock, for where there are no eventfds, or as many as there may be."""
 
     __slots__ = ("_lock",)
 
@@ -86,20 +105,37 @@ class _Lock:
         pass
 
 
-_kept: list[_Event] = []
+_kept: list[_Event] = []  # for the next sleepers
+_permits: list[None] = [None] * EVENTS_MAX  # to make one
+_events: weakref.WeakSet[_Event] = weakref.WeakSet()
 
 
 def new_wakeup() -> Wakeup:
     """A way to be woken, for the thread that asks."""
     try:
-        return _kept.pop()
+        event = _kept.pop()
     except IndexError:
-        pass
-    try:
-        return _Event()
-    except (AttributeError, OSError):
-        return _Lock()
+        try:
+            _permits.pop()
+        except IndexError:
+            return _Lock()
+        try:
+            event = _Event()
+        except (AttributeError, OSError):
+            _permits.append(None)
+            return _Lock()
+    event.thread = get_ident()
+    return event
+
+
+def _leave_parent() -> None:
+    for event in _kept:
+        event.thread = 0
+    for event in tuple(_events):
+        event.leave_parent()
+    _kept.clear()
+    _permits[:] = [None] * EVENTS_MAX
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_kept.clear)  # a child would share them with its parent
+    os.register_at_fork(after_in_child=_leave_parent)

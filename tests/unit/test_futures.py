@@ -267,6 +267,15 @@ def test_what_is_abandoned_has_failed(owner: Owner) -> None:
     assert concurrent.futures.wait([waiting, cancelled, done], 0).not_done == set()
 
 
+def test_who_sleeps_for_what_is_abandoned_sleeps_no_more(future: Future) -> None:
+    """In a forked child the only thread may have forked in a signal's handler, while it slept."""
+    sleeper = Sleeper(future, future.result)
+    (wakeup,) = future._condition._sleepers
+    future.abandon(LookupError("of the parent"))
+    wakeup.wake()  # as the fork does
+    assert isinstance(sleeper.answer(), LookupError)
+
+
 def test_repr_and_attributes(future: Future) -> None:
     assert repr(future).startswith("<Future of task 7, f(), at 0x")
     assert repr(future).endswith("state=pending>")

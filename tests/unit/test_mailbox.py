@@ -398,6 +398,42 @@ def test_who_sleeps_is_woken_when_all_is_done_that_can_be_without_a_wait(
     assert (answers, second.result(0), box._sleepers) == ([10], 20, [])
 
 
+_gate = threading.Event()
+
+
+def _waits_for_the_gate() -> str:
+    return "opened" if _gate.wait(5) else "shut"
+
+
+class _Result:
+    """Its unpickling takes until somebody opens the gate,
+    as an import takes until its lock is free.
+    """
+
+    def __reduce__(self) -> Any:
+        return _waits_for_the_gate, ()
+
+
+def test_who_sleeps_is_woken_before_a_result_runs_code_that_may_wait_for_it(box: Box) -> None:
+    first, second = box.add(), box.add()
+    box.drain()
+
+    def wait() -> None:
+        first.result()
+        _gate.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wait_until(lambda: first._condition._sleepers)
+    payloads: list[p.Payload] = [dumps(10), dumps(_Result())]
+    try:
+        box.receive(p.Results([1, 2], bytes([p.VALUE] * 2), payloads))
+    finally:
+        box.close()
+        thread.join(10)
+    assert second.result(0) == "opened"
+
+
 def test_a_thread_that_waits_for_what_runs_unheard_sleeps_until_it_is_told(box: Box) -> None:
     """All is resolved; else it would be over, and must not wait for anything."""
     submission = Submission()

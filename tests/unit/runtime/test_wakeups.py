@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import monotonic
 
 import pytest
 
 from achilles.runtime import wakeups
-from achilles.runtime.wakeups import KEPT_MAX, Wakeup, new_wakeup
+from achilles.runtime.wakeups import EVENTS_MAX, Wakeup, new_wakeup
+from tests.modes import wait_until
 
 
 @pytest.fixture(autouse=True)
 def _none_kept() -> Iterator[None]:
     wakeups._kept.clear()
+    assert len(wakeups._permits) == EVENTS_MAX
     yield
     wakeups._kept.clear()
 
@@ -73,21 +75,75 @@ def test_the_next_one_has_the_same_descriptor_and_may_wake_for_nothing() -> None
     assert new_wakeup() is not second
 
 
-def test_few_descriptors_are_kept() -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    many = [new_wakeup() for _ in range(KEPT_MAX + 5)]
-    assert len(os.listdir("/proc/self/fd")) == before + KEPT_MAX + 5
-    for one in many:
+def eventfds() -> int:
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return sum("eventfd" in os.readlink(link) for link in links if os.path.lexists(link))
+
+
+def test_those_who_sleep_leave_descriptors_to_the_program() -> None:
+    before = eventfds()
+    many = [new_wakeup() for _ in range(EVENTS_MAX + 5)]
+    assert [isinstance(one, wakeups._Event) for one in many] == [
+        n < EVENTS_MAX for n in range(EVENTS_MAX + 5)
+    ]
+    assert eventfds() == before + EVENTS_MAX
+    for one in many[: EVENTS_MAX // 2]:
         one.done()
-    del many, one
-    assert len(os.listdir("/proc/self/fd")) == before + KEPT_MAX
+    again = [new_wakeup() for _ in range(EVENTS_MAX)]
+    assert sum(isinstance(one, wakeups._Event) for one in again) == EVENTS_MAX // 2
+    assert eventfds() == before + EVENTS_MAX
 
 
-def test_a_forked_child_has_its_own() -> None:
-    new_wakeup().done()
-    assert wakeups._kept
+def test_what_an_exception_has_lost_is_closed_and_may_be_made_again() -> None:
+    before = eventfds()
+    for _ in range(3 * EVENTS_MAX):
+        assert isinstance(new_wakeup(), wakeups._Event)
+    assert eventfds() == before
+
+
+def in_child(look: Callable[[], object]) -> None:
+    """Whether that holds in a forked child."""
     pid = os.fork()
     if pid == 0:
-        os._exit(len(wakeups._kept))
+        holds = False
+        try:
+            holds = bool(look())
+        finally:
+            os._exit(0 if holds else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert wakeups._kept
+
+
+def test_a_forked_child_has_none_of_its_parents() -> None:
+    before = eventfds()
+    slept: list[Wakeup] = []
+
+    def sleep() -> None:
+        slept.append(new_wakeup())
+        slept[0].sleep(20)
+
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    wait_until(lambda: slept)
+    new_wakeup().done()
+    assert eventfds() == before + 2
+    in_child(lambda: eventfds() == before and len(wakeups._permits) == EVENTS_MAX)
+    slept[0].wake()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_thread_that_forks_while_it_sleeps_keeps_its_wake() -> None:
+    """In the handler of a signal. The child's thread wakes by itself, and may look."""
+    mine = new_wakeup()
+
+    def look() -> bool:
+        mine.sleep(None)
+        mine.wake()  # and what the child does is nothing to the parent
+        return True
+
+    mine.wake()
+    in_child(look)
+    mine.sleep(20)
+    start = monotonic()
+    mine.sleep(0.01)
+    assert monotonic() - start > 0.009
