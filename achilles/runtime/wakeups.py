@@ -79,6 +79,7 @@ class _Event:
         else:
             os.close(self._fd)
             self._fd = -1
+            _events.discard(self)  # who forks again has no part in it
 
     def __del__(self, close=os.close) -> None:  # type: ignore[no-untyped-def]
         if self._fd >= 0:
