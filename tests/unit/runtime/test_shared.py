@@ -444,10 +444,11 @@ def test_what_is_no_memory_is_not_even_opened(
     def fail(path: object, *args: object) -> int:
         raise AssertionError(f"{path} was opened")
 
-    monkeypatch.setattr(os, "open", fail)
     try:
-        with pytest.raises(OSError, match="is not the memory that was meant"):
-            adopt(os.getpid(), fd, os.fstat(fd).st_ino, BIG, keep=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", fail)
+            with pytest.raises(OSError, match="is not the memory that was meant"):
+                adopt(os.getpid(), fd, os.fstat(fd).st_ino, BIG, keep=False)
     finally:
         os.close(fd)
 
