@@ -45,10 +45,11 @@ Sink: TypeAlias = "Future | tuple[MapRun, int] | BundleSink"
 Mail: TypeAlias = "tuple[int, Group, Pickled, p.Payload, Sink]"
 NAMES = STACK_GLOBAL  # in a pickle that is more than plain data: to load it may run any code
 INIT_BLOB = 1 << 31  # the initializer's number, beyond those of functions
-# Who submits without a pause holds the interpreter, which gives another thread its turn after 5 ms.
-# So when there is as much in the inbox as runners have, and this more, the I/O thread is let in:
-# some ten times until there are thousands.
+# Who submits without a pause holds the interpreter, which gives another thread its turn after 5 ms,
+# each time that this one has let go of it, as for a write. So the I/O thread is let in when there is
+# as much in the inbox as runners have, and this more (some ten times until there are thousands),
 YIELD_AT = 8
+YIELD_EACH = 256  # and with each so many that wait there: else it is behind, and runners idle
 YIELD_SECONDS = 1e-5  # asleep; it takes the system some 70 µs
 
 _LOG = logging.getLogger("concurrent.futures")
@@ -103,16 +104,8 @@ class Mailbox:
         What the group's ``blobs`` are is attached to it.
         """
         id = next(self._ids)
-        if self.sealer is not None:
-            payload = _seal(self.sealer, id, group, blob, payload)
         future = Future(self, id, name)
-        with self._lock:
-            self._check_open()
-            self._inbox.append((id, group, blob, payload, future))
-        if not self.is_awake:
-            self.interrupt()
-        elif len(self._inbox) == YIELD_AT + len(self._sinks):
-            sleep(YIELD_SECONDS)
+        self._put(id, group, blob, payload, future)
         return future
 
     def submit_item(
@@ -120,27 +113,31 @@ class Mailbox:
     ) -> int:
         """Enqueue one item of a map; its id."""
         id = next(self._ids)
-        if self.sealer is not None:
-            payload = _seal(self.sealer, id, group, blob, payload)
-        with self._lock:
-            self._check_open()
-            self._inbox.append((id, group, blob, payload, (run, index)))
-        if not self.is_awake:
-            self.interrupt()
-        elif len(self._inbox) == YIELD_AT + len(self._sinks):
-            sleep(YIELD_SECONDS)
+        self._put(id, group, blob, payload, (run, index))
         return id
 
     def submit_bundle(
         self, id: int, group: Group, blob: Pickled, payload: p.Payload, sink: BundleSink
     ) -> None:
         """Enqueue many items of a map as one task, whose id is of `mark`."""
+        self._put(id, group, blob, payload, sink)
+
+    def _put(self, id: int, group: Group, blob: Pickled, payload: p.Payload, sink: Sink) -> None:
+        """Seal a task and enqueue it."""
         if self.sealer is not None:
             payload = _seal(self.sealer, id, group, blob, payload)
         with self._lock:
-            self._check_open()
+            if self.broken is not None:
+                raise self.broken_error()
+            if self.is_closing:
+                raise RuntimeError("cannot schedule new futures after shutdown")
             self._inbox.append((id, group, blob, payload, sink))
-        self.interrupt()
+        if not self.is_awake:
+            self.interrupt()
+            return
+        waiting = len(self._inbox)
+        if waiting == YIELD_AT + len(self._sinks) or not (waiting + 1) % YIELD_EACH:
+            sleep(YIELD_SECONDS)
 
     def resubmit(
         self, group: Group, blob: Pickled, payload: p.Payload, run: MapRun, index: int
@@ -206,12 +203,6 @@ class Mailbox:
     def unresolved(self) -> int:
         """How many tasks have no outcome yet."""
         return len(self._sinks) + len(self._inbox)
-
-    def _check_open(self) -> None:
-        if self.broken is not None:
-            raise self.broken_error()
-        if self.is_closing:
-            raise RuntimeError("cannot schedule new futures after shutdown")
 
     def cancelled(self, ids: Iterable[int]) -> None:
         """The user wants no outcome of these tasks."""
@@ -577,7 +568,7 @@ class Mailbox:
 
 def _seal(sealer: Sealer, id: int, group: Group, blob: Pickled, payload: Any) -> p.Payload:
     """A call's payload with its seal; in the caller's thread, for a large one takes its time."""
-    return _behind(payload, sealer.call(id, (group.fn, group.init, group.blobs), blob, payload))
+    return _behind(payload, sealer.call(id, group.seal_needs, blob, payload))
 
 
 def _behind(payload: Any, seal: bytes) -> p.Payload:

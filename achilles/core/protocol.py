@@ -147,6 +147,11 @@ class Group(_Group):
         """The numbers of all blobs that a runner must have before such a task."""
         return tuple(blob for blob in (self.fn, self.init, *self.blobs) if blob)
 
+    @cached_property
+    def seal_needs(self) -> tuple[int, int, tuple[int, ...]]:
+        """The same as a seal names them: function, initializer, all others."""
+        return self.fn, self.init, self.blobs
+
 
 # Kinds of letters, as in ``runtime.side``, which must not know this module.
 IMPORT = 2

@@ -78,6 +78,7 @@ LEAVE_AT = 10  # waits in a row in which others took the core, until it is left 
 CROWDED_MAX = 200  # of those, until they are taken to want all cores
 COLD_SECONDS = 0.05  # how long a core is taken to be wanted, or not worth it, once it was
 ALIVE_SECONDS = 60.0  # for so long a client is taken to live that has shown it
+NOBODY = (b"", 0.0)  # the name of a client that was not met, and until when it is taken to live
 ARRIVALS = "achilles.runtime.arrivals"  # imported when the first function of a program comes
 CHANNEL_LOST = 74  # exit code (EX_IOERR): the host is gone, or a task closed our descriptors
 
@@ -323,7 +324,7 @@ class Runner:
         opener, failed = self.opener, None
         if opener is not None:
             opener.begin(client, root, (fn, init, blobs))
-            context.root = self.roots.get(root, (b"", 0.0))[0]
+            context.root = self.roots.get(root, NOBODY)[0]
         elif init:
             failed = self._initialize(root, init)
         shared = self.functions.get((client, fn))
@@ -390,12 +391,14 @@ class Runner:
         """
         try:
             payload = opener.open_call(id, payload)
-            self._meet(root, opener.root)
+            name, alive_until = self.roots.get(root, NOBODY)
+            if name != opener.root or perf_counter() >= alive_until:
+                self._meet(root, opener.root, known=name)
         except Exception as error:
             return None, (ERROR, _dump_error(error, is_loaded=True))
         return payload, self._initialize(root, init) if init else None
 
-    def _meet(self, client: int, name: bytes) -> None:
+    def _meet(self, client: int, name: bytes, *, known: bytes) -> None:
         """See to it that the session for which a call was sealed lives,
         and that what is kept of the client is its own.
 
@@ -403,17 +406,13 @@ class Runner:
             SealError: somebody else says that it lives.
             OSError: the host is gone.
         """
-        known, alive_until = self.roots.get(client, (b"", 0.0))
-        now = perf_counter()
-        if known == name and now < alive_until:
-            return
         if known != name:  # the number was another client's, if anybody's
             self._forget_client(client)
             self.inits = {key: end for key, end in self.inits.items() if key[0] != client}
             self._switch_to(client)
         if self.modules is not None:
             self.modules.meet(name)
-        self.roots[client] = name, now + ALIVE_SECONDS
+        self.roots[client] = name, perf_counter() + ALIVE_SECONDS
         context.root = name
 
     def _blob(self, key: tuple[int, int]) -> Any:

@@ -61,7 +61,8 @@ is_same = _compare_digest  # in a time that does not tell where they differ
 
 _HEAD = Struct("<QQI")
 _NUMBER = Struct("<Q")
-_RESULT = Struct("<QB")
+_CALL = Struct("<Qx")  # heads of tags end in a zero
+_RESULT = Struct("<QBx")
 
 
 class Seal:
@@ -84,7 +85,7 @@ class Seal:
 
     def blob(self, session: bytes, number: int, payload: Buffer) -> bytes:
         """The tag of a blob."""
-        return _tag(self.blobs, session + _NUMBER.pack(number), payload)
+        return _tag(self.blobs, session + _CALL.pack(number), payload)
 
     def result(self, session: bytes) -> State:
         """What the tags of all results for a session begin with."""
@@ -96,18 +97,25 @@ class Seal:
         """The tag of a letter of that kind (one byte); ``once`` has 16 bytes,
         and no other letter has the same.
         """
-        return _tag(self._letters, kind + root + once, text)
+        return _tag(self._letters, kind + root + once + b"\0", text)
 
 
-def _tag(state: State, head: bytes, *parts: Buffer) -> bytes:
-    """The tag of what consists of these parts; ``head`` is as long for all of a kind."""
+def _tag(state: State, head: bytes, body: Buffer) -> bytes:
+    """The tag of a body; ``head`` is as long for all of a kind, and ends in a zero."""
+    if len(body) >= LARGE:
+        return _tag_of_parts(state, head, (body,))
     state = state.copy()
-    if len(parts) == 1 and len(parts[0]) < LARGE:
-        state.update(head + b"\0" + parts[0])
-    elif sum(map(len, parts)) < LARGE:
-        state.update(b"\0".join((head, b"".join(parts))))
+    state.update(head + body)
+    return state.digest()
+
+
+def _tag_of_parts(state: State, head: bytes, parts: Sequence[Buffer]) -> bytes:
+    """The tag of the body that consists of these parts."""
+    state = state.copy()
+    if sum(map(len, parts)) < LARGE:
+        state.update(head + b"".join(parts))
     else:
-        state.update(b"\1".join((head, _digests(parts))))
+        state.update(head[:-1] + b"\1" + _digests(parts))
     return state.digest()
 
 
@@ -175,6 +183,7 @@ class Sealer:
         self.root = root or self.session
         self._names = self.session + self.root
         self._states: dict[Needs, State] = {}
+        self._last: tuple[Needs | None, State] = (None, seal.calls)  # of these
         self._tags: dict[int, bytes] = {}
         self._results = seal.result(self.session)
 
@@ -185,10 +194,11 @@ class Sealer:
         """What is to be put behind the payload of a call; ``function`` is its pickle,
         with the blobs attached to it.
         """
-        state = self._states.get(needs)
-        if state is None:
-            state = self._begin(needs, function)
-        return self._names + _tag(state, _NUMBER.pack(id), payload)
+        last, state = self._last
+        if last is not needs:
+            state = self._states.get(needs) or self._begin(needs, function)
+            self._last = needs, state
+        return self._names + _tag(state, _CALL.pack(id), payload)
 
     def blob(self, number: int, payload: Buffer) -> bytes:
         """What is to be put behind a blob: its tag."""
@@ -246,7 +256,7 @@ class Opener:
     def __init__(self, seal: Seal, blobs: Mapping[Key, Any]) -> None:
         """``blobs``: what the host has loaded, as it came."""
         self.seal = seal
-        self.root = b""  # of the last call that was opened
+        self.root = b""  # which the last call names; to be relied upon once it was opened
         self._blobs = blobs
         self._tags: dict[Key, tuple[bytes, bytes]] = {}  # whose blob it is, and its tag
         self._chunk: tuple[Any, ...] = ()
@@ -277,14 +287,13 @@ class Opener:
             SealError: it is not that task's call, or what it needs is not what its client meant.
             RuntimeError: something that it needs is not there.
         """
-        names = bytes(payload[-CALL_SIZE:-TAG_SIZE])
+        names = payload[-CALL_SIZE:-TAG_SIZE]
         if names != self._names or self._state is None:
-            self._meet(names)
+            self._meet(bytes(names))
         body = payload[:-CALL_SIZE]
         assert self._state is not None
-        if not is_same(_tag(self._state, _NUMBER.pack(id), body), payload[-TAG_SIZE:]):
+        if not is_same(_tag(self._state, _CALL.pack(id), body), payload[-TAG_SIZE:]):
             _refuse(f"the call of task {id}", "a client")
-        self.root = names[NAME_SIZE:]
         return body
 
     def result(self, id: int, status: int, data: Encoded) -> Encoded:
@@ -297,7 +306,7 @@ class Opener:
 
     def _meet(self, names: bytes) -> None:
         """The first call of a chunk: see to what it needs."""
-        is_first, self._names = self._names is None, names
+        is_first, self._names, self.root = self._names is None, names, names[NAME_SIZE:]
         begun = (self._chunk, names)
         if is_first and begun == self._begun:
             return
@@ -337,7 +346,7 @@ def seal_result(state: State, id: int, status: int, data: Encoded) -> Encoded:
     head = _RESULT.pack(id, status)
     if isinstance(data, bytes):
         return data + _tag(state, head, data)
-    return [*data, _tag(state, head, *data)]
+    return [*data, _tag_of_parts(state, head, data)]
 
 
 def names_of(payload: Any) -> tuple[bytes, bytes]:

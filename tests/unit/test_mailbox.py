@@ -19,7 +19,7 @@ from achilles.errors import (
     WorkerLostError,
 )
 from achilles.futures import MapRun
-from achilles.mailbox import FAILED, INIT_BLOB, YIELD_AT, YIELD_SECONDS, Mailbox
+from achilles.mailbox import FAILED, INIT_BLOB, YIELD_AT, YIELD_EACH, YIELD_SECONDS, Mailbox
 from achilles.runtime.allowed import Allowed
 from achilles.runtime.seal import CALL_SIZE, Seal, Sealer, seal_result
 from achilles.runtime.serialize import dumps, load_outcome
@@ -89,8 +89,8 @@ def test_it_wakes_once_until_the_io_thread_looks(box: Box) -> None:
 def test_who_submits_without_a_pause_lets_the_io_thread_in(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whenever there is as much to do as is being done: not for a few,
-    and ever less often for many.
+    """Whenever there is as much to do as is being done (not for a few, and ever less often for
+    many), and with every so many that it does not get to.
     """
     pauses: list[tuple[int, int]] = []
 
@@ -106,14 +106,14 @@ def test_who_submits_without_a_pause_lets_the_io_thread_in(
     run = MapRun(read)
     for index in range(1000):
         box.submit_item(box.plain, b"blob", b"payload", run, index)
-    assert pauses[0] == (YIELD_AT, 0)
-    assert all(waiting == YIELD_AT + done for waiting, done in pauses)
-    assert len(pauses) == 6
-    monkeypatch.setattr(mailbox, "sleep", pauses.append)  # it did not get in
-    taken = len(pauses)
-    for _ in range(5000):
+    assert pauses[:6] == [(8, 0), (16, 8), (32, 24), (64, 56), (128, 120), (YIELD_EACH - 1, 248)]
+    box.drain()
+    waited: list[int] = []
+    monkeypatch.setattr(mailbox, "sleep", lambda seconds: waited.append(len(box._inbox)))
+    for _ in range(5 * YIELD_EACH):  # it does not get in
         box.add()
-    assert len(pauses) == taken + 1
+    met = YIELD_AT + len(box._sinks)
+    assert waited == sorted([*range(YIELD_EACH - 1, 5 * YIELD_EACH, YIELD_EACH), met])
 
 
 def test_who_closes_before_the_io_thread_waits_is_not_missed(box: Box) -> None:
