@@ -49,7 +49,7 @@ INIT_BLOB = 1 << 31  # the initializer's number, beyond those of functions
 # each time that this one has let go of it, as for a write. So the I/O thread is let in when there is
 # as much in the inbox as runners have, and this more (some ten times until there are thousands),
 YIELD_AT = 8
-YIELD_EACH = 256  # and with each so many that wait there: else it is behind, and runners idle
+YIELD_EACH = 512  # and with each so many that wait there: else it is behind, and runners idle
 YIELD_SECONDS = 1e-5  # asleep; it takes the system some 70 µs
 
 _LOG = logging.getLogger("concurrent.futures")
