@@ -123,7 +123,7 @@ class TaskQueue:
     @property
     def chunk_max(self) -> int:
         """At most so many tasks may travel together; 0: no limit."""
-        is_alone = self.options.at_most_once or self.options.is_bundle or self.does_lend
+        is_alone = self.options.at_most_once or self.does_lend
         return 1 if is_alone else self.group.chunk_max
 
     def may_wait(self, slots: int) -> bool:

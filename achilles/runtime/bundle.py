@@ -6,7 +6,8 @@ Rules
        values wait to be pickled together.
     2. Nothing waits behind a call that takes long: after `STUCK_SECONDS` a thread takes back what
        has not started, and tells it in a letter, with the results so far. (It needs the GIL, as
-       everything here; while a call holds that, it waits.)
+       everything here; while a call holds that, it waits.) It is there while bundles come: to start
+       one for each, and to end it, takes 50 µs, which is more than some of them.
     3. The letter is news, no more: the task's own result says all of it again,
        for whoever has not got the letter.
 
@@ -19,6 +20,7 @@ import os
 from _struct import Struct
 from _thread import allocate_lock, start_new_thread
 from collections import deque
+from time import perf_counter, sleep
 
 from achilles.runtime import context
 from achilles.runtime.serialize import ERROR, dump_result, dumps
@@ -26,7 +28,6 @@ from achilles.runtime.side import BODY_MAX, PARTS
 
 TYPE_CHECKING = False  # as type checkers know it; importing typing takes longer than all the rest
 if TYPE_CHECKING:
-    from _thread import LockType
     from collections.abc import Callable, Sequence
     from typing import Any, TypeAlias
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     Parts: TypeAlias = tuple[list[Any], dict[int, Outcome]]
 
 STUCK_SECONDS = 0.05
+LOOK_SECONDS = 0.01  # between two looks whether another bundle has begun
+LOOKS = 5  # in vain, after which the thread ends
 PLAIN = frozenset((int, float, complex, bool, type(None)))
 TEXTS = frozenset((str, bytes))
 TEXT_MAX = 1024
@@ -59,18 +62,15 @@ class Bundle:
         None for those whose outcomes are in the dict, by index.
         """
         waiting: deque[Any] = deque(flat if width == 1 else zip(*[iter(flat)] * width))
-        count = len(waiting)
         values: list[Any] = []
         others: dict[int, Outcome] = {}
-        is_over = allocate_lock()
-        is_over.acquire()
-        start_new_thread(_watch, (waiting, values, others, is_over, id, count))
+        _watcher.begin(_Running(waiting, values, others, id))
         try:
             self._run(waiting.popleft, width > 1, values, others)
         except IndexError:
             pass  # nothing waits any more
         finally:
-            is_over.release()
+            _watcher.running = None
         return values, others
 
     def _run(
@@ -122,33 +122,81 @@ def _encode(value: object, fn: object) -> Outcome:
     return status, data if isinstance(data, bytes) else b"".join(data)
 
 
-def _watch(
-    waiting: deque[Any],
-    values: list[Any],
-    others: dict[int, Outcome],
-    is_over: LockType,
-    id: int,
-    count: int,
-) -> None:
-    """Wait for the end of a bundle; if a call of it takes too long,
-    take back what has not started.
-    """
-    if is_over.acquire(timeout=STUCK_SECONDS):
-        return
-    try:
+class _Running:
+    """A bundle whose calls are made; ``stuck_at``: when what waits there has waited too long."""
+
+    __slots__ = ("_is_told", "count", "id", "others", "stuck_at", "values", "waiting")
+
+    def __init__(
+        self, waiting: deque[Any], values: list[Any], others: dict[int, Outcome], id: int
+    ) -> None:
+        self.waiting = waiting
+        self.count = len(waiting)  # of calls
+        self.values = values
+        self.others = others
+        self.id = id
+        self.stuck_at = perf_counter() + STUCK_SECONDS
+        self._is_told = False
+
+    def take_back(self) -> None:
+        """Take back what has not started, and tell of it; once."""
+        if self._is_told:
+            return
+        self._is_told = True
+        try:
+            while True:
+                self.waiting.pop()
+                self.count -= 1
+        except IndexError:
+            pass
+        done, others = self.values[:], self.others
+        try:
+            body = dumps(
+                (done, {at: others[at] for at in list(others) if at < len(done)}, self.count)
+            )
+            if context.side is not None and len(body) < BODY_MAX:
+                context.side.send(PARTS, context.client, sealed(TASK_ID.pack(self.id) + body))
+        except (OSError, MemoryError):
+            pass  # the host is gone, or there is no room for news
+
+
+class _Watcher:
+    """The thread that looks after bundles. One runs at a time."""
+
+    def __init__(self) -> None:
+        self.running: _Running | None = None
+        self._is_there = False
+        self._lock = allocate_lock()  # around the decision that the thread is, or is not, there
+
+    def begin(self, running: _Running) -> None:
+        """A bundle begins; it ends when ``running`` is None again, or another one."""
+        with self._lock:
+            self.running = running
+            if not self._is_there:
+                start_new_thread(self._watch, ())
+                self._is_there = True
+
+    def _watch(self) -> None:
+        looks = 0  # in vain
         while True:
-            waiting.pop()
-            count -= 1
-    except IndexError:
-        pass
-    done = values[:]
-    body = dumps((done, {at: others[at] for at in list(others) if at < len(done)}, count))
-    if context.side is None or len(body) >= BODY_MAX:
-        return
-    try:
-        context.side.send(PARTS, context.client, sealed(TASK_ID.pack(id) + body))
-    except OSError:
-        pass  # the host is gone
+            running = self.running
+            if running is None:
+                with self._lock:
+                    looks += 1
+                    if looks > LOOKS and self.running is None:
+                        self._is_there = False
+                        return
+            else:
+                looks = 0
+                left = running.stuck_at - perf_counter()
+                if left > 0:
+                    sleep(left)
+                    continue
+                running.take_back()
+            sleep(LOOK_SECONDS)
+
+
+_watcher = _Watcher()
 
 
 def sealed(body: bytes) -> bytes:

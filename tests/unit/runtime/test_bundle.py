@@ -154,6 +154,47 @@ def test_a_bundle_that_ends_in_time_tells_nothing(side: Side) -> None:
     assert not side.letters
 
 
+def test_a_thread_looks_after_bundles_while_they_come(
+    side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for all of them, which ends when it has looked in vain some times; then the next."""
+    watcher = bundle._Watcher()
+    monkeypatch.setattr(bundle, "_watcher", watcher)
+    may_look = threading.Semaphore(0)
+    monkeypatch.setattr(bundle, "sleep", lambda seconds: may_look.acquire(timeout=30))
+    threads: list[threading.Thread] = []
+
+    def start(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        threads.append(threading.Thread(target=function, args=args, daemon=True))
+        threads[-1].start()
+
+    monkeypatch.setattr(bundle, "start_new_thread", start)
+    for _ in range(20):
+        run(tasks.add, [1, 2])
+    assert len(threads) == 1
+    may_look.release(2 * bundle.LOOKS)
+    threads[0].join(30)
+    assert not threads[0].is_alive()
+    monkeypatch.setattr(bundle, "STUCK_SECONDS", 0.0)
+    for number in range(2):  # both are late, and both are told of, by one thread
+
+        def slow(value: int) -> int:
+            if value == 1:
+                may_look.release()
+                assert side.has_come.wait(30)
+            return value
+
+        values, _ = run(slow, [0, 1, 2])
+        assert values == [0, 1, 2][: len(values)]
+        assert side.has_come.wait(30)
+        assert len(side.letters) == number + 1
+        side.has_come.clear()
+    assert len(threads) == 2
+    may_look.release(2 * bundle.LOOKS)
+    threads[1].join(30)
+    assert not threads[1].is_alive()
+
+
 def test_a_letter_is_sealed_where_calls_are(monkeypatch: pytest.MonkeyPatch) -> None:
     seal = Seal(bytes(32))
     monkeypatch.setattr(context, "seal", seal)
