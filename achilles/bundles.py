@@ -8,7 +8,7 @@ submission, scheduler and agent.
 Rules
     1. Nobody can tell: each item has its own outcome, and nothing waits for longer than it would
        alone, but for the few milliseconds that a bundle takes.
-    2. Arguments are immutable and plain, so that it makes no difference when, and with what else,
+    2. Arguments are immutable and plain, or tuples of such, so that it makes no difference when, and with what else,
        they are pickled; and come from a container of the standard library, so that taking many of
        them runs no code of the user's, and does not wait.
     3. A bundle fails where another task is charged (`Options.is_bundle`). If its runner crashed, or
@@ -40,8 +40,22 @@ FIRST_SIZE, SIZE_MAX = 64, 16384
 # Bundles, after which one shows how long a call takes among others: a fifth of what it takes alone
 TRIALS = 6
 BYTES_MAX = 96 << 10  # of arguments
+TUPLES_DEEP = 2  # as deep as they are looked into
 _KINDS = PLAIN | TEXTS
+_KINDS_OR_TUPLES = _KINDS | {tuple}
 _CONTAINERS = frozenset((list, tuple, range, str, bytes, set, frozenset, dict))
+
+
+def _are_plain(values: list[Any]) -> bool:
+    """Whether all of them are plain and immutable, or tuples of what is (or tuples of those)."""
+    for _ in range(TUPLES_DEEP):
+        kinds = set(map(type, values))
+        if not kinds <= _KINDS_OR_TUPLES:
+            return False
+        if tuple not in kinds:
+            return True
+        values = list(chain.from_iterable(one for one in values if type(one) is tuple))
+    return set(map(type, values)) <= _KINDS
 
 
 def are_containers(iterables: Sequence[object]) -> bool:
@@ -91,7 +105,7 @@ class Bundler:
     def submit(self, first: int, items: list[tuple[Any, ...]]) -> bool:
         """Submit these items as one task; False if they are not of the kind for that."""
         flat = list(chain.from_iterable(items))
-        if not flat or not set(map(type, flat)) <= _KINDS:
+        if not flat or not _are_plain(flat):
             return False
         id = self._mailbox.mark()
         width = len(items[0])

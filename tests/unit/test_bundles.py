@@ -243,8 +243,21 @@ def test_options_for_each_attempt_keep_items_apart(
     del results
 
 
-def test_what_is_not_plain_travels_alone(backends: list[Backend]) -> None:
-    inputs = [[n] if n > LOOKS else n for n in range(LOOKS + 20)]
+@pytest.mark.parametrize("item", [("a", 1), (b"a", (2.5, None)), ()])
+def test_tuples_of_what_is_plain_are_bundled(backends: list[Backend], item: object) -> None:
+    inputs = [item if n % 3 else n for n in range(LOOKS + 8)]
+    results = DistributedExecutor(2).map(tasks.echo, inputs)
+    singles, found = sent(backends[0])
+    assert len(singles) == LOOKS
+    assert list(found.values()) == [[[one] for one in inputs[LOOKS:]]]
+    del results
+
+
+@pytest.mark.parametrize(
+    "item", [[1], ([1],), (1, (2, (3,))), (object,), p.Group(1, 0, 0, None, ())]
+)
+def test_what_is_not_plain_travels_alone(backends: list[Backend], item: object) -> None:
+    inputs = [item if n > LOOKS else n for n in range(LOOKS + 20)]
     results = DistributedExecutor(2).map(tasks.echo, inputs)
     singles, found = sent(backends[0])
     assert (len(singles), found) == (LOOKS + 20, {})
