@@ -48,6 +48,7 @@ attack: $(VENV)/.installed-dev
 SEED ?= 0
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.chaos --rounds 1 --seed $(SEED) --keep-going
+	$(BIN)/python -m tests.chaos --rounds 1 --seed $(SEED) --keep-going --near --seconds 8
 
 # Seven rounds turn each nemesis through all loads.
 ROUNDS ?= 7

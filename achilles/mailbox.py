@@ -17,7 +17,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
-from pickle import STACK_GLOBAL
 from time import sleep
 from typing import Any, NamedTuple, TypeAlias
 
@@ -34,6 +33,7 @@ from achilles.runtime.allowed import Allowed, Guarded
 from achilles.runtime.arguments import Attached
 from achilles.runtime.bundle import TASK_ID
 from achilles.runtime.functions import Pickled, bytes_of
+from achilles.runtime.program import NAMES
 from achilles.runtime.seal import ONCE_SIZE, TAG_SIZE, Sealer
 from achilles.runtime.seal import PARTS as PARTS_LETTER
 from achilles.runtime.serialize import load_outcome, loads
@@ -43,7 +43,6 @@ from achilles.runtime.wakeups import Wakeup
 Sink: TypeAlias = "Future | tuple[MapRun, int] | BundleSink"
 # A task on its way to the I/O thread
 Mail: TypeAlias = "tuple[int, Group, Pickled, p.Payload, Sink]"
-NAMES = STACK_GLOBAL  # in a pickle that is more than plain data: to load it may run any code
 INIT_BLOB = 1 << 31  # the initializer's number, beyond those of functions
 # Who submits without a pause holds the interpreter, which gives another thread its turn after 5 ms,
 # each time that this one has let go of it, as for a write. So the I/O thread is let in when there is
@@ -380,7 +379,7 @@ class Mailbox:
                 calls += 1
             elif type(sink) is Future:
                 if self._sleepers and (type(payload) is not bytes or NAMES in payload):
-                    self.wake_sleepers()  # it may wait for what one of them does
+                    self.wake_sleepers()  # to load it may run code that waits for one of them
                 if status == p.VALUE and type(payload) is bytes:
                     try:
                         value = loads(payload)

@@ -53,13 +53,14 @@ def main() -> int:
 
 
 def _plans(options: argparse.Namespace) -> list[Plan]:
+    seed, seconds, is_near = options.seed, options.seconds, options.near
     if options.rounds:
         return [
             one
             for turn in range(options.rounds)
-            for one in round_of(options.seed + turn * len(NEMESES), options.seconds)
+            for one in round_of(seed + turn * len(NEMESES), seconds, is_near=is_near)
         ]
-    return [plan(options.seed, options.seconds, options.nemesis, options.load)]
+    return [plan(seed, seconds, options.nemesis, options.load, is_near=is_near)]
 
 
 def _say(text: str) -> None:
@@ -96,7 +97,7 @@ def _sum_up(reports: list[Report], plans: list[Plan], seconds: float) -> int:
             effects[name] += report.effects[name]
     failures = sum(not report.is_well and not report.unavailable for report in reports)
     left_out = sum(bool(report.unavailable) for report in reports)
-    if len(reports) >= len(NEMESES):
+    if len(reports) >= len(NEMESES) and not plans[0].is_near:
         share = min(1.0, plans[0].seconds / FULL_SECONDS) * len(reports) / len(NEMESES)
         needs = {name: max(1, int(least * share)) for name, least in ROUND_NEEDS.items()}
         lacking = vacuous(needs, effects)
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=FULL_SECONDS, help="of faults, each run")
     parser.add_argument("--nemesis", choices=NEMESES, help="otherwise the seed's")
     parser.add_argument("--load", choices=LOADS, help="otherwise the seed's")
+    parser.add_argument("--near", action="store_true", help="over ipc, where faults befall no line")
     parser.add_argument("--rounds", type=int, default=0, help="run every nemesis so many times")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at a failure")
     parser.add_argument("--keep", metavar="FOLDER", help="where the files of failures are put")

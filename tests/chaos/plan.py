@@ -113,7 +113,12 @@ NEMESES = {
     )
 }
 
+# Those that befall processes, not the network: also where all are on this host, and meet over ipc.
+NEAR = ("N1", "N2", "N3", "N4", "N5", "N6", "N12", "N15")
+NEAR_NEEDS = {"in pipes": 2}  # the workers, whose messages go through pipes
+
 LOADS = ("L1", "L2", "L3", "L4", "L5", "L6", "L7")
+NEAR_LOADS = LOADS[:-1]  # the last one is about a line that is shut
 
 # Loads that show nothing of a nemesis, or hide it, and what stands in:
 # tasks that are long enough to be hit.
@@ -124,40 +129,50 @@ FULL_SECONDS = 20.0  # what `needs` are for
 
 
 class Plan(NamedTuple):
-    """One run."""
+    """One run; ``is_near``: all meet over ipc, and not over TCP, each through a proxy."""
 
     seed: int
     nemesis: Nemesis
     load: str
     seconds: float
     faults: tuple[Fault, ...]
+    is_near: bool = False
 
     @property
     def needs(self) -> dict[str, int]:
         """Effects without which the run proved nothing."""
         share = min(1.0, self.seconds / FULL_SECONDS)
-        return {name: max(1, int(least * share)) for name, least in self.nemesis.needs.items()}
+        needs = {name: max(1, int(least * share)) for name, least in self.nemesis.needs.items()}
+        return needs | NEAR_NEEDS if self.is_near else needs
 
     @property
     def command(self) -> str:
         """What runs it again."""
         return (
             f"python -m tests.chaos --seed {self.seed} --nemesis {self.nemesis.name} --load {self.load} "
-            f"--seconds {self.seconds:g}"
+            f"--seconds {self.seconds:g}" + (" --near" if self.is_near else "")
         )
 
 
-def plan(seed: int, seconds: float, nemesis: str | None = None, load: str | None = None) -> Plan:
+def plan(
+    seed: int,
+    seconds: float,
+    nemesis: str | None = None,
+    load: str | None = None,
+    *,
+    is_near: bool = False,
+) -> Plan:
     """The run of that seed; a nemesis and a load that are not named are drawn."""
     stream = random.Random(seed)
-    drawn_nemesis, drawn_load = stream.choice(list(NEMESES)), stream.choice(LOADS)
+    drawn_nemesis = stream.choice(NEAR if is_near else list(NEMESES))
+    drawn_load = stream.choice(NEAR_LOADS if is_near else LOADS)
     chosen = NEMESES[nemesis or drawn_nemesis]
     named = load or _LOAD_OF.get(chosen.name, drawn_load)
     found = faults(stream, chosen, seconds)
-    if named == "L7":
+    if named == "L7" and not is_near:
         unread = Nemesis("L7", "", ("unread",), UNREAD_EVERY, {})
         found = sorted(found + faults(stream, unread, seconds))
-    return Plan(seed, chosen, named, seconds, tuple(found))
+    return Plan(seed, chosen, named, seconds, tuple(found), is_near)
 
 
 def faults(stream: random.Random, nemesis: Nemesis, seconds: float) -> list[Fault]:
@@ -186,9 +201,12 @@ def faults(stream: random.Random, nemesis: Nemesis, seconds: float) -> list[Faul
     return found
 
 
-def round_of(seed: int, seconds: float) -> list[Plan]:
+def round_of(seed: int, seconds: float, *, is_near: bool = False) -> list[Plan]:
     """Every nemesis once, each with a load of its own; the next seeds turn the loads on."""
-    return [
-        plan(seed + at, seconds, name, _LOAD_OF.get(name, LOADS[(at + seed) % len(LOADS)]))
-        for at, name in enumerate(NEMESES)
-    ]
+    names = NEAR if is_near else tuple(NEMESES)
+    loads = NEAR_LOADS if is_near else LOADS
+    found = []
+    for at, name in enumerate(names, seed):
+        load = _LOAD_OF.get(name, loads[at % len(loads)])
+        found.append(plan(at, seconds, name, load, is_near=is_near))
+    return found

@@ -68,7 +68,8 @@ class Started:
 
 class Rig:
     """A context manager. ``timings``: variables of the environment; ``is_full``: what broker and
-    workers log goes to a full disk; ``worker_level``: what workers log.
+    workers log goes to a full disk; ``worker_level``: what workers log; ``is_near``: all meet over
+    ipc, found as users find it, and proxies have nothing to do.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Rig:
         is_full: bool = False,
         clock: Path | None = None,
         worker_level: str = "error",
+        is_near: bool = False,
     ) -> None:
         self.folder = private_directory(folder)
         self.home = private_directory(folder / "home")
@@ -94,6 +96,7 @@ class Rig:
         self.respawns = 0  # of workers, that ended by themselves
         self._counts = (workers, slots)
         self._is_full = is_full
+        self._is_near = is_near
         self._worker_level = "debug" if is_full else worker_level
         self._files: list[IO[bytes]] = []
         self._all: list[subprocess.Popen[bytes]] = []
@@ -182,9 +185,9 @@ class Rig:
     def start_broker(self) -> None:
         """Start one where there is none, and wait until it serves."""
         level = "debug" if self._is_full else "warning"
-        words = ["achilles", "--log-level", level, "broker", "--no-ipc"]
+        words = ["achilles", "--log-level", level, "broker", "--bind", "tcp://127.0.0.1:0"]
         before = self.serving_pid()
-        self.broker = self._spawn("broker", *words, "--bind", "tcp://127.0.0.1:0")
+        self.broker = self._spawn("broker", *words, *([] if self._is_near else ["--no-ipc"]))
         self.await_broker(before)
 
     def await_broker(self, before: int | None) -> None:
@@ -259,7 +262,8 @@ class Rig:
         return worker
 
     def _spawn_worker(self, name: str, slots: int) -> subprocess.Popen[bytes]:
-        words = ["worker", "--join", str(self.folder / f"{name}.join"), "--slots", str(slots)]
+        join = [] if self._is_near else ["--join", str(self.folder / f"{name}.join")]
+        words = ["worker", *join, "--slots", str(slots)]
         words = ["--log-level", self._worker_level, *words, "--name", name]
         return self._spawn(name, "achilles", *words)
 
@@ -292,7 +296,7 @@ class Rig:
             *("--log", str(self.log), "--base", str(base)),
             *("--seed", str(seed), "--life", str(life)),
             stdin=subprocess.PIPE,
-            env={**self.environ, "ACHILLES_JOIN": str(join)},
+            env=self.environ if self._is_near else {**self.environ, "ACHILLES_JOIN": str(join)},
         )
         client = Started(name, proxy, process)
         client.history = history
@@ -312,6 +316,11 @@ class Rig:
             with contextlib.suppress(psutil.Error):
                 found += psutil.Process(worker.process.pid).children()
         return found
+
+    def in_pipes(self) -> int:
+        """How many workers have pipes together with the broker, each way one."""
+        broker = _pipes_of(self.serving_pid())
+        return sum(len(broker & _pipes_of(worker.process.pid)) >= 2 for worker in self.workers)
 
     def proxies(self) -> list[Proxy]:
         """Of peers that run."""
@@ -372,3 +381,13 @@ class Rig:
             text = path.read_text(errors="replace")
             if "Traceback (most recent call last)" in text or "AssertionError" in text:
                 yield f"{path.name}: {text.strip()[-1500:]}"
+
+
+def _pipes_of(pid: int | None) -> set[str]:
+    """The pipes that a process has open."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(fd))
+    return {name for name in found if name.startswith("pipe:")}

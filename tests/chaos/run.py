@@ -82,7 +82,14 @@ def run(plan: Plan, folder: Path, say: Say) -> Report:
     if clock is not None:
         clock.write_bytes(struct.pack("d", 0.0))
     is_full = "full disk" in plan.nemesis.kinds
-    rig = Rig(folder, workers=WORKERS, slots=SLOTS, is_full=is_full, clock=clock)
+    rig = Rig(
+        folder,
+        workers=WORKERS,
+        slots=SLOTS,
+        is_full=is_full,
+        clock=clock,
+        is_near=plan.is_near,
+    )
     try:
         with rig:
             _Run(plan, rig, report, say).carry_out()
@@ -119,6 +126,8 @@ class _Run:
         try:
             for client in self.rig.clients:
                 self.rig.wait_until(partial(_has_value, client), f"a first value of {client}")
+            if self.plan.is_near:
+                self.nemeses.counts["in pipes"] = self.rig.in_pipes()
             self._befall()
             self._drain()
         except AssertionError as error:

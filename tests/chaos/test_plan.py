@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos.nemeses import GROUPS
-from tests.chaos.plan import FULL_SECONDS, KINDS, LOADS, NEMESES, plan, round_of
+from tests.chaos.nemeses import GROUPS, KILLS, STOPS
+from tests.chaos.plan import FULL_SECONDS, KINDS, LOADS, NEAR, NEMESES, plan, round_of
 
 EFFECTS = {*KINDS, *GROUPS.values(), "faults", "requeued", "delayed", "flipped"}
 
@@ -33,11 +33,21 @@ def test_a_round_has_every_nemesis_and_load() -> None:
     assert [one.load for one in turned] != [one.load for one in plans]
 
 
-def test_the_replay_of_a_round_s_run_is_the_same_run() -> None:
-    for one in round_of(3, 5.0):
+@pytest.mark.parametrize("is_near", [False, True])
+def test_the_replay_of_a_round_s_run_is_the_same_run(is_near: bool) -> None:
+    for one in round_of(3, 5.0, is_near=is_near):
         words = one.command.split()
         seed, nemesis, load, seconds = (words[at] for at in (4, 6, 8, 10))
-        assert plan(int(seed), float(seconds), nemesis, load).faults == one.faults
+        assert words[11:] == ["--near"] * is_near
+        assert plan(int(seed), float(seconds), nemesis, load, is_near=is_near) == one
+
+
+def test_where_all_are_near_nothing_befalls_a_line() -> None:
+    plans = round_of(0, 20.0, is_near=True) + [plan(n, 20.0, is_near=True) for n in range(200)]
+    assert {one.nemesis.name for one in plans} == set(NEAR)
+    kinds = {fault.kind for one in plans for fault in one.faults}
+    assert kinds == {*KILLS, *STOPS, "drain worker", "no descriptors", "starve"} - {"memory killer"}
+    assert all(one.needs["in pipes"] == 2 for one in plans)
 
 
 @pytest.mark.parametrize("name", NEMESES)

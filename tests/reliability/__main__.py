@@ -20,6 +20,7 @@ from tests.reliability.rows import (
     BESIDES,
     CHAOS,
     JSON_FLAG,
+    NEAR,
     ROWS,
     Figure,
     Output,
@@ -82,7 +83,7 @@ def run(command: str) -> Output:
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, *command.split()[1:]]
         report = Path(folder, "chaos.json")
-        if command == CHAOS:
+        if command in (CHAOS, NEAR):
             words += [JSON_FLAG, str(report)]
         try:
             done = subprocess.run(

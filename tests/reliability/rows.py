@@ -44,6 +44,7 @@ class Row(NamedTuple):
 
 SIM = "python -m tests.sim --count 4000 --jobs 2"
 CHAOS = "python -m tests.chaos --rounds 1 --keep-going"
+NEAR = f"{CHAOS} --near"
 DETECTION = "python -m tests.reliability.detection"
 ALARMS = "python -m tests.reliability.alarms"
 PYTEST = "python -m pytest -q -p no:cacheprovider"
@@ -127,6 +128,10 @@ def _lost(sums: Mapping[str, int], runs: list[dict[str, Any]]) -> str:
         f"{sums['lost']} lost of {sums['submitted']:,} futures in {len(runs)} runs, {sums['faults']} faults; "
         f"all resolved at most {max(run['drain_seconds'] for run in runs):.1f} s after the last fault"
     )
+
+
+def _near(sums: Mapping[str, int], runs: list[dict[str, Any]]) -> str:
+    return f"{_lost(sums, runs)}; {sums['unexpected']} wrong, {sums['duplicated']} resolved twice"
 
 
 def _twice(sums: Mapping[str, int], runs: list[dict[str, Any]]) -> str:
@@ -298,6 +303,7 @@ ROWS = (
         f"{PYTEST} tests/conformance/test_cpython.py",
         tests("tests"),
     ),
+    Row(27, "Nothing is lost where all meet over ipc, in pipes", NEAR, chaos(_near)),
 )
 
 BESIDES = (Row(1, "The same, simulated", SIM, sim),)  # more to a row than one command shows
