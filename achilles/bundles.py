@@ -41,21 +41,28 @@ FIRST_SIZE, SIZE_MAX = 64, 16384
 TRIALS = 6
 BYTES_MAX = 96 << 10  # of arguments
 TUPLES_DEEP = 2  # as deep as they are looked into
+ELEMENTS_MAX = 1 << 17  # of tuples in one, which is more than `BYTES_MAX` of them
 _KINDS = PLAIN | TEXTS
 _KINDS_OR_TUPLES = _KINDS | {tuple}
 _CONTAINERS = frozenset((list, tuple, range, str, bytes, set, frozenset, dict))
 
 
 def _are_plain(values: list[Any]) -> bool:
-    """Whether all of them are plain and immutable, or tuples of what is (or tuples of those)."""
-    for _ in range(TUPLES_DEEP):
+    """Whether all of them are plain, immutable and not large, or tuples of such (or of those)."""
+    for _ in range(1 + TUPLES_DEEP):
         kinds = set(map(type, values))
         if not kinds <= _KINDS_OR_TUPLES:
             return False
+        if not kinds.isdisjoint(TEXTS):
+            if any(len(one) >= BYTES_MAX for one in values if type(one) in TEXTS):
+                return False
         if tuple not in kinds:
             return True
-        values = list(chain.from_iterable(one for one in values if type(one) is tuple))
-    return set(map(type, values)) <= _KINDS
+        tuples = {id(one): one for one in values if type(one) is tuple}.values()
+        if sum(map(len, tuples)) > ELEMENTS_MAX:
+            return False
+        values = list(chain.from_iterable(tuples))
+    return False
 
 
 def are_containers(iterables: Sequence[object]) -> bool:
@@ -178,7 +185,7 @@ class BundleSink:
             some = {at - done: others[at] for at in others if done <= at < count}
             some_values = values if count == len(values) and not done else values[done:count]
             self.run.put(first + done, BLOCK, Block(some_values, some))
-        return count - done
+        return max(0, count - done)
 
     def split(self, *, crashes: int = 0, losses: int = 0) -> None:
         """It has no result: what has no outcome yet goes out again; each of it is perhaps why."""

@@ -286,7 +286,7 @@ class DistributedExecutor(concurrent.futures.Executor):
 
         Args:
             timeout: seconds from the call to the last result, or None.
-            chunksize: at most so many items travel together; 1 leaves that to the executor.
+            chunksize: at most so many items are one piece of work; 1 leaves that to the executor.
 
         Raises:
             ValueError: ``chunksize`` or ``buffersize`` below 1.

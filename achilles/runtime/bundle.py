@@ -64,8 +64,8 @@ class Bundle:
         waiting: deque[Any] = deque(flat if width == 1 else zip(*[iter(flat)] * width))
         values: list[Any] = []
         others: dict[int, Outcome] = {}
-        _watcher.begin(_Running(waiting, values, others, id))
         try:
+            _watcher.begin(_Running(waiting, values, others, id))
             self._run(waiting.popleft, width > 1, values, others)
         except IndexError:
             pass  # nothing waits any more
@@ -125,39 +125,34 @@ def _encode(value: object, fn: object) -> Outcome:
 class _Running:
     """A bundle whose calls are made; ``stuck_at``: when what waits there has waited too long."""
 
-    __slots__ = ("_is_told", "count", "id", "others", "stuck_at", "values", "waiting")
+    __slots__ = ("_client", "_count", "_id", "_others", "_root", "_values", "_waiting", "stuck_at")
 
     def __init__(
         self, waiting: deque[Any], values: list[Any], others: dict[int, Outcome], id: int
     ) -> None:
-        self.waiting = waiting
-        self.count = len(waiting)  # of calls
-        self.values = values
-        self.others = others
-        self.id = id
+        self._waiting = waiting
+        self._count = len(waiting)  # of calls
+        self._values = values
+        self._others = others
+        self._id = id
+        # Whose it is: the runner may have gone on to another one's when it is told of
+        self._client, self._root = context.client, context.root
         self.stuck_at = perf_counter() + STUCK_SECONDS
-        self._is_told = False
 
     def take_back(self) -> None:
-        """Take back what has not started, and tell of it; once."""
-        if self._is_told:
-            return
-        self._is_told = True
+        """Take back what has not started, and tell of it."""
         try:
             while True:
-                self.waiting.pop()
-                self.count -= 1
+                self._waiting.pop()
+                self._count -= 1
         except IndexError:
             pass
-        done, others = self.values[:], self.others
-        try:
-            body = dumps(
-                (done, {at: others[at] for at in list(others) if at < len(done)}, self.count)
-            )
-            if context.side is not None and len(body) < BODY_MAX:
-                context.side.send(PARTS, context.client, sealed(TASK_ID.pack(self.id) + body))
-        except (OSError, MemoryError):
-            pass  # the host is gone, or there is no room for news
+        done, others = self._values[:], self._others
+        some = {at: others[at] for at in list(others) if at < len(done)}
+        body = dumps((done, some, self._count))
+        if context.side is not None and len(body) < BODY_MAX:
+            letter = sealed(TASK_ID.pack(self._id) + body, self._root)
+            context.side.send(PARTS, self._client, letter)
 
 
 class _Watcher:
@@ -179,32 +174,30 @@ class _Watcher:
     def _watch(self) -> None:
         looks = 0  # in vain
         while True:
-            running = self.running
-            if running is None:
-                with self._lock:
-                    looks += 1
-                    if looks > LOOKS and self.running is None:
-                        self._is_there = False
-                        return
-            else:
-                looks = 0
-                left = running.stuck_at - perf_counter()
-                if left > 0:
-                    sleep(left)
-                    continue
+            with self._lock:
+                running = self.running
+                looks = looks + 1 if running is None else 0
+                is_stuck = running is not None and perf_counter() >= running.stuck_at
+                if looks > LOOKS or is_stuck:
+                    self._is_there = False
+                    break
+            sleep(LOOK_SECONDS if running is None else max(0.0, running.stuck_at - perf_counter()))
+        if running is not None:
+            try:
                 running.take_back()
-            sleep(LOOK_SECONDS)
+            except Exception:
+                pass  # the host is gone, or there is no memory for news
 
 
 _watcher = _Watcher()
 
 
-def sealed(body: bytes) -> bytes:
-    """The letter as it travels."""
+def sealed(body: bytes, root: bytes) -> bytes:
+    """The letter as it travels, to a client of that root session."""
     if context.seal is None:
         return body
     from achilles.runtime.seal import ONCE_SIZE
     from achilles.runtime.seal import PARTS as PARTS_LETTER
 
     once = os.urandom(ONCE_SIZE)
-    return once + context.seal.letter(PARTS_LETTER, context.root, once, body) + body
+    return once + context.seal.letter(PARTS_LETTER, root, once, body) + body

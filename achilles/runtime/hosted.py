@@ -37,7 +37,7 @@ from achilles.runtime.runner import LENGTH, LETTERS, QUIET_SECONDS, RECORD, SHAR
 from achilles.runtime.seal import names_of, seal_result
 from achilles.runtime.serialize import ERROR, INIT_FAILED, LARGE
 from achilles.runtime.shared import IS_AVAILABLE
-from achilles.runtime.side import OUTPUT
+from achilles.runtime.side import OUTPUT, PARTS
 
 if TYPE_CHECKING:
     from achilles.runtime.host import RunnerHost
@@ -271,8 +271,7 @@ class HostedRunner:
             self.stale[seq] = chunk.number
             chunk.outstanding -= count
             self._settle(seq, chunk)
-        unstarted = [*counts.items()]
-        unstarted += [(effect.seq, len(effect.payloads)) for effect in self.held]
+        unstarted = [*counts.items(), *((one.seq, len(one.payloads)) for one in self.held)]
         self.held.clear()
         if not is_synced:
             self.outbox.append(Frame(memoryview(b""), b"\0"))
@@ -313,6 +312,8 @@ class HostedRunner:
 
     def _take_letters(self, letters: list[Letter]) -> None:
         for kind, client, body in letters:
+            if kind == PARTS:  # what was done before that bundle is to be known first
+                self._read_stream()
             if kind != OUTPUT:  # that comes through pipes, with a limit
                 self.host.events.append(FromRunner(self.number, client, kind, body))
 

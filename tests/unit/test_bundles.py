@@ -154,6 +154,18 @@ def test_a_crash_after_the_news_repeats_only_what_is_open(backends: list[Backend
     assert list(results) == ["a", *again, *waiting]
 
 
+def test_a_rerun_that_comes_less_far_than_the_news_were_counts_no_calls(
+    backends: list[Backend],
+) -> None:
+    results, backend, id = bundled(backends)
+    sink = backend.mailbox._sinks[id]
+    assert isinstance(sink, bundles.BundleSink)
+    assert sink.take(["a", "b", "c"], {}, 8) == 3
+    assert sink.take(["a"], {}, 1) == 0
+    assert len(sent(backend)[0]) == 5
+    assert list(itertools.islice(results, 3)) == ["a", "b", "c"]
+
+
 def test_late_and_foreign_news_are_nothing(backends: list[Backend]) -> None:
     results, backend, id = bundled(backends)
     receive = backend.mailbox.receive
@@ -253,8 +265,16 @@ def test_tuples_of_what_is_plain_are_bundled(backends: list[Backend], item: obje
     del results
 
 
+LARGE = "x" * bundles.BYTES_MAX
+
+
 @pytest.mark.parametrize(
-    "item", [[1], ([1],), (1, (2, (3,))), (object,), p.Group(1, 0, 0, None, ())]
+    "item",
+    [
+        *([1], ([1],), (1, (2, (3,))), (object,), p.Group(1, 0, 0, None, ())),
+        *(LARGE, (LARGE,), tuple(range(bundles.ELEMENTS_MAX + 1))),
+    ],
+    ids=lambda item: repr(item)[:30],
 )
 def test_what_is_not_plain_travels_alone(backends: list[Backend], item: object) -> None:
     inputs = [item if n > LOOKS else n for n in range(LOOKS + 20)]

@@ -176,34 +176,49 @@ def test_a_thread_looks_after_bundles_while_they_come(
     threads[0].join(30)
     assert not threads[0].is_alive()
     monkeypatch.setattr(bundle, "STUCK_SECONDS", 0.0)
-    for number in range(2):  # both are late, and both are told of, by one thread
 
-        def slow(value: int) -> int:
-            if value == 1:
-                may_look.release()
-                assert side.has_come.wait(30)
-            return value
+    def slow(value: int) -> int:
+        if value == 1:
+            assert side.has_come.wait(30)
+        return value
 
+    for number in range(2):  # it ends when it has told of one, too
         values, _ = run(slow, [0, 1, 2])
         assert values == [0, 1, 2][: len(values)]
-        assert side.has_come.wait(30)
+        threads[-1].join(30)
         assert len(side.letters) == number + 1
+        assert len(threads) == number + 2
         side.has_come.clear()
-    assert len(threads) == 2
-    may_look.release(2 * bundle.LOOKS)
-    threads[1].join(30)
-    assert not threads[1].is_alive()
+
+
+def test_news_that_cannot_be_told_are_none(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits is taken back all the same; and the next bundle's are told."""
+    monkeypatch.setattr(bundle, "STUCK_SECONDS", 0.0)
+    has_failed = threading.Event()
+
+    def fail(value: object) -> bytes:
+        has_failed.set()
+        raise MemoryError
+
+    def waits_for(event: threading.Event) -> Callable[[int], bool]:
+        return lambda value: event.wait(30)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle, "dumps", fail)
+        assert run(waits_for(has_failed), [0, 1, 2])[0] in ([], [True])
+        assert has_failed.wait(30)
+    assert run(waits_for(side.has_come), [0, 1, 2])[0] in ([], [True])
+    assert side.has_come.wait(30)
 
 
 def test_a_letter_is_sealed_where_calls_are(monkeypatch: pytest.MonkeyPatch) -> None:
     seal = Seal(bytes(32))
     monkeypatch.setattr(context, "seal", seal)
-    monkeypatch.setattr(context, "root", b"r" * 16)
-    letter = sealed(b"news")
+    letter = sealed(b"news", b"r" * 16)
     once, tag = letter[:ONCE_SIZE], letter[ONCE_SIZE : ONCE_SIZE + TAG_SIZE]
     assert letter[ONCE_SIZE + TAG_SIZE :] == b"news"
     assert tag == seal.letter(PARTS_LETTER, b"r" * 16, once, b"news")
-    assert sealed(b"news")[:ONCE_SIZE] != once
+    assert sealed(b"news", b"r" * 16)[:ONCE_SIZE] != once
 
 
 def test_it_travels_with_its_function() -> None:

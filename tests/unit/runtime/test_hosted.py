@@ -22,6 +22,7 @@ from achilles.runtime import host as host_module
 from achilles.runtime import hosted as hosted_module
 from achilles.runtime import process as process_module
 from achilles.runtime import shared
+from achilles.runtime.bundle import Bundle
 from achilles.runtime.runner import RECORD
 from achilles.runtime.serialize import LARGE, dumps, dumps_call
 from tests.descriptors import open_descriptors, wait_until_closed
@@ -72,6 +73,21 @@ def test_a_result_does_not_wait_for_a_slow_successor(driver: Driver, gate: Gate)
     assert (1, 1, 2) not in driver.results
     gate.open("x")
     assert driver.outcome(1, 2) == "x"
+
+
+def test_what_a_bundle_tells_comes_behind_what_was_done_before_it(
+    driver: Driver, gate: Gate
+) -> None:
+    """Else who loses the worker then would take another task for the one that was running."""
+    fn = driver.load(Bundle(tasks.wait_at))
+    paths = [[os.devnull], [os.devnull], [gate.path, os.devnull]]
+    driver.execute(1, fn, *((flat, 1, number) for number, flat in enumerate(paths)))
+    driver.until(lambda: driver.letters)
+    assert driver.outcome(1, 0) == ([""], {})
+    assert (1, 1, 1) in driver.results
+    driver.until(gate.is_reached)
+    gate.open("x")
+    assert driver.outcome(1, 2) == (["x"], {})
 
 
 # --- Deaths ---------------------------------------------------------------------------------------
