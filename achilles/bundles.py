@@ -50,7 +50,10 @@ _CONTAINERS = frozenset((list, tuple, range, str, bytes, set, frozenset, dict))
 def _are_plain(values: list[Any]) -> bool:
     """Whether all of them are plain, immutable and not large, or tuples of such (or of those)."""
     for _ in range(1 + TUPLES_DEEP):
-        kinds = set(map(type, values))
+        try:
+            kinds = set(map(type, values))
+        except TypeError:  # a class that has no hash
+            return False
         if not kinds <= _KINDS_OR_TUPLES:
             return False
         if not kinds.isdisjoint(TEXTS):
@@ -67,7 +70,8 @@ def _are_plain(values: list[Any]) -> bool:
 
 def are_containers(iterables: Sequence[object]) -> bool:
     """Whether their items are there, and taking them runs nobody's code."""
-    return bool(iterables) and all(type(one) in _CONTAINERS for one in iterables)
+    # Without a look at a hash, which a class can lack
+    return bool(iterables) and all(any(type(one) is k for k in _CONTAINERS) for one in iterables)
 
 
 class Bundler:
@@ -100,11 +104,11 @@ class Bundler:
     @property
     def is_known(self) -> bool:
         """Whether enough calls were timed."""
-        return self.run.timed >= KNOWN_MIN
+        return self.run.pace.timed >= KNOWN_MIN
 
     def size(self) -> int:
         """How many items are worth one task; 0 if that is not known, or they take too long."""
-        seconds = self.run.seconds
+        seconds = self.run.pace.seconds
         if not self.is_known or seconds > SHORT_SECONDS:
             return 0
         return min(self._size, self._size_max, 1 + int(BUNDLE_SECONDS / max(seconds, 1e-9)))

@@ -327,6 +327,21 @@ class Block(NamedTuple):
     others: dict[int, tuple[int, Any]]
 
 
+class Pace:
+    """How long the calls of one function take, as the maps of an executor have found."""
+
+    def __init__(self) -> None:
+        self.timed = 0  # calls
+        self.seconds = 0.0  # that one takes, lately
+
+    def observe(self, calls: int, seconds: float) -> None:
+        """So many calls took so long together."""
+        if calls:
+            part = 1.0 if not self.timed else 0.5
+            self.seconds += (seconds / calls - self.seconds) * part
+            self.timed += calls
+
+
 class MapRun:
     """The outcomes of one `map` call by index, as they come, without a future for each.
 
@@ -340,19 +355,11 @@ class MapRun:
         self._next = 0  # of all the first that was not taken
         self._is_waited_for = False
         self.name = ""
-        self.timed = 0  # calls of which it is known how long they took
-        self.seconds = 0.0  # that a call takes, lately
+        self.pace = Pace()  # of its function
 
     def put(self, index: int, status: int, payload: Any) -> None:
         """An outcome has come; `notify` must follow."""
         self._outcomes[index] = (status, payload)
-
-    def observe(self, calls: int, seconds: float) -> None:
-        """So many calls took so long together."""
-        if calls:
-            part = 1.0 if not self.timed else 0.5
-            self.seconds += (seconds / calls - self.seconds) * part
-            self.timed += calls
 
     def notify(self) -> None:
         """Wake the reader if what it waits for is there."""

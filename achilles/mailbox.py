@@ -28,7 +28,7 @@ from achilles.core.submission import Send, Submission
 from achilles.errors import SealError
 from achilles.failures import failure, result_too_large
 from achilles.futures import FAILED as FAILED
-from achilles.futures import Future, MapRun
+from achilles.futures import Future, MapRun, Pace
 from achilles.runtime.allowed import Allowed, Guarded
 from achilles.runtime.arguments import Attached
 from achilles.runtime.bundle import TASK_ID
@@ -77,6 +77,7 @@ class Mailbox:
         self._sleepers: list[Wakeup] = []  # who wait for what has come meanwhile
         self._running_items: set[int] = set()  # tasks of maps; a future knows it by itself
         self._groups: dict[tuple[Any, ...], Group] = {}
+        self._paces: dict[int, Pace] = {}
         self.callbacks = CallbackThread()
         self.cluster = ""  # whose runners run the tasks, as in `context`
         self._io_thread: threading.Thread | None = None
@@ -171,6 +172,12 @@ class Mailbox:
                 self._groups.clear()
             group = self._groups[key] = Group(*key)
         return group
+
+    def pace(self, fn: int) -> Pace:
+        """How long the calls of that function take, so far as is known."""
+        if len(self._paces) > 10_000:
+            self._paces.clear()
+        return self._paces.setdefault(fn, Pace())
 
     def finish(self) -> None:
         """Take no more; the I/O thread ends when all is resolved."""
@@ -394,7 +401,7 @@ class Mailbox:
                 runs.add(sink.run)
         for run in runs:
             if results.seconds:
-                run.observe(calls, results.seconds)
+                run.pace.observe(calls, results.seconds)
             run.notify()
         if self._running_items:
             self._running_items.difference_update(results.ids)

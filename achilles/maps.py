@@ -154,6 +154,7 @@ class MapCall:
             number, blob = executor._functions.encode(Bundle(fn), shared=True)
         if type(blob) is not bytes:
             return None
+        self.run.pace = mailbox.pace(number)
         group = mailbox.group(number, executor._init, 0, options.but(is_bundle=True))
         size_max = chunksize if chunksize > 1 else SIZE_MAX
         single = self._group, self._blob

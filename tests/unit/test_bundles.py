@@ -241,6 +241,23 @@ def test_only_calls_that_are_known_to_be_short_are_bundled(
     call.cancel()
 
 
+def test_what_one_map_has_found_the_next_one_knows(
+    backends: list[Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several at once each would wait for the others' items before its own are timed."""
+    monkeypatch.setattr(bundles, "KNOWN_MIN", KNOWN_MIN)
+    executor = DistributedExecutor(2)
+    first = executor.map(tasks.add, range(KNOWN_MIN))
+    singles, _ = sent(backends[0])
+    payloads: list[p.Payload] = [dumps(0)] * KNOWN_MIN
+    backends[0].mailbox.receive(p.Results(singles, bytes(KNOWN_MIN), payloads, SHORT))
+    others = [executor.map(fn, range(2 * LOOKS)) for fn in (tasks.add, tasks.echo)]
+    singles, found = sent(backends[0])
+    assert len(singles) == LOOKS + 2 * LOOKS  # of the other function nothing is known
+    assert found
+    del first, others
+
+
 @pytest.mark.parametrize(
     "options", [{"retries": 1}, {"timeout": 5.0}, {"at_most_once": True}, {"priority": 3}]
 )
@@ -358,3 +375,14 @@ def test_only_containers_are_taken_at_once() -> None:
     assert not are_containers([iter([1])])
     assert not are_containers([[1], (n for n in range(3))])
     assert not are_containers([type("Mine", (list,), {})()])
+
+
+def test_a_class_without_a_hash_is_none_of_those_that_are_known(backends: list[Backend]) -> None:
+    class Meta(type):
+        __hash__ = None  # type: ignore[assignment]
+
+    odd: Any = Meta("Odd", (list,), {})
+    assert not are_containers([odd()])
+    results = DistributedExecutor(2).map(tasks.echo, [1] * LOOKS + [odd()] * 5)
+    assert sent(backends[0])[1] == {}
+    del results
