@@ -188,11 +188,16 @@ class LocalCluster:
         self._cancel(cancels)
 
     def _cancel_pending(self) -> None:
+        now = monotonic()
         self._take_mail()  # what was submitted before the call may start where a slot is free
-        self._pump(monotonic())
-        self._sends += self._scheduler.tick(math.inf)  # and is announced
-        self._pump(monotonic())
+        self._pump(now)
+        self._scheduler.hold(CLIENT)  # what comes back now is not given out again
+        self._sends += self._agent.give_back()
+        self._pump(now)
+        self._sends += self._scheduler.tick(math.inf)  # what has started is announced
+        self._pump(now)
         self._cancel(self.mailbox.cancel_pending())
+        self._sends += self._scheduler.release(CLIENT, now)
 
     def _pump(self, now: float) -> None:
         """Hand messages from core to core until there are none."""

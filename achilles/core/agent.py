@@ -131,6 +131,11 @@ class Agent:
         sends += [Send("host", p.Recall(runner.number)) for runner in self._runners.values()]
         return [*sends, *self._goodbye_if_empty()]
 
+    def give_back(self) -> list[Send]:
+        """Give back what has not started, but a task for each runner that has not begun with any."""
+        sends = self._give_back_queue()
+        return sends + [Send("host", p.Recall(number, True)) for number in self._runners]
+
     def hold(self, messages: Iterable[p.Wire], now: float) -> None:
         """There is no session: these messages of the agent's were not, or perhaps not, received."""
         self._holding.add(messages, now)

@@ -204,6 +204,15 @@ class Scheduler:
         has_room_again = client is not None and self._budget.owes(client, size)
         return self._dispatcher.dispatch(now) if has_room_again else []
 
+    def hold(self, peer: PeerId) -> None:
+        """Dispatch nothing of a client's until `release`."""
+        self._clients[peer].is_held = True
+
+    def release(self, peer: PeerId, now: float) -> list[Send]:
+        """Dispatch what waits again."""
+        self._clients[peer].is_held = False
+        return self._dispatcher.dispatch(now)
+
     def largest(self) -> PeerId | None:
         """The client that holds most memory here, where that is more than any may begin with."""
         roots = [client for client in self._clients.values() if client.grant]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from achilles import DistributedExecutor
+from achilles.core import dispatch
 from achilles.errors import BrokerLostError
 from achilles.local import LocalCluster
 from achilles.runtime import loop
@@ -24,6 +25,16 @@ from tests.modes import wait_until
 @pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
     cluster = LocalCluster(2)
+    cluster.start()
+    yield cluster
+    cluster.mailbox.finish()
+    end(cluster)
+
+
+@pytest.fixture
+def narrow() -> Iterator[LocalCluster]:
+    """One slot."""
+    cluster = LocalCluster(1)
     cluster.start()
     yield cluster
     cluster.mailbox.finish()
@@ -121,6 +132,31 @@ def test_cancel_lets_run_what_can_start_at_once(cluster: LocalCluster) -> None:
     cluster.cancel_pending()
     wait_until(lambda: all(future.done() for future in futures))
     assert 2 <= sum(not future.cancelled() for future in futures) <= 5
+
+
+def test_cancel_takes_back_what_waits_behind_a_task_that_runs(
+    narrow: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where so many were short before that all the rest travels in one chunk."""
+    monkeypatch.setattr(dispatch, "ANNOUNCE_CHUNK_SECONDS", 60.0)  # not before the cancel
+    notes, gate = tmp_path / "notes", tmp_path / "gate"
+
+    def run(line: str, go: Path | str = os.devnull) -> Any:
+        return submit(narrow, tasks.note_and_await, str(notes), line, str(go))
+
+    for future in [run("short") for _ in range(300)]:
+        future.result(30)
+    futures = [run("long", gate), *[run("short") for _ in range(200)]]
+    wait_until(lambda: "long" in notes.read_text())
+    narrow.cancel_pending()
+    try:
+        wait_until(lambda: all(future.done() for future in futures[1:]))
+        assert all(future.cancelled() for future in futures[1:])
+    finally:
+        gate.touch()
+    futures[0].result(30)
+    run("after").result(30)
+    assert [line.split()[0] for line in notes.read_text().splitlines()][300:] == ["long", "after"]
 
 
 def test_kill_ends_the_runners(cluster: LocalCluster) -> None:

@@ -285,6 +285,20 @@ GOODBYE = (BROKER, p.Goodbye(reason="drained"))
 DRAIN = (BROKER, p.Drain())
 
 
+def test_what_has_not_started_goes_back_when_that_is_wanted() -> None:
+    """But for a runner's first task, which may be about to start; and more may come."""
+    bench = busy(1, 2)
+    for lease in (2, 3):
+        bench.run(lease, 10 * lease)
+        bench.sent()
+    bench.step(bench.core.give_back())
+    assert bench.sent() == [returned(3, 0), recall(1, keeps_first=True)]
+    bench.recalled(1, (1, 1), (2, 1))
+    assert bench.sent() == [returned(1, 1), returned(2, 0)]
+    bench.run(4, 40)
+    assert bench.sent() != [returned(4, 0)]
+
+
 def test_an_idle_worker_drains_at_once() -> None:
     """A second wish to drain is nothing new."""
     bench = AgentBench()

@@ -32,6 +32,17 @@ def test_a_task_goes_to_a_worker_and_its_result_back() -> None:
     assert again.ids == [2]
 
 
+def test_nothing_of_a_client_that_is_held_is_dispatched() -> None:
+    """Nor what comes back meanwhile; then the oldest goes first."""
+    bench = SchedulerBench(workers=2)
+    first, _ = runs(bench.submit(1, 2))
+    bench.core.hold(CLIENT)
+    assert runs(bench.say(WORKER, p.Returned(first.lease, [0]))) == []
+    assert runs(bench.submit(3)) == []
+    (again,) = runs(bench.core.release(CLIENT, bench.now))
+    assert again.ids == [1]
+
+
 def test_unknown_durations_go_one_by_one_and_short_ones_together() -> None:
     """Until it is measured, nothing may wait behind what could be long."""
     bench = SchedulerBench()
