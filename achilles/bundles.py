@@ -8,9 +8,9 @@ submission, scheduler and agent.
 Rules
     1. Nobody can tell: each item has its own outcome, and nothing waits for longer than it would
        alone, but for the few milliseconds that a bundle takes.
-    2. Arguments are immutable and plain, or tuples of such, so that it makes no difference when, and with what else,
-       they are pickled; and come from a container of the standard library, so that taking many of
-       them runs no code of the user's, and does not wait.
+    2. Arguments are immutable and plain, or tuples of such, so that it makes no difference when,
+       and with what else, they are pickled; and come from a container of the standard library, so
+       that taking many of them runs no code of the user's, and does not wait.
     3. A bundle fails where another task is charged (`Options.is_bundle`). If its runner crashed, or
        its worker was lost, that is charged to each of its items that have no outcome, for one of
        them was it: they go out again, each as a task of its own, with two crashes or four losses

@@ -45,8 +45,8 @@ Sink: TypeAlias = "Future | tuple[MapRun, int] | BundleSink"
 Mail: TypeAlias = "tuple[int, Group, Pickled, p.Payload, Sink]"
 INIT_BLOB = 1 << 31  # the initializer's number, beyond those of functions
 # Who submits without a pause holds the interpreter, which gives another thread its turn after 5 ms,
-# each time that this one has let go of it, as for a write. So the I/O thread is let in when there is
-# as much in the inbox as runners have, and this more (some ten times until there are thousands),
+# each time that this one has let go of it, as for a write. So the I/O thread is let in when there
+# is as much in the inbox as runners have, and this more (some ten times until there are thousands),
 YIELD_AT = 8
 YIELD_EACH = 512  # and with each so many that wait there: else it is behind, and runners idle
 YIELD_SECONDS = 1e-5  # asleep; it takes the system some 70 µs

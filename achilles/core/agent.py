@@ -132,7 +132,7 @@ class Agent:
         return [*sends, *self._goodbye_if_empty()]
 
     def give_back(self) -> list[Send]:
-        """Give back what has not started, but a task for each runner that has not begun with any."""
+        """Give back what has not started, but a task for each runner that has begun none."""
         sends = self._give_back_queue()
         return sends + [Send("host", p.Recall(number, True)) for number in self._runners]
 
