@@ -61,7 +61,7 @@ is_same = _compare_digest  # in a time that does not tell where they differ
 
 _HEAD = Struct("<QQI")
 _NUMBER = Struct("<Q")
-_CALL = Struct("<Qx")  # heads of tags end in a zero
+_NUMBERED = Struct("<Qx")  # heads of tags end in a zero
 _RESULT = Struct("<QBx")
 
 
@@ -85,7 +85,7 @@ class Seal:
 
     def blob(self, session: bytes, number: int, payload: Buffer) -> bytes:
         """The tag of a blob."""
-        return _tag(self.blobs, session + _CALL.pack(number), payload)
+        return _tag(self.blobs, session + _NUMBERED.pack(number), payload)
 
     def result(self, session: bytes) -> State:
         """What the tags of all results for a session begin with."""
@@ -198,7 +198,7 @@ class Sealer:
         if last is not needs:
             state = self._states.get(needs) or self._begin(needs, function)
             self._last = needs, state
-        return self._names + _tag(state, _CALL.pack(id), payload)
+        return self._names + _tag(state, _NUMBERED.pack(id), payload)
 
     def blob(self, number: int, payload: Buffer) -> bytes:
         """What is to be put behind a blob: its tag."""
@@ -292,7 +292,7 @@ class Opener:
             self._meet(bytes(names))
         body = payload[:-CALL_SIZE]
         assert self._state is not None
-        if not is_same(_tag(self._state, _CALL.pack(id), body), payload[-TAG_SIZE:]):
+        if not is_same(_tag(self._state, _NUMBERED.pack(id), body), payload[-TAG_SIZE:]):
             _refuse(f"the call of task {id}", "a client")
         return body
 
