@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -22,23 +23,25 @@ from tests.descriptors import open_descriptors, wait_until_closed
 from tests.modes import wait_until
 
 
-@pytest.fixture
-def cluster() -> Iterator[LocalCluster]:
-    cluster = LocalCluster(2)
+@contextlib.contextmanager
+def running(slots: int) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(slots)
     cluster.start()
     yield cluster
     cluster.mailbox.finish()
     end(cluster)
+
+
+@pytest.fixture
+def cluster() -> Iterator[LocalCluster]:
+    with running(2) as cluster:
+        yield cluster
 
 
 @pytest.fixture
 def narrow() -> Iterator[LocalCluster]:
-    """One slot."""
-    cluster = LocalCluster(1)
-    cluster.start()
-    yield cluster
-    cluster.mailbox.finish()
-    end(cluster)
+    with running(1) as cluster:
+        yield cluster
 
 
 def end(cluster: LocalCluster) -> None:
